@@ -1,0 +1,144 @@
+"""One cell of a sweep: model x pruner x budget x task. What identifies it, and how it runs."""
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import io
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from eval.budget import Budget
+from pruners import Pruner
+
+if TYPE_CHECKING:  # importing lmms-eval takes seconds, which a sweep with nothing to do need not spend
+    from lmms_eval.api.task import Task
+
+    from eval.models import PrunedLlava
+
+PACKAGES = ("torch", "transformers", "lmms-eval", "secateur")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def identity(
+    model: dict[str, Any], weights: str, pruner: Pruner, budget: Budget, suite: dict[str, Any], task: str, limit: int | None, seed: int
+) -> dict[str, Any]:
+    """Everything that decides a cell's answers, as JSON; two cells with equal identities are the same cell.
+
+    The unpruned model has no budget. The source of the pruner's own file counts, so that editing a method runs it again.
+    """
+    method = inspect.getsource(sys.modules[type(pruner).__module__])
+    return {
+        "model": {**model, "weights": weights},
+        "pruner": {
+            "name": pruner.name,
+            "status": pruner.status,
+            **dataclasses.asdict(pruner),
+            "source": hashlib.sha256(method.encode()).hexdigest()[:12],
+        },
+        "budget": str(Budget() if pruner.name == "none" else budget),
+        "suite": suite,
+        "task": task,
+        "limit": limit,
+        "seed": seed,
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where a cell ran; does not count for its identity."""
+    import torch
+
+    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "commit": commit.stdout.strip() or "not a checkout",
+    }
+
+
+def run(model: "PrunedLlava", task: "Task", name: str, limit: int | None, seed: int) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Answer and score the first `limit` documents of a task with the method `model` is set to.
+
+    Returns:
+        What the record says of the results, and one row a document.
+
+    Raises:
+        ValueError: an odd limit for MME, which scores pairs; a limit below 1.
+        RuntimeError: every answer is empty, or a metric is not a number.
+    """
+    from lmms_eval.evaluator import simple_evaluate
+
+    from eval.metrics import named_metrics
+    from eval.tasks import task_manager
+
+    check_limit(name, limit)
+    started = time.time()
+    printed = io.StringIO()  # some tasks print their own tables
+    with contextlib.redirect_stdout(printed):
+        results = simple_evaluate(
+            model=model,
+            tasks=[task],
+            limit=limit,
+            task_manager=task_manager(),
+            bootstrap_iters=0,
+            process_docs_parallel=1,  # MMMU draws at random for unparsable answers: only serial scoring repeats
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+        )
+    metrics = named_metrics(name, results["results"][name])
+    rows = pd.DataFrame([_row(name, sample, model) for sample in results["samples"][name]]).sort_values("doc_id", ignore_index=True)
+    if not rows["answer"].str.strip().any():
+        raise RuntimeError(f"all {len(rows)} answers of task {name} are empty: the model generates nothing with this method and budget")
+    wrong = [metric for metric, value in metrics.items() if value != value]
+    if wrong:
+        raise RuntimeError(f"task {name} scored NaN for {', '.join(wrong)}")
+    record = {
+        "metrics": metrics,
+        "documents": len(rows),
+        "visual_tokens": float(rows["visual_tokens"].mean()),
+        "kept_tokens": float(rows["kept_tokens"].mean()),
+        "empty_answers": int((rows["answer"].str.strip() == "").sum()),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": time.time() - started,
+    }
+    return record, rows
+
+
+def check_limit(task: str, limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: at least 1 document, or limit=null for all")
+    if task == "mme" and limit is not None and limit % 2:
+        raise ValueError(f"limit={limit} is odd, and MME scores pairs of questions; use limit={limit + 1}")
+
+
+def _row(task: str, sample: dict[str, Any], model: "PrunedLlava") -> dict[str, Any]:
+    from eval.metrics import document_score, image_id
+
+    answer = model.answers[task, sample["doc_id"]]
+    return {
+        "doc_id": sample["doc_id"],
+        "image_id": image_id(task, sample),
+        "question": answer.prompt,
+        "target": str(sample["target"]),
+        "answer": answer.text,
+        "score": document_score(task, sample),
+        "visual_tokens": sum(answer.audit.visual_tokens),
+        "kept_tokens": sum(answer.audit.kept_tokens),
+        "kept_indices": [list(indices) for indices in answer.audit.kept_indices],
+        "prompt_tokens": answer.audit.prompt_tokens,
+        "new_tokens": answer.new_tokens,
+        "seconds": answer.seconds,
+        **{f"diagnostic_{name}": sum(values) / len(values) for name, values in answer.audit.diagnostics.items() if values},
+    }

@@ -1,0 +1,42 @@
+"""Where a model's files are, and what identifies them. Imports no model code, so that a sweep with nothing to do is quick."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def locate(pretrained: str) -> str | Path:
+    """A folder of that name here or in the project, else the name as a hub id."""
+    for folder in (Path(pretrained), ROOT / pretrained):
+        if folder.is_dir():
+            return folder.resolve()
+    return pretrained
+
+
+@cache
+def fingerprint(pretrained: str, revision: str) -> str:
+    """What identifies the weights: the digest of a local folder's files, else hub id and revision."""
+    place = locate(pretrained)
+    if not isinstance(place, Path):
+        return f"{pretrained}@{revision}"
+    digest = hashlib.sha256()
+    for file in sorted(place.iterdir()):
+        if file.suffix in (".safetensors", ".json", ".jinja", ".model"):
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def not_loaded(pretrained: str, revision: str, error: Exception) -> str:
+    """One paragraph on a model that could not be loaded: what was looked for, where, and how to point elsewhere."""
+    place = locate(pretrained)
+    cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if isinstance(place, Path):
+        return f"the model in {place} could not be loaded: a file is missing or damaged ({cause}). Restore the folder."
+    return (
+        f"the model {pretrained!r} (revision {revision!r}) is not a folder here, not in the local Hugging Face cache, and could not be "
+        f"fetched from the hub ({cause}). Go online, or download it elsewhere and set model.pretrained=/path/to/the/folder."
+    )

@@ -1,0 +1,152 @@
+"""The only place that knows the module names of a model family."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+
+@dataclass
+class Captured:
+    """Encoder tensors of the images of one call, in the order of the images. Filled by hooks, read once."""
+
+    encoder_features: Tensor | None = None  # [I, N, C] input of the projector
+    features: Tensor | None = None  # [I, N, D] its output
+    hidden: Tensor | None = None  # [I, 1+N, C] output of the block that gives encoder_features
+    queries: Tensor | None = None  # [I, 1+N, C] of that block
+    keys: Tensor | None = None
+    last_queries: Tensor | None = None  # [I, 1+N, C] of the last block
+    last_keys: Tensor | None = None
+
+
+class LlavaAdapter:
+    """LLaVA-1.5: a CLIP tower with CLS, one crop an image, all patches in raster order."""
+
+    # capture a pruner may need -> tensors of `Captured` that it is made from
+    SOURCES: dict[str, tuple[str, ...]] = {
+        "features": ("features",),
+        "encoder_features": ("encoder_features",),
+        "cls_token": ("hidden",),
+        "saliency": ("queries", "keys"),
+        "encoder_keys": ("keys",),
+        "last_queries": ("last_queries",),
+        "last_keys": ("last_keys",),
+    }
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.core = model.model
+        self.language_model: nn.Module = self.core.language_model
+        self.projector: nn.Module = self.core.multi_modal_projector
+        layer = model.config.vision_feature_layer
+        if not isinstance(layer, int) or model.config.vision_feature_select_strategy != "default":
+            raise ValueError(
+                f"this model reads features from layer(s) {layer!r} with strategy {model.config.vision_feature_select_strategy!r}; "
+                "pruning supports one layer and strategy 'default' (CLS dropped)"
+            )
+        blocks = self._blocks()
+        # hidden_states has one entry more than there are blocks: entry k is the output of block k - 1
+        self.block = blocks[layer if layer < 0 else layer - 1]
+        self.last_block = blocks[-1]
+
+    def _blocks(self) -> nn.ModuleList:
+        """The tower's encoder blocks; their parent moved between releases of transformers."""
+        for name, module in self.core.vision_tower.named_modules():
+            if name.endswith("encoder.layers"):
+                return module
+        raise ValueError(f"no encoder blocks found in {type(self.core.vision_tower).__name__}")
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def hooks(self, needs: frozenset[str], into: Captured) -> Iterator[RemovableHandle]:
+        """Forward hooks that store what `needs` asks for, and nothing else."""
+        unknown = sorted(need for need in needs if need not in self.SOURCES)
+        if unknown:
+            raise ValueError(f"{type(self).__name__[:-7]} models do not provide {', '.join(unknown)}")
+        wanted = {source for need in needs for source in self.SOURCES[need]} | {"features"}
+
+        def store(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+            setattr(into, name, (output[0] if isinstance(output, tuple) else output).detach())
+
+        def store_input(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            into.encoder_features = args[0].detach()
+
+        if "encoder_features" in wanted:
+            yield self.projector.register_forward_pre_hook(store_input)
+        places = {
+            "features": self.projector,
+            "hidden": self.block,
+            "queries": self.block.self_attn.q_proj,
+            "keys": self.block.self_attn.k_proj,
+            "last_queries": self.last_block.self_attn.q_proj,
+            "last_keys": self.last_block.self_attn.k_proj,
+        }
+        for name, module in places.items():
+            if name in wanted:
+                yield module.register_forward_hook(partial(store, name))
+
+    def captures(self, needs: frozenset[str], raw: Captured) -> dict[str, Tensor]:
+        """The tensors `needs` names, as `VisualTokens` defines them, one row an image."""
+        made = {
+            "features": lambda: raw.features,
+            "encoder_features": lambda: raw.encoder_features,
+            "cls_token": lambda: raw.hidden[:, 0],
+            "saliency": lambda: self._cls_attention(raw.queries, raw.keys),
+            "encoder_keys": lambda: raw.keys,
+            "last_queries": lambda: raw.last_queries,
+            "last_keys": lambda: raw.last_keys,
+        }
+        return {name: make() for name, make in made.items() if name in needs | {"features"}}
+
+    def _cls_attention(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """[I, 1+N, C] twice -> softmax attention of CLS to the patches, per head, [I, H, N], in float32.
+
+        The softmax runs over CLS and patches, then the CLS column is dropped without renormalising.
+        """
+        heads = self.block.self_attn.num_heads
+        query = queries[:, :1].unflatten(-1, (heads, -1)).transpose(1, 2).float()
+        key = keys.unflatten(-1, (heads, -1)).transpose(1, 2).float()
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return scores.softmax(-1)[:, :, 0, 1:]
+
+    def grid(self, count: int) -> tuple[int, int]:
+        """(rows, columns) of an image's tokens."""
+        side = round(count**0.5)
+        if side * side != count:
+            raise ValueError(f"{count} visual tokens do not form a square grid")
+        return side, side
+
+    def project(self, features: Tensor) -> Tensor:
+        """[..., C] -> [..., D], in the model's dtype."""
+        return self.projector(features.to(next(self.projector.parameters()).dtype))
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids -> LLM embeddings."""
+        return self.model.get_input_embeddings()(ids)
+
+
+_FAMILIES = {"llava": LlavaAdapter}
+
+
+def adapter_for(model: PreTrainedModel) -> LlavaAdapter:
+    """The adapter of a model's family.
+
+    Raises:
+        ValueError: a family that is not supported.
+    """
+    family = getattr(model.config, "model_type", "?")
+    if family not in _FAMILIES:
+        raise ValueError(f"model type {family!r} is not supported; supported: {', '.join(_FAMILIES)}")
+    return _FAMILIES[family](model)

@@ -1,0 +1,143 @@
+"""Write the six data sets of the suite as parquet folders under the names the real tasks load."""
+
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, Image, Sequence, Value
+
+from eval.shapes.questions import DOCUMENTS, Doc
+from eval.shapes.scenes import make_scene, render
+
+VERSION = 1  # part of the data's identity: raise it with any change to scenes or questions
+TRAIN, EVAL = 0, 1  # first number of every scene's seed: evaluation scenes are never trained on
+# documents a task, and calls of its builder a scene: POPE asks six questions of an image, GQA five, MME two, the others one
+SIZES = {"pope": (300, 3), "gqa": (300, 5), "scienceqa_img": (240, 1), "mme": (240, 1), "mmmu_val": (240, 1), "mmstar": (240, 1)}
+
+_text, _image = Value("string"), Image()
+
+
+def _columns(names: str) -> dict:
+    return {name: _text for name in names.split()}
+
+
+_SCIENCE = "question hint task grade subject topic category skill lecture solution"
+_MMMU = "id question options answer question_type explanation img_type topic_difficulty subfield"
+# task -> (hub name of the data set, configuration, split, columns besides those of the images table)
+SCHEMAS: dict[str, tuple[str, str, str, Features]] = {
+    "pope": (
+        "lmms-lab-encoder/POPE",
+        "default",
+        "test",
+        Features({**_columns("id question_id question answer image_source category"), "image": _image}),
+    ),
+    "gqa": (
+        "lmms-lab-encoder/GQA",
+        "testdev_balanced_instructions",
+        "testdev",
+        Features({**_columns("id imageId question answer fullAnswer"), "isBalanced": Value("bool")}),
+    ),
+    "scienceqa_img": (
+        "lmms-lab-encoder/ScienceQA",
+        "ScienceQA-IMG",
+        "test",
+        Features({**_columns(_SCIENCE), "choices": Sequence(_text), "answer": Value("int8"), "image": _image}),
+    ),
+    "mme": ("lmms-lab-encoder/MME", "default", "test", Features({**_columns("question_id question answer category"), "image": _image})),
+    "mmmu_val": (
+        "lmms-lab-encoder/MMMU",
+        "default",
+        "validation",
+        Features({**_columns(_MMMU), **{f"image_{i}": _image for i in range(1, 8)}}),
+    ),
+    "mmstar": (
+        "Lin-Chen/MMStar",
+        "default",
+        "val",
+        Features(
+            {
+                **_columns("question answer category l2_category"),
+                "index": Value("int64"),
+                "image": _image,
+                "meta_info": _columns("source split image_path"),
+            }
+        ),
+    ),
+}
+GQA_IMAGES = ("testdev_balanced_images", Features({"id": _text, "image": _image}))
+
+
+def documents(task: str, split: int, count: int) -> Iterator[tuple[tuple[int, ...], Doc]]:
+    """(scene seed, document without image) for the first `count` documents of a task."""
+    task_number, keys_per_scene = list(SIZES).index(task), SIZES[task][1]
+    made = 0
+    for key in itertools.count():
+        # a scene that cannot carry the question is passed over for the next one, so the category order stays
+        for attempt in itertools.count():
+            seed = (split, task_number, key // keys_per_scene, attempt)
+            docs = DOCUMENTS[task](make_scene(*seed), np.random.default_rng([*seed, 2, key]), key)
+            if docs:
+                break
+        for doc in docs:
+            if made == count:
+                return
+            yield seed, doc
+            made += 1
+
+
+def _rows(task: str) -> tuple[list[Doc], list[Doc]]:
+    """The rows of a task and, for GQA, of its images table."""
+    rows: list[Doc] = []
+    images: dict[str, Doc] = {}
+    for seed, doc in documents(task, EVAL, SIZES[task][0]):
+        name, image = "-".join(map(str, seed)), render(make_scene(*seed))
+        if task == "gqa":
+            images.setdefault(name, {"id": name, "image": image})
+            rows.append(doc | {"imageId": name})
+        elif task == "mmmu_val":
+            rows.append(doc | {"image_1": image} | {f"image_{i}": None for i in range(2, 8)})
+        elif task == "mmstar":
+            rows.append(doc | {"image": image, "meta_info": {"source": "shapes", "split": "val", "image_path": f"{name}.png"}})
+        else:
+            rows.append(doc | {"image": image} | ({"image_source": name} if task == "pope" else {}))
+    return rows, list(images.values())
+
+
+def _write(folder: Path, tables: dict[str, tuple[str, Dataset]]) -> None:
+    """Parquet files and the card by which `load_dataset` finds configurations and splits."""
+    lines = ["---", "configs:"]
+    for name, (split, table) in tables.items():
+        path = f"{name}/{split}-00000-of-00001.parquet"
+        (folder / name).mkdir(parents=True)
+        table.to_parquet(folder / path)
+        lines += [f"- config_name: {name}", "  data_files:", f"  - split: {split}", f"    path: {path}"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+
+def build(root: Path) -> Path:
+    """Generate the suite under `root` unless this version of it is already there; returns `root`.
+
+    The folder appears whole or not at all: it is built beside its place and renamed.
+    """
+    stamp = json.dumps({"version": VERSION, "sizes": SIZES})
+    marker = root / "shapes.json"
+    if marker.exists() and marker.read_text() == stamp:
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
+        new = Path(scratch) / "new"
+        for task, (repository, config, split, features) in SCHEMAS.items():
+            rows, images = _rows(task)
+            tables = {config: (split, Dataset.from_list(rows, features=features))}
+            if images:
+                tables[GQA_IMAGES[0]] = (split, Dataset.from_list(images, features=GQA_IMAGES[1]))
+            _write(new / repository, tables)
+        (new / "shapes.json").write_text(stamp)
+        if root.exists():
+            shutil.rmtree(root)
+        new.rename(root)
+    return root

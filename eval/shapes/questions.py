@@ -1,0 +1,326 @@
+"""Questions about a scene, and the six data sets' schemas that carry them.
+
+`ITEMS` ask for a word and know wrong ones, `CLAIMS` are true or false; each returns None where the scene cannot carry the
+question without ambiguity. `DOCUMENTS` puts them into rows of POPE, GQA, ScienceQA-IMG, MME, MMMU and MMStar, images aside.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from eval.shapes.scenes import COLORS, KIND_ODDS, KINDS, SHAPES, SIZE, Scene, Thing
+
+Rng = np.random.Generator
+Item = tuple[str, str, list[str]]  # question, answer, wrong answers
+Claim = tuple[str, str]  # the same question once answered yes, once no
+Doc = dict[str, Any]
+
+MARGIN = 10.0  # pixels two positions must differ by to be called left, right, above or below
+CORNERS = {"circle": 0, "triangle": 3, "square": 4, "cross": 12}
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _pick(rng: Rng, options: list) -> Any:
+    return options[int(rng.integers(len(options)))] if options else None
+
+
+def _unique(scene: Scene, attribute: str) -> list[Thing]:
+    """Things whose colour (or shape) no other thing shares."""
+    values = [getattr(thing, attribute) for thing in scene.things]
+    return [thing for thing in scene.things if values.count(getattr(thing, attribute)) == 1]
+
+
+def _side(thing: Thing) -> str | None:
+    return None if abs(thing.x - SIZE / 2) < MARGIN / 2 else "left" if thing.x < SIZE / 2 else "right"
+
+
+def _direction(thing: Thing, other: Thing) -> str | None:
+    """Where `thing` stands seen from `other`, if one axis clearly dominates."""
+    dx, dy = thing.x - other.x, thing.y - other.y
+    if abs(abs(dx) - abs(dy)) < MARGIN:
+        return None
+    if abs(dx) > abs(dy):
+        return "left" if dx < 0 else "right"
+    return "above" if dy < 0 else "below"
+
+
+def _absent(scene: Scene, rng: Rng, category: str) -> str:
+    """A kind not in the scene: any, a frequent one, or one that shares colour or shape with what is there."""
+    absent = [i for i, (color, shape) in enumerate(KINDS) if f"{color} {shape}" not in scene.names]
+    if category == "popular":
+        absent = sorted(absent, key=lambda i: -KIND_ODDS[i])[:6]
+    elif category == "adversarial":
+        colors, shapes = {thing.color for thing in scene.things}, {thing.shape for thing in scene.things}
+        absent = [i for i in absent if KINDS[i][0] in colors or KINDS[i][1] in shapes]
+    return " ".join(KINDS[_pick(rng, absent)])
+
+
+# --- questions that ask for a word
+
+
+def color_of(scene: Scene, rng: Rng) -> Item | None:
+    thing = _pick(rng, _unique(scene, "shape"))
+    if thing is None:
+        return None
+    return f"What color is the {thing.shape}?", thing.color, [c for c in COLORS if c != thing.color]
+
+
+def shape_of(scene: Scene, rng: Rng) -> Item | None:
+    thing = _pick(rng, _unique(scene, "color"))
+    if thing is None:
+        return None
+    return f"What shape is the {thing.color} object?", thing.shape, [s for s in SHAPES if s != thing.shape]
+
+
+def count(scene: Scene, rng: Rng) -> Item:
+    return "How many objects are there?", str(len(scene.things)), [str(n) for n in range(1, 5) if n != len(scene.things)]
+
+
+def count_plus(scene: Scene, rng: Rng) -> Item:
+    extra = int(rng.integers(1, 4))
+    answer = len(scene.things) + extra
+    return f"What is the number of objects plus {extra}?", str(answer), [str(n + extra) for n in range(1, 5) if n + extra != answer]
+
+
+def corners_of(scene: Scene, rng: Rng) -> Item | None:
+    thing = _pick(rng, _unique(scene, "color"))
+    if thing is None:
+        return None
+    answer = CORNERS[thing.shape]
+    return f"How many corners does the {thing.color} object have?", str(answer), [str(n) for n in CORNERS.values() if n != answer]
+
+
+def side_of(scene: Scene, rng: Rng) -> Item | None:
+    thing = _pick(rng, [thing for thing in scene.things if _side(thing)])
+    if thing is None:
+        return None
+    answer = str(_side(thing))
+    return f"Which side of the image is the {thing.name} on?", answer, ["right" if answer == "left" else "left"]
+
+
+def direction_of(scene: Scene, rng: Rng) -> Item | None:
+    pairs = [(a, b) for a in scene.things for b in scene.things if a is not b and _direction(a, b)]
+    if not pairs:
+        return None
+    thing, other = _pick(rng, pairs)
+    answer = str(_direction(thing, other))
+    wrong = [d for d in ("left", "right", "above", "below") if d != answer]
+    return f"Where is the {thing.name} seen from the {other.name}?", answer, wrong
+
+
+def which_object(scene: Scene, rng: Rng) -> Item:
+    there = _pick(rng, sorted(scene.names))
+    wrong = [" ".join(KINDS[i]) for i in rng.permutation(len(KINDS)) if " ".join(KINDS[i]) not in scene.names]
+    return "Which object is in the picture?", there, wrong[:5]
+
+
+def color_by_corners(scene: Scene, rng: Rng) -> Item | None:
+    thing = _pick(rng, _unique(scene, "shape"))
+    if thing is None:
+        return None
+    wrong = [c for c in COLORS if c != thing.color]
+    return f"What color is the object with {CORNERS[thing.shape]} corners?", thing.color, wrong
+
+
+ITEMS: dict[str, Callable[[Scene, Rng], Item | None]] = {
+    function.__name__: function
+    for function in (color_of, shape_of, count, count_plus, corners_of, side_of, direction_of, which_object, color_by_corners)
+}
+
+
+# --- questions that are true or false
+
+
+def existence(scene: Scene, rng: Rng, category: str = "random") -> Claim:
+    ask = "Is there {} in the image?"
+    return ask.format(_a(_pick(rng, sorted(scene.names)))), ask.format(_a(_absent(scene, rng, category)))
+
+
+def has_shape(scene: Scene, rng: Rng) -> Claim | None:
+    there = {thing.shape for thing in scene.things}
+    if there == set(SHAPES):
+        return None
+    ask = "Is there a {} in the image?"
+    return ask.format(_pick(rng, sorted(there))), ask.format(_pick(rng, sorted(set(SHAPES) - there)))
+
+
+def has_color(scene: Scene, rng: Rng) -> Claim:
+    there = {thing.color for thing in scene.things}
+    ask = "Is there {} object in the image?"
+    return ask.format(_a(_pick(rng, sorted(there)))), ask.format(_a(_pick(rng, sorted(set(COLORS) - there))))
+
+
+def count_is(scene: Scene, rng: Rng) -> Claim:
+    right = len(scene.things)
+    wrong = _pick(rng, [n for n in range(1, 5) if n != right])
+    ask = "Is the number of objects in the image {}?"
+    return ask.format(right), ask.format(wrong)
+
+
+def color_is(scene: Scene, rng: Rng) -> Claim | None:
+    item = color_of(scene, rng)
+    if item is None:
+        return None
+    noun = item[0].removeprefix("What color is ").removesuffix("?")
+    return f"Is {noun} {item[1]}?", f"Is {noun} {_pick(rng, item[2])}?"
+
+
+def side_is(scene: Scene, rng: Rng) -> Claim | None:
+    item = side_of(scene, rng)
+    if item is None:
+        return None
+    noun = item[0].removeprefix("Which side of the image is ").removesuffix(" on?")
+    ask = f"Is {noun} on the {{}} side of the image?"
+    return ask.format(item[1]), ask.format(item[2][0])
+
+
+def has_corners(scene: Scene, rng: Rng) -> Claim | None:
+    claim = has_shape(scene, rng)
+    if claim is None:
+        return None
+    shapes = (question.removeprefix("Is there a ").removesuffix(" in the image?") for question in claim)
+    yes, no = (f"Is there an object with {CORNERS[shape]} corners?" for shape in shapes)
+    return yes, no
+
+
+def count_plus_is(scene: Scene, rng: Rng) -> Claim:
+    question, right, wrong = count_plus(scene, rng)
+    ask = question.replace("What is", "Is").removesuffix("?") + " equal to {}?"
+    return ask.format(right), ask.format(_pick(rng, wrong))
+
+
+CLAIMS: dict[str, Callable[[Scene, Rng], Claim | None]] = {
+    function.__name__: function
+    for function in (existence, has_shape, has_color, count_is, color_is, side_is, has_corners, count_plus_is)
+}
+
+
+# --- rows of the six data sets; `key` makes identifiers unique and picks the category, so that any prefix is balanced
+
+POPE_CATEGORIES = ("random", "popular", "adversarial")
+GQA_ITEMS = ("color_of", "shape_of", "count", "side_of", "direction_of", "corners_of")
+GQA_CLAIMS = ("has_shape", "has_color", "color_is", "side_is")
+SQA_ITEMS = ("color_of", "shape_of", "which_object", "count", "side_of", "direction_of")
+MME_CLAIMS = {
+    "existence": "existence",
+    "count": "count_is",
+    "position": "side_is",
+    "color": "color_is",
+    "commonsense_reasoning": "has_corners",
+    "numerical_calculation": "count_plus_is",
+}
+MMMU_SUBJECTS = {
+    "Math": ("count_plus", "corners_of"),
+    "Art": ("color_of", "color_by_corners"),
+    "Design": ("shape_of", "which_object"),
+    "Geography": ("side_of", "direction_of"),
+}
+MMSTAR_CATEGORIES = (
+    ("coarse perception", "image scene and topic", "which_object"),
+    ("fine-grained perception", "recognition", "color_of"),
+    ("instance reasoning", "single-instance reasoning", "shape_of"),
+    ("logical reasoning", "common reasoning", "color_by_corners"),
+    ("science & technology", "geography & earth science & agriculture", "direction_of"),
+    ("math", "numeric commonsense and calculation", "count_plus"),
+    ("fine-grained perception", "object counting", "count"),
+    ("math", "geometry", "corners_of"),
+)
+HINTS = {
+    "color_of": "Every shape is painted in one color.",
+    "shape_of": "A circle is round. A triangle has three corners. A square has four corners.",
+    "count": "Gray strokes on the ground are not objects.",
+}
+
+
+def _options(rng: Rng, item: Item, most: int = 4) -> tuple[list[str], int]:
+    """Shuffled options (the answer and up to `most` - 1 wrong ones) and the answer's index."""
+    _, answer, wrong = item
+    options = [answer, *(wrong[i] for i in rng.permutation(len(wrong))[: most - 1])]
+    options = [options[i] for i in rng.permutation(len(options))]
+    return options, options.index(answer)
+
+
+def pope(scene: Scene, rng: Rng, key: int) -> list[Doc]:
+    category = POPE_CATEGORIES[key % len(POPE_CATEGORIES)]
+    rows = zip(existence(scene, rng, category), ("yes", "no"), strict=True)
+    return [
+        {"id": f"{2 * key + i}", "question_id": f"{2 * key + i}", "question": question, "answer": answer, "category": category}
+        for i, (question, answer) in enumerate(rows)
+    ]
+
+
+def gqa(scene: Scene, rng: Rng, key: int) -> list[Doc]:
+    if key % 5 < 3:
+        item = ITEMS[GQA_ITEMS[(key // 5 * 3 + key % 5) % len(GQA_ITEMS)]](scene, rng)
+        asked = item and item[:2]
+    else:
+        claim = CLAIMS[GQA_CLAIMS[(key // 5 * 2 + key % 5 - 3) % len(GQA_CLAIMS)]](scene, rng)
+        yes = bool(rng.integers(2))
+        asked = claim and (claim[0], "yes") if yes else claim and (claim[1], "no")
+    if not asked:
+        return []
+    question, answer = asked
+    return [{"id": f"{key}", "question": question, "answer": answer, "fullAnswer": f"{answer.capitalize()}.", "isBalanced": True}]
+
+
+def scienceqa(scene: Scene, rng: Rng, key: int) -> list[Doc]:
+    name = SQA_ITEMS[key % len(SQA_ITEMS)]
+    item = ITEMS[name](scene, rng)
+    if item is None:
+        return []
+    choices, answer = _options(rng, item)
+    hint = HINTS.get(name, "") if rng.integers(2) else ""
+    return [
+        {"question": item[0], "choices": choices, "answer": answer, "hint": hint, "task": "closed choice", "grade": "grade2"}
+        | {"subject": "natural science", "topic": "shapes", "category": name, "skill": name, "lecture": "", "solution": ""}
+    ]
+
+
+def mme(scene: Scene, rng: Rng, key: int) -> list[Doc]:
+    category = list(MME_CLAIMS)[key % len(MME_CLAIMS)]
+    claim = CLAIMS[MME_CLAIMS[category]](scene, rng)
+    return [
+        {"question_id": f"{category}/{key:06d}.png", "question": f"{question} Please answer yes or no.", "answer": answer, "category": category}
+        for question, answer in zip(claim or (), ("Yes", "No"), strict=False)
+    ]
+
+
+def mmmu(scene: Scene, rng: Rng, key: int) -> list[Doc]:
+    subject = list(MMMU_SUBJECTS)[key % len(MMMU_SUBJECTS)]
+    item = ITEMS[_pick(rng, list(MMMU_SUBJECTS[subject]))](scene, rng)
+    if item is None:
+        return []
+    question, answer, _ = item
+    options, index = _options(rng, item)
+    is_open = subject == "Math" and bool(rng.integers(2))
+    return [
+        {"id": f"validation_{subject}_{key}", "question": f"<image 1> {question}", "options": "[]" if is_open else repr(options)}
+        | {"answer": answer if is_open else "ABCD"[index], "question_type": "open" if is_open else "multiple-choice"}
+        | {"explanation": "", "img_type": "['Geometric Shapes']", "topic_difficulty": "Easy", "subfield": subject}
+    ]
+
+
+def mmstar(scene: Scene, rng: Rng, key: int) -> list[Doc]:
+    category, l2_category, name = MMSTAR_CATEGORIES[key % len(MMSTAR_CATEGORIES)]
+    item = ITEMS[name](scene, rng)
+    if item is None:
+        return []
+    options, index = _options(rng, item)
+    listed = ", ".join(f"{letter}: {option}" for letter, option in zip("ABCD", options, strict=False))
+    return [
+        {"index": key, "question": f"{item[0]}\nOptions: {listed}", "answer": "ABCD"[index], "category": category, "l2_category": l2_category}
+    ]
+
+
+DOCUMENTS: dict[str, Callable[[Scene, Rng, int], list[Doc]]] = {
+    "pope": pope,
+    "gqa": gqa,
+    "scienceqa_img": scienceqa,
+    "mme": mme,
+    "mmmu_val": mmmu,
+    "mmstar": mmstar,
+}

@@ -1,0 +1,112 @@
+"""Scenes of one to four coloured shapes on textured, cluttered ground. Pure numpy, the same pixels from the same seed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+SIZE = 96  # pixels a side
+GRID = 4  # objects stand in distinct cells of a GRID x GRID layout
+COLORS = {
+    "red": (214, 40, 40),
+    "orange": (247, 140, 20),
+    "yellow": (240, 222, 50),
+    "green": (44, 160, 60),
+    "blue": (40, 80, 215),
+    "purple": (150, 50, 180),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+# Uneven on purpose: POPE's "popular" negatives need objects that are seen more often than others.
+_COLOR_ODDS = np.array([0.24, 0.12, 0.14, 0.16, 0.22, 0.12])
+_SHAPE_ODDS = np.array([0.32, 0.28, 0.22, 0.18])
+KINDS = tuple((color, shape) for color in COLORS for shape in SHAPES)
+KIND_ODDS = np.outer(_COLOR_ODDS, _SHAPE_ODDS).ravel()
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: centre and radius in pixels."""
+
+    color: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is in the picture, and the seed that draws it."""
+
+    seed: tuple[int, ...]
+    things: tuple[Thing, ...]
+
+    @property
+    def names(self) -> set[str]:
+        return {thing.name for thing in self.things}
+
+
+def make_scene(*seed: int) -> Scene:
+    """Draw the contents of a scene: 1-4 things, distinct in (colour, shape), in distinct cells."""
+    rng = np.random.default_rng([*seed, 0])
+    count = int(rng.integers(1, 5))
+    kinds = rng.choice(len(KINDS), size=count, replace=False, p=KIND_ODDS)
+    cells = rng.choice(GRID * GRID, size=count, replace=False)
+    side = SIZE / GRID
+    things = []
+    for kind, cell in zip(kinds, cells, strict=True):
+        radius = rng.uniform(7.5, 11.0)
+        slack = side / 2 - radius + 1.5
+        x = (cell % GRID + 0.5) * side + rng.uniform(-slack, slack)
+        y = (cell // GRID + 0.5) * side + rng.uniform(-slack, slack)
+        color, shape = KINDS[kind]
+        things.append(Thing(color, shape, float(x), float(y), float(radius)))
+    return Scene(seed, tuple(things))
+
+
+def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Membership of points, in units of the radius, y pointing down."""
+    if shape == "circle":
+        return x**2 + y**2 <= 1
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) <= 0.85
+    if shape == "triangle":
+        return (y <= 0.8) & (abs(x) <= (y + 1) * 0.55)
+    if shape == "cross":
+        return (np.minimum(abs(x), abs(y)) <= 0.3) & (np.maximum(abs(x), abs(y)) <= 1)
+    raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+
+
+def coverage(thing: Thing) -> np.ndarray:
+    """Share of every pixel that the thing covers, [SIZE, SIZE] in 0..1, from 3x3 samples a pixel."""
+    at = (np.arange(SIZE * 3) + 0.5) / 3
+    x, y = np.meshgrid((at - thing.x) / thing.radius, (at - thing.y) / thing.radius)
+    return _inside(thing.shape, x, y).reshape(SIZE, 3, SIZE, 3).mean(axis=(1, 3))
+
+
+def _ground(rng: np.random.Generator) -> np.ndarray:
+    """Grey texture (coarse patches and fine noise) with short strokes and specks of clutter."""
+    coarse = np.kron(rng.normal(0, 14, (12, 12)), np.ones((8, 8)))
+    grey = rng.uniform(95, 160) + coarse + rng.normal(0, 9, (SIZE, SIZE))
+    for _ in range(int(rng.integers(6, 14))):
+        x, y, angle, length = rng.uniform(0, SIZE), rng.uniform(0, SIZE), rng.uniform(0, np.pi), rng.uniform(3, 11)
+        along = np.linspace(-length / 2, length / 2, 24)
+        rows = np.clip(y + along * np.sin(angle), 0, SIZE - 1).astype(int)
+        columns = np.clip(x + along * np.cos(angle), 0, SIZE - 1).astype(int)
+        grey[rows, columns] += rng.choice([-70, 70])
+    return grey[..., None] + rng.normal(0, 6, (SIZE, SIZE, 3))
+
+
+def render(scene: Scene) -> Image.Image:
+    """The scene as an RGB image of SIZE x SIZE."""
+    rng = np.random.default_rng([*scene.seed, 1])
+    pixels = _ground(rng)
+    for thing in scene.things:
+        shade = np.array(COLORS[thing.color]) * rng.uniform(0.85, 1.1) + rng.normal(0, 7, (SIZE, SIZE, 3))
+        share = coverage(thing)[..., None]
+        pixels = pixels * (1 - share) + shade * share
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

@@ -1,0 +1,123 @@
+"""Results on disk: a folder a cell, holding record.json and samples.parquet, written whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+class DamagedRecord(RuntimeError):
+    """A stored cell is incomplete or was changed by hand."""
+
+
+def digest(value: Any) -> str:
+    """Hash of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class Store:
+    """The cells under one results folder.
+
+    Raises:
+        PermissionError: the folder cannot be written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.runs = root / "runs"
+        try:
+            self.runs.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.runs):
+                pass
+        except OSError as error:
+            raise PermissionError(f"the results folder {root} cannot be written ({error}); set results=/another/folder") from error
+
+    def folder(self, identity: dict[str, Any]) -> Path:
+        """Where a cell of this identity is or will be."""
+        name = f"{identity['pruner']['name']}_{identity['budget']}_{digest(identity)[:12]}"
+        return self.runs / identity["suite"]["name"] / identity["model"]["name"] / identity["task"] / name.replace("%", "pct")
+
+    def has(self, identity: dict[str, Any]) -> bool:
+        return (self.folder(identity) / "record.json").exists()
+
+    def failure(self, identity: dict[str, Any]) -> str | None:
+        """The stored traceback of a cell that failed, if it did."""
+        path = self._failure_path(identity)
+        return json.loads(path.read_text())["traceback"] if path.exists() else None
+
+    def load(self, identity: dict[str, Any]) -> dict[str, Any]:
+        return self.read(self.folder(identity))
+
+    @staticmethod
+    def read(folder: Path) -> dict[str, Any]:
+        """The record in a cell's folder, checked against its digests.
+
+        Raises:
+            DamagedRecord: a file is missing, truncated or edited.
+        """
+        try:
+            record = json.loads((folder / "record.json").read_text())
+            sealed = {key: value for key, value in record.items() if key != "seal"}
+            samples = (folder / "samples.parquet").read_bytes()
+            intact = record["seal"] == digest(sealed) and record["samples_sha256"] == hashlib.sha256(samples).hexdigest()
+        except (OSError, ValueError, KeyError) as error:
+            raise DamagedRecord(f"the record in {folder} is damaged ({error}); delete the folder to run the cell again") from error
+        if not intact:
+            raise DamagedRecord(f"the record in {folder} was changed after it was written; delete the folder to run the cell again")
+        return record
+
+    @staticmethod
+    def samples(folder: Path) -> pd.DataFrame:
+        """Per-document rows of a cell."""
+        return pd.read_parquet(folder / "samples.parquet")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All finished cells, in the order of their folders."""
+        return [self.read(path.parent) for path in sorted(self.runs.glob("*/*/*/*/record.json"))]
+
+    def write(self, identity: dict[str, Any], record: dict[str, Any], samples: pd.DataFrame) -> Path:
+        """Store a finished cell; an earlier failure of it is forgotten."""
+        folder = self.folder(identity)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+        try:
+            samples.to_parquet(scratch / "samples.parquet", index=False)
+            content = record | {"identity": identity, "samples_sha256": hashlib.sha256((scratch / "samples.parquet").read_bytes()).hexdigest()}
+            (scratch / "record.json").write_text(json.dumps(content | {"seal": digest(content)}, indent=1) + "\n")
+            for path in (scratch / "samples.parquet", scratch / "record.json", scratch):
+                _flush(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            scratch.rename(folder)
+            _flush(folder.parent)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        self._failure_path(identity).unlink(missing_ok=True)
+        return folder
+
+    def write_failure(self, identity: dict[str, Any], traceback: str, environment: dict[str, Any]) -> Path:
+        """Keep why a cell failed, beside its place."""
+        path = self._failure_path(identity)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".writing")
+        scratch.write_text(json.dumps({"identity": identity, "traceback": traceback, "environment": environment}, indent=1) + "\n")
+        _flush(scratch)
+        scratch.rename(path)
+        return path
+
+    def _failure_path(self, identity: dict[str, Any]) -> Path:
+        folder = self.folder(identity)
+        return folder.with_name(folder.name + ".failed.json")
+
+
+def _flush(path: Path) -> None:
+    """Force a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,30 @@
+"""Pruning methods. One method, one file; the imports below fill the registry."""
+
+from pruners import (
+    cdpruner,
+    dart,
+    divprune,
+    fastervlm,
+    fastv,
+    fsr,
+    hiprune,
+    none,
+    pooling,
+    promprune,
+    prumerge,
+    prunesid,
+    prunesid_dyn,
+    pyramiddrop,
+    random,
+    scope,
+    sparsevlm,
+    sppruner,
+    trimtokenator,
+    uniform,
+    visionzip,
+    vispruner,
+    zspaprune,
+)
+from pruners.base import REGISTRY, InLLMPruner, LayerTokens, Pruner, PrunerError, Selection, VisualTokens, build
+
+__all__ = ["REGISTRY", "InLLMPruner", "LayerTokens", "Pruner", "PrunerError", "Selection", "VisualTokens", "build"]

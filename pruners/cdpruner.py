@@ -1,0 +1,57 @@
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pruners.base import Pruner, Selection, VisualTokens, register
+from pruners.linalg import cosine_gram, greedy_map
+from pruners.relevance import clip_relevance, embedding_relevance, range_over_image
+
+
+@register("cdpruner")
+@dataclass(frozen=True)
+class CDPruner(Pruner):
+    """Greedy MAP of a determinantal point process whose kernel is conditioned on the relevance to the question.
+
+    Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
+    NeurIPS 2025, arXiv 2506.10967.
+
+    Args:
+        relevance_space: `clip`, minus the cosine of patch and question in CLIP's joint space (released code; the sign is
+            intended), or `llm_embed`, the cosine of projected token and mean question embedding (our extension for models
+            without a CLIP encoder).
+        theta: None takes the relevance as it is (released code); a number in [0, 1) takes exp(theta / (2 (1 - theta)) *
+            relevance) instead (present in the released code, switched off; 0.5 there).
+        order: `spatial` as the released code, or `picked` for the greedy order.
+
+    Deviations: features are normalised in float32 (released: the model's dtype); constant relevance, also that of an empty
+    question, counts as 1 (released: division by zero); once the kernel's rank is exhausted the most relevant of the
+    remaining tokens follow (released: NaN).
+    """
+
+    relevance_space: Literal["clip", "llm_embed"] = "clip"
+    theta: float | None = None
+    order: Literal["spatial", "picked"] = "spatial"
+
+    paper = "arXiv 2506.10967"
+    status = "official"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        question = {"clip_patches", "clip_text"} if self.relevance_space == "clip" else {"text_embeddings"}
+        return frozenset({"features", *question})
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        relevance = self.relevance(tokens)
+        weights = relevance if self.theta is None else (self.theta / (2 * (1 - self.theta)) * relevance).exp()
+        kernel = weights[:, :, None] * cosine_gram(tokens.features) * weights[:, None]
+        floor = torch.finfo(kernel.dtype).tiny  # relevance spans six decades, so that no pivot is too small
+        picks = greedy_map(kernel, keep, fallback=relevance, floor=floor)
+        return Selection(picks if self.order == "picked" else picks.sort(1).values, in_order=self.order == "picked")
+
+    def relevance(self, tokens: VisualTokens) -> Tensor:
+        """[B, N] between 1e-6 / range and a little above 1, scaled over all crops of an image together."""
+        raw = -clip_relevance(tokens) if self.relevance_space == "clip" else embedding_relevance(tokens)
+        low, high = range_over_image(raw, tokens.image_of_row)
+        return torch.where(high > low, (raw - low + 1e-6) / (high - low), 1.0)

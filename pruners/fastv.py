@@ -1,0 +1,63 @@
+from dataclasses import dataclass
+from math import floor
+from typing import Literal
+
+from torch import Tensor
+
+from pruners.base import InLLMPruner, LayerTokens, Selection, register
+from pruners.linalg import top_k
+
+
+@dataclass(frozen=True)
+class SingleCut(InLLMPruner):
+    """An in-LLM pruner that acts once, before one layer.
+
+    Args:
+        layer: 0-based layer before which the tokens go.
+        budget: `average` chooses the kept count so that the mean over all layers is the budget; `after` keeps exactly the
+            budget from `layer` on.
+    """
+
+    layer: int = 2
+    budget: Literal["average", "after"] = "average"
+
+    def schedule(self, tokens: int, layers: int, keep: int) -> dict[int, int]:
+        if not 0 < self.layer < layers:
+            self.fail(f"layer={self.layer} is not between the layers 0..{layers - 1} of this model")
+        kept = keep
+        if self.budget == "average":
+            kept = floor((layers * keep - self.layer * tokens) / (layers - self.layer) + 0.5)
+        if not 1 <= kept <= tokens:
+            self.fail(f"cannot average {keep} tokens over {layers} layers when the first {self.layer} process {tokens}")
+        return {self.layer: kept}
+
+
+@register("fastv")
+@dataclass(frozen=True)
+class FastV(SingleCut):
+    """Visual tokens the last prompt position attends to most in an early layer.
+
+    Chen et al., "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language
+    Models", ECCV 2024, arXiv 2403.06764.
+
+    Args:
+        layer: 0-based layer before which the tokens go, ranked by the attention of the layer before (paper: K = 2).
+        budget: `average` compares methods at an equal mean over the layers, (L keep - layer N) / (L - layer) tokens after the
+            cut; `after` keeps exactly `keep` there. Published tables use either, often without saying which.
+        positions: survivors keep their position ids (released code), or `reindex` them.
+
+    Deviations: none. The paper's variant that masks instead of removing is left out.
+    """
+
+    positions: Literal["original", "reindex"] = "original"
+
+    paper = "arXiv 2403.06764"
+    status = "official"
+    needs = frozenset({"attention"})
+
+    def rank(self, tokens: LayerTokens, keep: int) -> Tensor:
+        """The kept visual tokens by descending attention, [B, keep]."""
+        return top_k(tokens.relevance(), keep)
+
+    def select(self, tokens: LayerTokens, keep: int) -> Selection:
+        return Selection(self.rank(tokens, keep).sort(1).values)

@@ -1,0 +1,284 @@
+"""The textbook pieces that methods share. Float32 in, batched over the leading axes, no host synchronisation.
+
+The one exception is `non_maximum_suppression`, whose number of rounds depends on the data.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+GRAM_BLOCK = 144  # rows per product of the blocked Gram matrix; 96..192 measure alike
+
+
+def normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
+    """Rows of x divided by max(norm, eps)."""
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(eps)
+
+
+def cosine_gram(x: Tensor, eps: float = 1e-12) -> Tensor:
+    """[..., N, D] -> cosine similarity of every pair of rows, [..., N, N], exactly symmetric."""
+    return symmetric_gram(normalize(x, eps))
+
+
+def symmetric_gram(x: Tensor) -> Tensor:
+    """x x^T for x [..., N, D]: blocks on and below the diagonal are computed, the others mirrored."""
+    count = x.shape[-2]
+    gram = x.new_empty(*x.shape[:-1], count)
+    for low in range(0, count, GRAM_BLOCK):
+        high = min(low + GRAM_BLOCK, count)
+        gram[..., low:high, :high] = x[..., low:high, :] @ x[..., :high, :].transpose(-1, -2)
+        gram[..., :low, low:high] = gram[..., low:high, :low].transpose(-1, -2)
+    return gram
+
+
+def min_max(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """(x - min) / (max - min + eps) along the last axis."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    return (x - low) / (high - low + eps)
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest along the last axis, descending; equal scores by lower index."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def evenly_spaced(count: int, k: int) -> Tensor:
+    """k of 0..count-1, at the centres of equal intervals."""
+    return (2 * torch.arange(k) + 1) * count // (2 * k)
+
+
+def concatenate_rows(first: Tensor, count: Tensor, second: Tensor) -> Tensor:
+    """Row by row the leading `count` [B] entries of `first` [B, k], then those of `second` [B, k]; cut to k."""
+    place = torch.arange(first.shape[1], device=first.device).expand_as(first)
+    behind = place - count[:, None]
+    return torch.where(behind < 0, first, second.gather(1, behind.clamp_min(0)))
+
+
+def facility_location(similarity: Tensor, weights: Tensor, k: int, additive: bool = False) -> Tensor:
+    """Greedy weighted coverage: k picks [B, k] in the order taken, ties to the lower index.
+
+    Each step takes the v of largest weights_v * gain_v (or gain_v + weights_v), where
+    gain_v = sum_u max(0, similarity_uv - cover_u) and cover_u = max(0, similarity to the picks so far).
+
+    A pick changes the terms of those u alone that it covers better, N / t of them on average at step t. On the CPU only
+    these are exchanged, in float64, so that the sum stays that of the float32 terms; on a GPU, where reading which they
+    are would stall every step, all terms are summed anew.
+
+    Args:
+        similarity: [B, N, N], symmetric.
+        weights: [B, N].
+    """
+    batch, count = weights.shape
+    rows = similarity.flatten(0, 1)
+    start = torch.arange(batch, device=rows.device) * count
+    cover = torch.zeros(batch * count, device=rows.device)
+    taken = torch.zeros_like(weights, dtype=torch.bool)
+    gain = torch.zeros_like(weights, dtype=torch.float64)
+    if not rows.is_cuda:
+        _exchange_terms(gain, rows, torch.arange(batch * count), torch.full_like(cover, torch.inf), cover)
+    picks = []
+    for _ in range(k):
+        if rows.is_cuda:
+            gain = (similarity - cover.view(batch, 1, count)).clamp_min_(0).sum(2, dtype=torch.float64)
+        score = gain.float() + weights if additive else gain.float() * weights
+        pick = score.masked_fill_(taken, -torch.inf).argmax(1)
+        picks.append(pick)
+        taken.scatter_(1, pick[:, None], True)
+        closer = torch.maximum(cover, rows.index_select(0, pick + start).flatten())
+        if not rows.is_cuda:
+            _exchange_terms(gain, rows, (closer > cover).nonzero()[:, 0], cover, closer)
+        cover = closer
+    return torch.stack(picks, 1)
+
+
+def _exchange_terms(gain: Tensor, rows: Tensor, changed: Tensor, old: Tensor, new: Tensor) -> None:
+    """Put max(0, rows_u - new_u) in the place of max(0, rows_u - old_u) in the sums `gain` [B, N], for the `changed` u."""
+    for part in changed.split(256):  # few enough for the temporaries to stay in the cache
+        terms = rows.index_select(0, part)
+        lost = (terms - old[part, None]).clamp_min_(0).sub_(terms.sub_(new[part, None]).clamp_min_(0))
+        gain.index_add_(0, part // gain.shape[1], lost.double(), alpha=-1)
+
+
+def greedy_map(
+    kernel: Tensor,
+    k: int,
+    free: Tensor | None = None,
+    first: Tensor | None = None,
+    fallback: Tensor | None = None,
+    floor: float = 1e-8,
+) -> Tensor:
+    """Greedy MAP of a determinantal point process by incremental Cholesky: k distinct picks [B, k] in the order taken.
+
+    Each step takes the largest residual (squared distance to the span of the picks), ties to the lower index. Once no
+    residual is positive, the rank is exhausted and the rest follows by descending `fallback`.
+
+    Args:
+        kernel: [B, N, N], symmetric, positive semi-definite.
+        free: [B, N] tokens that may be picked; None: all.
+        first: [B] the first pick, if it is not the largest diagonal entry.
+        fallback: [B, N]; None: by index.
+        floor: smallest pivot divided by.
+    """
+    batch, count = kernel.shape[:2]
+    rows = kernel.flatten(0, 1)
+    start = torch.arange(batch, device=rows.device) * count
+    free = torch.ones(batch, count, dtype=torch.bool, device=rows.device) if free is None else free
+    residual = kernel.diagonal(dim1=1, dim2=2).masked_fill(~free, -torch.inf)
+    factor = kernel.new_zeros(batch, k, count)  # row t: column t of the Cholesky factor
+    picks, pivots = [], []
+    for t in range(k):
+        pick = first if t == 0 and first is not None else residual.argmax(1)
+        pivot = residual.gather(1, pick[:, None])
+        picks.append(pick)
+        pivots.append(pivot)
+        past = factor[:, :t]
+        known = past.gather(2, pick[:, None, None].expand(-1, t, 1)).transpose(1, 2)
+        row = torch.baddbmm(rows.index_select(0, pick + start)[:, None], known, past, alpha=-1)[:, 0]
+        column = row / torch.where(pivot > 0, pivot.clamp_min(floor), torch.inf).sqrt()
+        factor[:, t] = column
+        residual = residual.addcmul(column, column, value=-1).scatter_(1, pick[:, None], -torch.inf)
+    order, alive = torch.stack(picks, 1), torch.cat(pivots, 1) > 0
+    if first is not None:
+        alive[:, 0] = True
+    taken = torch.zeros_like(residual).scatter_add_(1, order, alive.float()) > 0
+    fallback = torch.zeros_like(residual) if fallback is None else fallback
+    rest = top_k(fallback.masked_fill(taken | ~free, -torch.inf), k)
+    return concatenate_rows(order, alive.sum(1), rest)
+
+
+def farthest_point(
+    distance: Tensor,
+    seeds: Tensor,
+    k: int,
+    seed_count: Tensor | None = None,
+    update: Callable[[Tensor, Tensor], Tensor] = torch.minimum,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Greedy dispersion: the seeds, then the farthest token from all picks so far; k picks [B, k], ties to the lower index.
+
+    Args:
+        distance: [B, N, N], symmetric.
+        seeds: [B, S] first picks, 1 <= S <= k.
+        seed_count: [B] how many of its seeds (at least 1) a row uses; None: all.
+        update: how distances to several picks combine: `torch.minimum` is the max-min rule, `torch.add` maximises the mean.
+        weights: [B, N] factor on the combined distance.
+    """
+    batch, count = distance.shape[:2]
+    rows = distance.flatten(0, 1)
+    start = torch.arange(batch, device=rows.device) * count
+    taken = torch.zeros(batch, count, dtype=torch.bool, device=rows.device)
+    picks: list[Tensor] = []
+    gap = torch.empty(0)
+    for t in range(k):
+        if t > 0:
+            score = gap if weights is None else gap * weights
+            pick = score.masked_fill(taken, -torch.inf).argmax(1)
+        if t < seeds.shape[1]:
+            seed = seeds[:, t]
+            pick = seed if t == 0 or seed_count is None else torch.where(t < seed_count, seed, pick)
+        picks.append(pick)
+        taken.scatter_(1, pick[:, None], True)
+        row = rows.index_select(0, pick + start)
+        gap = row if t == 0 else update(gap, row)
+    return torch.stack(picks, 1)
+
+
+def most_isolated(distance: Tensor) -> Tensor:
+    """[B] the token whose nearest neighbour is farthest away, for distance [B, N, N]; ties to the lower index."""
+    own = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
+    return distance.masked_fill(own, torch.inf).amin(2).argmax(1)
+
+
+def non_maximum_suppression(suppresses: Tensor, candidates: Tensor) -> Tensor:
+    """The candidates [B, N] that no surviving candidate suppresses.
+
+    The sequential rule as a fixed point: each round settles at least the next link of every chain of suppressions, and the
+    answer is unique because suppression only runs from higher to lower scores.
+
+    Args:
+        suppresses: [B, N, N] float, 1 where the row's token removes the column's. Without cycles.
+        candidates: [B, N] bool.
+    """
+    kept = candidates
+    while True:
+        hit = torch.bmm(kept[:, None].to(suppresses.dtype), suppresses)[:, 0] > 0
+        settled = candidates & ~hit
+        if torch.equal(settled, kept):
+            return kept
+        kept = settled
+
+
+def largest_remainder(share: Tensor, total: int) -> Tensor:
+    """Integers [B, K] that sum to `total`, nearest to share * total for shares [B, K] that sum to 1 (Hamilton's method)."""
+    exact = share * total
+    whole = exact.floor().long()
+    order = top_k(exact - whole, share.shape[-1])
+    place = order.argsort(-1)
+    return whole + (place < total - whole.sum(-1, keepdim=True)).long()
+
+
+def principal_axes(x: Tensor, k: int, seed: int | None = None) -> Tensor:
+    """The k leading right singular vectors of x [B, M, N] as columns [B, N, k].
+
+    Args:
+        seed: None for the exact vectors; else those of the randomised range finder of Halko et al. (arXiv 0909.4061,
+            Algorithm 5.1) without oversampling, with two power iterations and one Gaussian test matrix for the whole batch,
+            drawn on the CPU from a generator of its own.
+    """
+    if seed is None:
+        return torch.linalg.eigh(symmetric_gram(x.transpose(1, 2))).eigenvectors[..., -k:].flip(-1)
+    wide = x.shape[1] < x.shape[2]
+    tall = x.transpose(1, 2) if wide else x
+    test = torch.randn(tall.shape[2], k, generator=torch.Generator().manual_seed(seed)).to(x.device)
+    basis = torch.linalg.qr(tall @ test).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(tall.transpose(1, 2) @ basis).Q
+        basis = torch.linalg.qr(tall @ basis).Q
+    left, _, right = torch.linalg.svd(basis.transpose(1, 2) @ tall, full_matrices=False)
+    return basis @ left if wide else right.transpose(1, 2)
+
+
+def merge_into_anchors(
+    features: Tensor, anchors: Tensor, affinity: Tensor, weights: Tensor, limit: Tensor | int, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted means of anchors and the dropped tokens nearest to them.
+
+    Every token goes to its anchor of largest affinity (ties: first anchor); of all tokens the `limit` with the largest such
+    affinity (ties: lower index) are merged, the others are lost.
+
+    Args:
+        features: [B, N, D].
+        anchors: [B, K] token indices.
+        affinity: [B, K, N] of anchor and token, -inf where they may not merge.
+        weights: [B, N] positive.
+        limit: how many tokens to merge at most, for all rows or per row [B].
+        most: upper bound of limit.
+
+    Returns:
+        Anchor features [B, K, D] (untouched where nothing came in), the merged tokens [B, most] by descending affinity, with
+        -1 behind the last, and the places of their anchors in 0..K-1 [B, most].
+    """
+    best, nearest = affinity.max(1)
+    source = top_k(best, most)
+    slot = nearest.gather(1, source)
+    place = torch.arange(source.shape[1], device=source.device)
+    valid = (place < (limit[:, None] if isinstance(limit, Tensor) else limit)) & (best.gather(1, source) > -torch.inf)
+    slots = torch.arange(anchors.shape[1], device=slot.device)[:, None]
+    inflow = torch.where((slot[:, None] == slots) & valid[:, None], weights.gather(1, source)[:, None], 0.0)  # [B, K, most]
+    own = weights.gather(1, anchors)[..., None]
+    kept = take(features, anchors)
+    merged = (own * kept + inflow @ take(features, source)) / (own + inflow.sum(-1, keepdim=True))
+    touched = inflow.sum(-1, keepdim=True) > 0
+    return torch.where(touched, merged, kept), source.masked_fill(~valid, -1), slot
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, K] of x [B, N, D]: [B, K, D]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def complement(index: Tensor, count: int) -> Tensor:
+    """The count - K of 0..count-1 that are not among the distinct index [B, K], ascending."""
+    absent = torch.ones(len(index), count, device=index.device).scatter_(1, index, 0)
+    return top_k(absent, count - index.shape[1])

@@ -1,0 +1,18 @@
+from dataclasses import dataclass
+
+import torch
+
+from pruners.base import Pruner, Selection, VisualTokens, register
+
+
+@register("none")
+@dataclass(frozen=True)
+class NoPruning(Pruner):
+    """The unpruned model: every token goes on, whatever the budget. The row all others are relative to."""
+
+    paper = "-"
+    status = "baseline"
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        batch, count = tokens.shape
+        return Selection(torch.arange(count, device=tokens.features.device).expand(batch, -1))

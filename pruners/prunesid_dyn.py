@@ -1,0 +1,64 @@
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pruners.base import Selection, VisualTokens, register
+from pruners.linalg import cosine_gram
+from pruners.prunesid import PruneSID
+
+
+@register("prunesid_dyn")
+@dataclass(frozen=True)
+class PruneSIDDyn(PruneSID):
+    """PruneSID with a budget per image: proportional to 1 - rho, the less redundant the more, equal to `keep` on average.
+
+    Fang et al., arXiv 2603.09480 (PruneSID-Dyn). Not in the released code; rounding and bounds are our reading.
+
+    Args:
+        mean_phi: mean of 1 - rho over the benchmark, from a first pass that reads the diagnostic `phi`; None takes the mean
+            over the images of the call, so that a call for one image is plain PruneSID.
+        min_tokens: smallest budget of an image (unless the average itself is below).
+
+    All other fields as PruneSID. Deviations: the budgets are read from the device, and images are pruned one by one, because
+    the number of groups depends on them.
+    """
+
+    mean_phi: float | None = None
+    min_tokens: int = 16
+
+    paper = "arXiv 2603.09480"
+    status = "paper"
+    adaptive = True
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        x = tokens.encoder_features if self.variant == "llava" else tokens.features
+        assert x is not None
+        count = x.shape[1]
+        similarity = cosine_gram(x)
+        trace = similarity.diagonal(dim1=1, dim2=2).sum(1)
+        phi = (1 - (similarity.sum((1, 2)) - trace) / (count * (count - 1))).clamp_min(1e-6)
+        mean = phi.mean() if self.mean_phi is None else self.mean_phi
+        budgets = (keep * phi / mean).round().long().clamp(min(self.min_tokens, keep), count)
+        rows = [super(PruneSIDDyn, self).select(_row(tokens, i), budget) for i, budget in enumerate(budgets.tolist())]
+        width = max(row.indices.shape[1] for row in rows)
+        features = [_padded(row.features, width, 1) for row in rows if row.features is not None]
+        return Selection(
+            torch.cat([_padded(row.indices, width, 0) for row in rows]),
+            torch.cat(features) if features else None,
+            rows[0].space,
+            counts=budgets,
+            in_order=any(row.in_order for row in rows),
+            diagnostics={"phi": phi} | {name: torch.cat([row.diagnostics[name] for row in rows]) for name in rows[0].diagnostics},
+        )
+
+
+def _row(tokens: VisualTokens, i: int) -> VisualTokens:
+    return dataclasses.replace(tokens, **{name: t[i : i + 1] for name, t in tokens.tensors().items()})  # type: ignore[arg-type]
+
+
+def _padded(x: Tensor, width: int, behind: int) -> Tensor:
+    """Zeros up to `width` along axis 1, which has `behind` axes behind it."""
+    return pad(x, (0, 0) * behind + (0, width - x.shape[1]))

@@ -1,0 +1,87 @@
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from pruners.base import InLLMPruner, LayerTokens, Selection, register
+from pruners.linalg import top_k
+
+
+@register("pyramiddrop")
+@dataclass(frozen=True)
+class PyramidDrop(InLLMPruner):
+    """Fewer visual tokens at every stage, each time those the last prompt position would attend to in the next layer.
+
+    Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction",
+    CVPR 2025, arXiv 2410.17247.
+
+    Args:
+        stages: 0-based layers before which tokens go (paper: 8, 16, 24, also for 40 layers).
+        ratios: share of all visual tokens kept from each stage on; None chooses x, x^2, x^3 such that the mean over the layers
+            is the budget. The paper's (0.5, 0.25, 0.125) averages 270 of 576 tokens and takes that budget only.
+        positions: `reindex` the survivors (released code), or keep the `original` position ids.
+
+    Deviations: budgets below the paper's need a schedule that is not published. x is such a one (x = 0.253 for 192 of 576 in
+    32 layers). Where the layers before the first stage alone exceed the budget, or the model is shallower than the last stage,
+    all stages are halved until they do not (128 and 64 of 576: stages 4, 8, 12 with x = 0.375 and 2, 4, 6 with x = 0.307).
+    """
+
+    stages: tuple[int, ...] = (8, 16, 24)
+    ratios: tuple[float, ...] | None = None
+    positions: Literal["reindex", "original"] = "reindex"
+
+    paper = "arXiv 2410.17247"
+    status = "official"
+    needs = frozenset({"attention"})
+    attention_of = "next"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("stages", "ratios"):  # configs give lists
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(value))
+        if not self.stages or self.stages[0] < 1 or any(a >= b for a, b in pairwise(self.stages)):
+            self.fail(f"stages={self.stages} have to be positive and ascend")
+        if self.ratios is not None and (
+            len(self.ratios) != len(self.stages) or any(a < b for a, b in pairwise((1.0, *self.ratios, 0.0)))
+        ):
+            self.fail(f"ratios={self.ratios} have to be one per stage, descending within 0..1")
+
+    def schedule(self, tokens: int, layers: int, keep: int) -> dict[int, int]:
+        if self.ratios is not None:
+            if self.stages[-1] >= layers:
+                self.fail(f"stages={self.stages} do not fit into {layers} layers")
+            plan = {stage: max(1, int(tokens * ratio)) for stage, ratio in zip(self.stages, self.ratios, strict=True)}
+            mean = sum(_counts(plan, tokens, layers)) / layers
+            if keep != round(mean):
+                self.fail(f"ratios={self.ratios} average {mean:.1f} tokens, which is not the budget of {keep}")
+            return plan
+        stages = self.stages
+        while stages[-1] >= layers or stages[0] * tokens >= layers * keep:
+            if stages[0] == 1:
+                self.fail(f"cannot average {keep} of {tokens} tokens over {layers} layers, even with stages={stages}")
+            stages = tuple(dict.fromkeys(max(1, stage // 2) for stage in stages))
+        x = _root([b - a for a, b in pairwise((0, *stages, layers))], layers * keep / tokens)
+        return {stage: max(1, int(tokens * x**power)) for power, stage in enumerate(stages, 1)}
+
+    def select(self, tokens: LayerTokens, keep: int) -> Selection:
+        return Selection(top_k(tokens.relevance(), keep).sort(1).values)
+
+
+def _counts(plan: dict[int, int], tokens: int, layers: int) -> list[int]:
+    counts = []
+    for layer in range(layers):
+        tokens = plan.get(layer, tokens)
+        counts.append(tokens)
+    return counts
+
+
+def _root(lengths: list[int], target: float) -> float:
+    """The x in 0..1 where sum_i lengths_i x^i = target, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(length * middle**power for power, length in enumerate(lengths)) < target:
+            low = middle
+        else:
+            high = middle
+    return high

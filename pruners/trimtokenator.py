@@ -1,0 +1,46 @@
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pruners.base import Pruner, Selection, VisualTokens, register
+from pruners.linalg import cosine_gram, farthest_point, take, top_k
+from pruners.relevance import mean_text, text_mask
+
+
+@register("trimtokenator")
+@dataclass(frozen=True)
+class TrimTokenator(Pruner):
+    """The tokens nearest to the question in LLM space, thinned greedily to those least similar on average.
+
+    Zhang et al., "TrimTokenator: Towards Adaptive Visual Token Pruning for Large Multimodal Models", arXiv 2509.00320.
+    No official code; formulas from a third party's implementation.
+
+    Args:
+        survivors: share of the tokens that stage 1 keeps (third party's code: 0.8; the official value is unknown).
+        order: `spatial` as the third party, or `picked` for the greedy order.
+
+    Deviations: float32 (third party: float16); stage 1 keeps at least the budget. Squared norms of visual tokens dominate
+    stage 1, which therefore mostly drops tokens of large norm.
+    """
+
+    survivors: float = 0.8
+    order: Literal["spatial", "picked"] = "spatial"
+
+    paper = "arXiv 2509.00320"
+    status = "secondary"
+    needs = frozenset({"features", "text_embeddings"})
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        # minus the mean squared distance to the question's embeddings, up to a constant per row
+        alignment = 2 * (tokens.features @ mean_text(tokens)[..., None])[..., 0] - tokens.features.square().sum(2)
+        count = alignment.shape[1]
+        raster = torch.arange(count, device=alignment.device)
+        asked = text_mask(tokens).any(1, keepdim=True)
+        order = torch.where(asked, top_k(alignment, count), raster)  # numbers the tokens of stage 2
+        stays = (raster < max(int(self.survivors * count), keep)) | ~asked
+        similarity = cosine_gram(take(tokens.features, order), eps=1e-8)
+        first = (similarity * stays[:, None]).sum(2).masked_fill(~stays, torch.inf).argmin(1)
+        distance = -similarity.masked_fill(~stays[:, None], torch.inf)
+        picks = order.gather(1, farthest_point(distance, first[:, None], keep, update=torch.add))
+        return Selection(picks if self.order == "picked" else picks.sort(1).values, in_order=self.order == "picked")

@@ -1,0 +1,69 @@
+from dataclasses import dataclass
+from math import floor
+
+import torch
+from torch import Tensor
+
+from pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
+from pruners.linalg import complement, normalize, take, top_k
+
+
+@register("visionzip")
+@dataclass(frozen=True)
+class VisionZip(Pruner):
+    """The tokens CLS attends to most, and a few cluster means of the rest.
+
+    Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025, arXiv 2412.04467.
+    The output is CLS, the dominant patches ascending, then the contextual tokens; all of them count in the budget.
+
+    Args:
+        contextual: how many contextual tokens; None takes 5 of every 32 (54 + 10 of the README, and the pairs 108 + 20 and
+            162 + 30 quoted from the paper).
+
+    Deviations: float32 (released: float16); a key of length zero has cosine 0 (released: NaN).
+    """
+
+    contextual: int | None = None
+
+    paper = "arXiv 2412.04467"
+    status = "official"
+    merges = True
+    needs = frozenset({"features", "encoder_features", "cls_token", "saliency", "encoder_keys"})
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        assert tokens.encoder_features is not None and tokens.cls_token is not None and tokens.saliency is not None
+        context = floor(keep * 5 / 32 + 0.5) if self.contextual is None else self.contextual
+        if not 0 <= context < keep:
+            self.fail(f"{context} contextual tokens leave no place for CLS in a budget of {keep}")
+        count = tokens.encoder_features.shape[1]
+        dominant = self.dominant(tokens, keep - context - 1)
+        rest = complement(dominant, count)
+        targets, others = self.split(rest, context)
+        merged = take(tokens.encoder_features, targets)
+        if context:
+            member = torch.nn.functional.one_hot(self.assign(tokens, targets, others), context).to(merged.dtype)
+            sums = member.transpose(1, 2) @ take(tokens.encoder_features, others)
+            merged = merged + sums / member.sum(1).clamp_min(1)[..., None]
+        ascending = dominant.sort(1).values
+        cls = torch.full_like(rest[:, :1], EXTRA)
+        features = [tokens.cls_token[:, None], take(tokens.encoder_features, ascending), merged]
+        return Selection(torch.cat([cls, ascending, targets], 1), torch.cat(features, 1), "encoder", in_order=True)
+
+    def dominant(self, tokens: VisualTokens, count: int) -> Tensor:
+        """Step 1: patches of largest attention summed over heads, descending, [B, count]."""
+        assert tokens.saliency is not None
+        return top_k(tokens.saliency.sum(1), count)
+
+    def split(self, rest: Tensor, context: int) -> tuple[Tensor, Tensor]:
+        """Step 3: remaining patches [B, R], ascending -> evenly spaced targets [B, context] and the others [B, R - context]."""
+        places = torch.arange(context) * max(1, rest.shape[1] // max(context, 1))
+        return rest[:, places], rest[:, complement(places[None], rest.shape[1])[0]]
+
+    def assign(self, tokens: VisualTokens, targets: Tensor, others: Tensor) -> Tensor:
+        """Step 4: number of the target each other patch joins, by cosine of keys averaged over heads, [B, R - context]."""
+        assert tokens.encoder_keys is not None and tokens.saliency is not None
+        heads = tokens.saliency.shape[1]
+        if tokens.encoder_keys.shape[2] % heads:
+            self.fail(f"encoder_keys have shape {tuple(tokens.encoder_keys.shape)}, expected a width that {heads} heads divide")
+        metric = normalize(tokens.encoder_keys[:, 1:].unflatten(2, (heads, -1)).mean(2))
+        return (take(metric, others) @ take(metric, targets).transpose(1, 2)).argmax(2)

@@ -1,0 +1,56 @@
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pruners.base import Pruner, Selection, VisualTokens, register
+from pruners.linalg import normalize, take, top_k
+
+
+@register("vispruner")
+@dataclass(frozen=True)
+class VisPruner(Pruner):
+    """Half the budget by CLS attention, the other half by rounds that drop the most repeated of the remaining tokens.
+
+    Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs", ICCV 2025,
+    arXiv 2412.01818.
+
+    Args:
+        important_ratio: share of the budget that goes by attention, rounded down (released default).
+        step: tokens dropped per round (released code).
+        order: `spatial` as the released code, or `picked`: important ones by attention, then the survivors of the rounds.
+
+    Deviations: float32 (released: float16). An odd number of remaining tokens, where the released code fails or loses tokens,
+    puts the middle one in the half that is dropped from; a zero vector has cosine 0.
+    """
+
+    important_ratio: float = 0.5
+    step: int = 8
+    order: Literal["spatial", "picked"] = "spatial"
+
+    paper = "arXiv 2412.01818"
+    status = "official"
+    needs = frozenset({"features", "encoder_features", "saliency"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.important_ratio <= 1 or self.step < 1:
+            self.fail(f"important_ratio={self.important_ratio} has to be in 0..1 and step={self.step} at least 1")
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        assert tokens.encoder_features is not None and tokens.saliency is not None
+        ranking = top_k(tokens.saliency.mean(1), tokens.saliency.shape[2])
+        important = int(keep * self.important_ratio)
+        rest, diverse = ranking[:, important:], keep - important
+        if diverse == 0:
+            rest = rest[:, :0]
+        unit = normalize(tokens.encoder_features)
+        while diverse and (drop := min(self.step, rest.shape[1] - diverse, (rest.shape[1] + 1) // 2)) > 0:
+            even, odd = rest[:, 0::2], rest[:, 1::2]
+            repeated = (take(unit, even) @ take(unit, odd).transpose(1, 2)).amax(2)
+            survivors = top_k(repeated, even.shape[1])[:, drop:]
+            rest = torch.cat([even.gather(1, survivors), odd], 1)
+        picks = torch.cat([ranking[:, :important], rest], 1)
+        if self.order == "picked":
+            return Selection(picks, in_order=True)
+        return Selection(picks.sort(1).values)

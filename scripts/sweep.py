@@ -1,0 +1,26 @@
+"""Run cells: `python scripts/sweep.py pruner=scope budget=16`, with `-m` for every combination of comma lists."""
+
+import os
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+
+@hydra.main(config_path="../configs", config_name="sweep", version_base="1.3")
+def main(config: DictConfig) -> None:
+    from eval.sweep import run_job
+
+    run_job(config)
+
+
+if __name__ == "__main__":
+    # one progress bar, ours, in place of one a library; their warnings stay
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("LOGURU_LEVEL", "WARNING")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished cells are kept; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,90 @@
+"""Exactness against recorded outputs of the official code, on a small part of the recorded cases."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from scripts.check_golden import METHODS, Comparison, GoldenError, check, files, main
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("path", files(GOLDEN), ids=lambda path: path.stem)
+def test_cases_are_exact(path: Path) -> None:
+    report = check(path)
+    assert not report.mismatches
+    assert report.exact == report.cases == len(json.loads(path.read_text())["cases"])
+
+
+def test_every_adapter_has_a_case() -> None:
+    assert {path.stem.removesuffix("_ref") for path in files(GOLDEN)} == set(METHODS)
+
+
+def test_the_subset_stays_small() -> None:
+    assert sum(path.stat().st_size for path in GOLDEN.iterdir()) <= 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "exact"),
+    [
+        ([1, 2], [1, 2], True),
+        ([2, 1], [1, 2], False),
+        ([1, 2], [1, 2, 3], False),
+        ([], [], True),
+        ([1.0], [1.000009], True),
+        ([1.0], [1.00002], False),
+        ([float("nan")], [1.0], False),
+    ],
+)
+def test_comparison(ours: list, theirs: list, exact: bool) -> None:
+    assert Comparison("x", torch.tensor(ours), torch.tensor(theirs)).exact is exact
+
+
+def test_a_wrong_answer_is_a_mismatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    tensors = load_file(GOLDEN / "hiprune.safetensors")
+    name = next(key for key in tensors if key.endswith(".sorted"))
+    save_file(tensors | {name: tensors[name].flip(0).contiguous()}, tmp_path / "hiprune.safetensors")
+    (tmp_path / "hiprune.json").write_text((GOLDEN / "hiprune.json").read_text())
+    monkeypatch.setattr("sys.argv", ["check_golden.py", str(tmp_path)])
+    assert main() == 1
+    assert f"mismatch: hiprune {name.split('.')[0]}: sorted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "not a golden index"),
+        ("{", "not a golden index"),
+        ("[]", "not a golden index"),
+        ('{"method": "scope", "cases": []}', "no cases"),
+        ('{"method": "scope", "cases": [{}]}', "cases without id"),
+        ('{"method": "unheard", "cases": [{"id": "a"}]}', "unknown method 'unheard'; known: "),
+        ('{"method": "scope", "cases": [{"case": "a"}]}', "scope.safetensors: cannot be read"),
+    ],
+)
+def test_bad_files_are_one_clear_error(
+    content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "scope.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr("sys.argv", ["check_golden.py", str(path)])
+    assert main() == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_case_without_its_tensors_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "scope.json").write_text((GOLDEN / "scope.json").read_text())
+    save_file({"c00.features": torch.zeros(1, 4, 2)}, tmp_path / "scope.safetensors")
+    with pytest.raises(GoldenError, match="case c00 lacks 'cls_attn'"):
+        check(tmp_path / "scope.json")
+
+
+def test_a_folder_without_files_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(GoldenError, match="no JSON file in this folder"):
+        files(tmp_path)

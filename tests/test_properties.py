@@ -1,0 +1,284 @@
+"""What every pruner promises, on generated inputs, and how each answers bad ones."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from synthetic import KINDS, in_llm, label, layer_tokens, rows_of, variants, visual_tokens
+from torch import Tensor
+
+from pruners import REGISTRY, InLLMPruner, LayerTokens, Pruner, PrunerError, Selection, VisualTokens, build
+from pruners.base import EXTRA
+
+BEFORE, INSIDE = variants(Pruner), variants(InLLMPruner)
+NAMES = sorted(name for name in REGISTRY if not in_llm(name))
+INSIDE_NAMES = sorted(name for name in REGISTRY if in_llm(name))
+# answers that do not depend on where a token stands, apart from exact ties
+EQUIVARIANT = {"cdpruner", "fastervlm", "fsr", "none", "prumerge", "scope", "trimtokenator", "vispruner", "zspaprune"}
+EQUIVARIANT_INSIDE = {"fastv", "pyramiddrop", "sparsevlm"}
+
+generated = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+seeds = st.integers(0, 2**31 - 1)
+
+
+def allowed(pruner: Pruner, tokens: VisualTokens, keep: int) -> int:
+    """The budget nearest to `keep` that the pruner can hold."""
+    if pruner.name == "none":
+        return tokens.shape[1]
+    return tokens.shape[1] // 4 if pruner.name == "pooling" else keep
+
+
+def promise(selection: Selection, batch: int, count: int, passed: int, adaptive: bool) -> None:
+    """Right count, in range, distinct, ascending unless the method has an order of its own."""
+    index = selection.indices
+    assert index.shape[0] == batch
+    counts = [index.shape[1]] * batch if selection.counts is None else selection.counts.tolist()
+    if adaptive:
+        assert all(1 <= n <= index.shape[1] for n in counts)
+    else:
+        assert counts == [passed] * batch
+    for row, n in zip(index.tolist(), counts, strict=True):
+        patches = [i for i in row[:n] if i != EXTRA]
+        assert all(0 <= i < count for i in patches)
+        assert len(set(patches)) == len(patches)
+        assert selection.in_order or patches == sorted(patches)
+    if selection.features is None:
+        assert bool((index != EXTRA).all())
+    else:
+        assert selection.features.shape[:2] == index.shape
+        assert bool(torch.isfinite(selection.features).all())
+
+
+def same(a: Selection, b: Selection) -> bool:
+    """Equal indices, close features, equal counts, up to padding."""
+    width = min(a.indices.shape[1], b.indices.shape[1])
+    for x, y in ((a.counts, b.counts), (a.indices[:, :width], b.indices[:, :width])):
+        if (x is None) != (y is None) or (x is not None and y is not None and not torch.equal(x, y)):
+            return False
+    if a.features is None or b.features is None:
+        return a.features is b.features
+    return torch.allclose(a.features[:, :width], b.features[:, :width], atol=1e-5)
+
+
+def copy(tokens: VisualTokens | LayerTokens) -> dict[str, Tensor]:
+    return {f.name: v.clone() for f in dataclasses.fields(tokens) if isinstance(v := getattr(tokens, f.name), Tensor)}
+
+
+@pytest.mark.parametrize(("name", "options"), BEFORE, ids=label)
+@generated
+@given(data=st.data(), seed=seeds, kind=st.sampled_from(KINDS), batch=st.integers(1, 3), rows=st.integers(1, 4), columns=st.integers(1, 4))
+def test_contract(name: str, options: dict, data: Any, seed: int, kind: str, batch: int, rows: int, columns: int) -> None:
+    pruner = build(name, **options)
+    grid = (2 * rows, 2 * columns) if name == "pooling" else (rows, columns)
+    width, text = data.draw(st.sampled_from([2, 16])), data.draw(st.integers(0, 3))
+    tokens = visual_tokens(batch, grid, seed=seed, width=width, kind=kind, text=text)
+    keep = allowed(pruner, tokens, data.draw(st.integers(1, grid[0] * grid[1])))
+    before = copy(tokens)
+    selection = pruner.prune(tokens, keep)
+    promise(selection, batch, grid[0] * grid[1], keep, pruner.adaptive and keep < grid[0] * grid[1])
+    assert same(selection, pruner.prune(tokens, keep))
+    assert all(torch.equal(before[key], value) for key, value in copy(tokens).items())
+
+
+@pytest.mark.parametrize(("name", "options"), INSIDE, ids=label)
+@generated
+@given(data=st.data(), seed=seeds, kind=st.sampled_from(KINDS), batch=st.integers(1, 3), count=st.integers(1, 20))
+def test_contract_inside(name: str, options: dict, data: Any, seed: int, kind: str, batch: int, count: int) -> None:
+    pruner = build(name, **options)
+    tokens = layer_tokens(batch, count, seed=seed, kind=kind)
+    keep = data.draw(st.integers(1, count))
+    before = copy(tokens)
+    selection = pruner.prune(tokens, keep)
+    promise(selection, batch, count, pruner.passed(count, keep), pruner.adaptive)
+    assert same(selection, pruner.prune(tokens, keep))
+    assert all(torch.equal(before[key], value) for key, value in copy(tokens).items())
+
+
+@pytest.mark.parametrize(("name", "options"), BEFORE + INSIDE, ids=label)
+@settings(generated, max_examples=15)
+@given(data=st.data(), seed=seeds, rows=st.integers(1, 5), columns=st.integers(1, 5))
+def test_a_batch_equals_its_rows(name: str, options: dict, data: Any, seed: int, rows: int, columns: int) -> None:
+    pruner = build(name, **options)
+    if in_llm(name):
+        tokens = layer_tokens(3, rows * columns, seed=seed, width=48)
+        keep = data.draw(st.integers(1, rows * columns))
+    else:
+        grid = (2 * rows, 2 * columns) if name == "pooling" else (rows, columns)
+        tokens = visual_tokens(3, grid, seed=seed, width=48)
+        keep = allowed(pruner, tokens, data.draw(st.integers(1, grid[0] * grid[1])))
+    together = pruner.prune(tokens, keep)
+    for row in range(3):
+        alone = pruner.prune(rows_of(tokens, [row]), keep)
+        parts = {"indices": together.indices[[row]]}
+        if together.features is not None:
+            parts["features"] = together.features[[row]]
+        if together.counts is not None:
+            parts["counts"] = together.counts[[row]]
+        assert same(dataclasses.replace(together, **parts), alone)
+
+
+@pytest.mark.parametrize("name", sorted((EQUIVARIANT | EQUIVARIANT_INSIDE) & set(REGISTRY)))
+@settings(generated, max_examples=30)
+@given(data=st.data(), seed=seeds, count=st.integers(2, 24))
+def test_permuted_tokens_give_the_same_choice(name: str, data: Any, seed: int, count: int) -> None:
+    pruner = build(name)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    if in_llm(name):
+        tokens: Any = layer_tokens(2, count, seed=seed, width=48)
+        positions = torch.cat([torch.arange(3), 3 + order, torch.arange(3 + count, count + 9)])
+        moved = dataclasses.replace(
+            tokens, hidden=tokens.hidden[:, positions], attention=tokens.attention[..., positions], keys=tokens.keys[:, :, positions]
+        )
+        keep = data.draw(st.integers(1, count))
+    else:
+        tokens = visual_tokens(2, (1, count), seed=seed, width=48)
+        with_cls = torch.cat([torch.zeros(1, dtype=torch.long), 1 + order])
+        axes = {"features": order, "encoder_features": order, "clip_patches": order, "encoder_keys": with_cls}
+        axes |= {"last_queries": with_cls, "last_keys": with_cls}
+        parts = {key: getattr(tokens, key)[:, place] for key, place in axes.items()}
+        moved = dataclasses.replace(tokens, saliency=tokens.saliency[..., order], **parts)
+        keep = allowed(pruner, tokens, data.draw(st.integers(1, count)))
+
+    def chosen(selection: Selection, names: Tensor) -> list[set[int]]:
+        return [{int(names[i]) for i in row if i != EXTRA} for row in selection.indices.tolist()]
+
+    assert chosen(pruner.prune(tokens, keep), torch.arange(count)) == chosen(pruner.prune(moved, keep), order)
+
+
+def sample(name: str) -> tuple[Any, Any, int]:
+    """A pruner, good input of 16 tokens in 2 rows, and a budget it holds."""
+    pruner = build(name)
+    if in_llm(name):
+        return pruner, layer_tokens(2, 16), 4
+    tokens = visual_tokens(2, (4, 4))
+    return pruner, tokens, allowed(pruner, tokens, 4)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.parametrize("keep", [-1, 0, 17])
+def test_impossible_budget(name: str, keep: int) -> None:
+    pruner, tokens, _ = sample(name)
+    with pytest.raises(PrunerError, match=f"'{name}': cannot keep {keep} of 16 tokens; the budget must be between 1 and 16"):
+        pruner.prune(tokens, keep)
+
+
+def floats(name: str, tokens: Any) -> list[str]:
+    """Names of the needed captures that are tensors."""
+    return sorted(key for key in build(name).needs if isinstance(getattr(tokens, key), Tensor))
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite(name: str, value: float) -> None:
+    pruner, tokens, keep = sample(name)
+    for key in floats(name, tokens):
+        bad = getattr(tokens, key).clone()
+        bad.view(-1)[5] = value
+        with pytest.raises(PrunerError, match=f"'{name}': NaN or infinite values in {key}"):
+            pruner.prune(dataclasses.replace(tokens, **{key: bad}), keep)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_missing_captures(name: str) -> None:
+    pruner, tokens, keep = sample(name)
+    for key in build(name).needs - {"features"}:
+        with pytest.raises(PrunerError, match=f"'{name}': needs '{key}'"):
+            pruner.prune(dataclasses.replace(tokens, **{key: None}), keep)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_wrong_shapes_are_named(name: str) -> None:
+    pruner, tokens, keep = sample(name)
+    for key in floats(name, tokens):
+        good = getattr(tokens, key)
+        for bad in (good[0], good[:1], good[..., None], good[..., :0]):
+            if key == "features" and bad is not good[..., :0] and bad.dim() == 3:
+                continue  # one row of features makes the other captures wrong, not the features
+            with pytest.raises(PrunerError, match=f"'{name}': {key} (has|have) shape .*expected"):
+                pruner.prune(dataclasses.replace(tokens, **{key: bad}), keep)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "saliency" in build(name).needs])
+def test_saliency_of_wrong_length(name: str) -> None:
+    pruner, tokens, keep = sample(name)
+    bad = dataclasses.replace(tokens, saliency=tokens.saliency[..., :-1])
+    expected = rf"'{name}': saliency has shape \(2, 2, 15\), expected \[B = 2, H = 2, N = 16\]"
+    with pytest.raises(PrunerError, match=expected):
+        pruner.prune(bad, keep)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_rows(name: str) -> None:
+    pruner, tokens, keep = sample(name)
+    with pytest.raises(PrunerError, match=rf"'{name}': features have shape \(0, 16, 16\), expected \[B, N, D\]"):
+        pruner.prune(rows_of(tokens, []), keep)
+
+
+@pytest.mark.parametrize("name", INSIDE_NAMES)
+def test_no_rows_inside(name: str) -> None:
+    pruner, tokens, keep = sample(name)
+    with pytest.raises(PrunerError, match=rf"'{name}': visual has shape \(0, 16\), expected"):
+        pruner.prune(rows_of(tokens, []), keep)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_all_tokens_go_through_untouched(name: str) -> None:
+    pruner, tokens, _ = sample(name)
+    for few in (tokens, visual_tokens(2, (1, 1)) if not in_llm(name) else layer_tokens(2, 1)):
+        selection = pruner.prune(few, few.shape[1])
+        assert selection.features is None
+        assert selection.indices.tolist() == [list(range(few.shape[1]))] * 2
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_half_precision_is_scored_in_float32(name: str) -> None:
+    pruner, tokens, keep = sample(name)
+    half = {key: v.half() for key, v in copy(tokens).items() if v.is_floating_point()}
+    single = {key: v.float() for key, v in half.items()}
+    a = pruner.prune(dataclasses.replace(tokens, **half), keep)
+    b = pruner.prune(dataclasses.replace(tokens, **single), keep)
+    assert same(a, b)
+    assert a.features is None or a.features.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_strided_tensors(name: str) -> None:
+    pruner, tokens, keep = sample(name)
+    strided = {key: v.transpose(0, -1).contiguous().transpose(0, -1) for key, v in copy(tokens).items()}
+    assert same(pruner.prune(dataclasses.replace(tokens, **strided), keep), pruner.prune(tokens, keep))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masked_question_tokens_do_not_matter(name: str) -> None:
+    pruner, tokens, keep = sample(name)
+    padded = torch.cat([tokens.text_embeddings, torch.full((2, 2, 16), 7.0)], 1)
+    mask = torch.cat([tokens.text_mask, torch.zeros(2, 2, dtype=torch.bool)], 1)
+    assert same(
+        pruner.prune(tokens, keep), pruner.prune(dataclasses.replace(tokens, text_embeddings=padded, text_mask=mask), keep)
+    )
+
+
+@pytest.mark.parametrize("name", INSIDE_NAMES)
+def test_prompt_without_text(name: str) -> None:
+    pruner, tokens, keep = sample(name)
+    with pytest.raises(PrunerError, match=f"'{name}': text has a row without a real position"):
+        pruner.prune(dataclasses.replace(tokens, text=torch.zeros_like(tokens.text)), keep)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_unknown_values_and_options_are_errors(name: str) -> None:
+    with pytest.raises(PrunerError, match=f"pruner '{name}' has no option nonsense"):
+        build(name, nonsense=1)
+    for variant, options in BEFORE + INSIDE:
+        for field in options if variant == name else ():
+            if isinstance(options[field], str):
+                with pytest.raises(PrunerError, match=f"'{name}': {field}='nonsense' is not one of"):
+                    build(name, **{field: "nonsense"})
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(PrunerError, match="unknown pruner 'unheard'; known: .*scope"):
+        build("unheard")

@@ -1,0 +1,165 @@
+"""The small examples of the method descriptions, calculated by hand."""
+
+import pytest
+import torch
+
+from pruners import LayerTokens, PrunerError, VisualTokens, build
+from pruners.base import EXTRA
+
+# six tokens and a question of two, used by several methods
+V = torch.tensor([[1, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.9, 0.2], [0, 0, 1], [0.6, 0.6, 0]])
+
+
+def close(a: torch.Tensor, b: list, atol: float = 1e-4) -> bool:
+    return torch.allclose(a, torch.tensor(b), atol=atol)
+
+
+def test_visionzip() -> None:
+    saliency = torch.tensor([0.3, 0.25, 0.2, 0.1, 0.1, 0.05]).expand(1, 2, 6)
+    keys = torch.cat([torch.ones(1, 3), V]).repeat(1, 2)[None]  # two equal heads
+    tokens = VisualTokens(V[None], encoder_features=V[None], cls_token=torch.zeros(1, 3), saliency=saliency, encoder_keys=keys)
+    selection = build("visionzip", contextual=2).prune(tokens, 5)
+    assert selection.indices.tolist() == [[EXTRA, 0, 1, 2, 4]]
+    assert close(selection.features[0, 3:], [[0.3, 1.75, 0.1], [0, 0, 1]])
+
+
+@pytest.mark.parametrize(("budget", "contextual"), [(192, 30), (128, 20), (64, 10), (32, 5)])
+def test_visionzip_contextual_share(budget: int, contextual: int) -> None:
+    x = torch.randn(1, 576, 8, generator=torch.Generator().manual_seed(0))
+    keys = torch.cat([x[:, :1], x], 1)
+    tokens = VisualTokens(x, encoder_features=x, cls_token=x[:, 0], saliency=x.abs().mean(2)[:, None], encoder_keys=keys)
+    indices = build("visionzip").prune(tokens, budget).indices[0]
+    assert (indices[1 : budget - contextual].diff() > 0).all()
+    assert (indices[budget - contextual :].diff() > 0).all()
+    assert indices[budget - contextual] < indices[budget - contextual - 1]
+
+
+def test_vispruner() -> None:
+    features = torch.cat([V, torch.tensor([[0, 0.1, 1], [0.5, 0, 0.5]])])[None]
+    saliency = torch.tensor([[[0.30, 0.06, 0.20, 0.12, 0.10, 0.05, 0.14, 0.03]]])
+    tokens = VisualTokens(features, encoder_features=features, saliency=saliency)
+    picked = build("vispruner", important_ratio=1 / 3, order="picked").prune(tokens, 6)
+    assert picked.indices.tolist() == [[0, 2, 6, 3, 1, 7]]
+
+
+def test_prumerge() -> None:
+    features = torch.tensor([[[1.0, 0], [0, 1], [1, 1], [2, 0]]])
+    queries = torch.tensor([[[2.0, 0], [0, 0], [0, 0], [0, 0], [0, 0]]])
+    keys = torch.tensor([[[0, 0], [2, 0], [0, 1], [1, 1], [1.5, 0.5]]])
+    tokens = VisualTokens(features, encoder_features=features, last_queries=queries, last_keys=keys)
+    pruner = build("prumerge", neighbours=2)
+    assert close(pruner.attention(tokens), [[0.5393, 0.0319, 0.1311, 0.2659]])
+    selection = pruner.prune(tokens, 3)
+    assert selection.indices.tolist() == [[0, 3, EXTRA]]
+    assert close(selection.features[0], [[1.6629, 0.1311], [2.6704, 0.1311], [0.1311, 0.1630]])
+
+
+def test_prumerge_plus_fixed() -> None:
+    attention = torch.tensor([[0.1, 0.9, 0.2, 0.3, 0.8, 0.4, 0.5, 0.6, 0.7, 0.0]])
+    assert build("prumerge_plus").centres(attention, 5).tolist() == [[1, 4, 0, 3, 7]]
+
+
+def test_prumerge_without_outliers_keeps_one_centre() -> None:
+    x = torch.ones(1, 16, 4)
+    tokens = VisualTokens(x, encoder_features=x, last_queries=torch.ones(1, 17, 4), last_keys=torch.ones(1, 17, 4))
+    selection = build("prumerge", adaptive=True).prune(tokens, 1)
+    assert selection.counts.tolist() == [2]
+    assert selection.indices.tolist() == [[0, EXTRA]]
+
+
+def test_hiprune() -> None:
+    tokens = VisualTokens(
+        torch.zeros(1, 9, 1),
+        grid=(3, 3),
+        object_attention=torch.tensor([[0.30, 0.06, 0.20, 0.12, 0.10, 0.05, 0.14, 0.03, 0]]),
+        output_attention=torch.tensor([[0.1, 0.2, 0.05, 0.3, 0.02, 0.15, 0.08, 0.06, 0.04]]),
+    )
+    assert build("hiprune", alpha=0.5, order="picked").prune(tokens, 6).indices.tolist() == [[0, 1, 3, 5, 6, 7]]
+
+
+def test_pooling() -> None:
+    tokens = VisualTokens(torch.arange(16.0).view(1, 16, 1), grid=(2, 8))
+    selection = build("pooling").prune(tokens, 4)
+    assert selection.indices.tolist() == [[0, 2, 4, 6]]
+    assert selection.features.flatten().tolist() == [4.5, 6.5, 8.5, 10.5]
+    with pytest.raises(PrunerError, match="keeps 4 of 16 tokens and cannot keep 5"):
+        build("pooling").prune(tokens, 5)
+    with pytest.raises(PrunerError, match="both sides have to be even"):
+        build("pooling").prune(VisualTokens(torch.zeros(1, 12, 1), grid=(3, 4)), 3)
+
+
+def test_fastv() -> None:
+    rows = torch.tensor([[0.1, 0.05, 0.3, 0.1, 0.2, 0.25], [0.1, 0.05, 0.1, 0.3, 0.2, 0.25]])
+    tokens = LayerTokens(torch.arange(1, 5)[None], torch.tensor([[False] * 5 + [True]]), attention=rows[None, :, None])
+    kept = build("fastv").prune(tokens, 2).indices
+    assert tokens.survivors(kept).tolist() == [[0, 2, 3, 5]]
+
+
+def test_fastv_schedules() -> None:
+    assert build("fastv", budget="after").schedule(576, 32, 192) == {2: 192}
+    assert build("fastv").schedule(576, 32, 192) == {2: 166}  # (32 * 192 - 2 * 576) / 30 = 166.4
+    with pytest.raises(PrunerError, match="cannot average 32 tokens"):
+        build("fastv").schedule(576, 32, 32)
+
+
+def test_dart() -> None:
+    hidden = torch.cat([torch.ones(1, 3), V, torch.tensor([[1.0, 1, 1], [0, 0, 1]])])[None]
+    keys = torch.tensor([[1.0, 1], [1, 2], [5, 1], [1, 1], [2, 2], [0, 1], [3, 3], [4, 0], [1, 0]])[None, None]
+    tokens = LayerTokens(torch.arange(1, 7)[None], torch.tensor([[False] * 7 + [True] * 2]), hidden=hidden, keys=keys)
+    pruner = build("dart", image_pivots=1, text_pivots=1)
+    image, text = pruner.pivots(tokens)
+    assert (image.tolist(), text.tolist(), pruner.visit_order(image, text).tolist()) == ([[2]], [[7]], [[2, 7]])
+    assert tokens.visual.gather(1, pruner.prune(tokens, 4).indices).tolist() == [[1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(192, 196), (128, 132), (64, 68)])
+def test_dart_passes_more_than_its_budget(budget: int, kept: int) -> None:
+    assert build("dart").passed(576, budget) == kept
+
+
+def test_pyramiddrop_of_the_paper() -> None:
+    pruner = build("pyramiddrop", ratios=(0.5, 0.25, 0.125))
+    assert pruner.schedule(576, 32, 270) == {8: 288, 16: 144, 24: 72}
+    assert pruner.average(576, 32, 270) == 270
+    with pytest.raises(PrunerError, match=r"average 270.0 tokens, which is not the budget of 192"):
+        pruner.schedule(576, 32, 192)
+
+
+@pytest.mark.parametrize(
+    ("budget", "plan"),
+    [(192, {8: 145, 16: 36, 24: 9}), (128, {4: 215, 8: 80, 12: 30}), (64, {2: 176, 4: 54, 6: 16})],
+)
+def test_pyramiddrop_at_equal_averages(budget: int, plan: dict) -> None:
+    pruner = build("pyramiddrop")
+    assert pruner.schedule(576, 32, budget) == plan
+    assert budget - 1 < pruner.average(576, 32, budget) <= budget
+
+
+# visual tokens after each stage, merged ones included
+@pytest.mark.parametrize(
+    ("budget", "counts"), [(192, [309, 204, 113]), (128, [312, 117, 39]), (96, [249, 55, 27]), (64, [82, 32, 18])]
+)
+def test_sparsevlm_counts(budget: int, counts: list[int]) -> None:
+    pruner, tokens, passed = build("sparsevlm"), 576, []
+    for keep in pruner.schedule(576, 32, budget).values():
+        tokens = pruner.passed(tokens, keep)
+        passed.append(tokens)
+    assert passed == counts
+
+
+def test_sparsevlm_average_of_192_is_above_it() -> None:
+    assert round(build("sparsevlm").average(576, 32, 192)) == 206
+
+
+def test_sparsevlm_raters() -> None:
+    embeddings = torch.tensor([[[1.0, 0], [0, 1], [2, 0], [0, 0], [0, 1]]])
+    text = torch.tensor([[False, False, True, True, True]])
+    raters = build("sparsevlm").queries(embeddings, torch.tensor([[0, 1]]), text)
+    assert raters.tolist() == [[False, False, True, False, True]]
+
+
+def test_sparsevlm_merges_clusters() -> None:
+    # two tight pairs far apart: two clusters, their means
+    x = torch.tensor([[[0.0, 0], [0.1, 0], [9, 9], [9, 9.2]]])
+    means = build("sparsevlm").cluster(x, 2)[0]
+    assert close(means[means[:, 0].argsort()], [[0.05, 0], [9, 9.1]])
