@@ -151,8 +151,8 @@ class _Entrance:
         self._record(samples, spans, selection, mask)
 
         new = dict(kwargs, inputs_embeds=torch.gather(embeds, 1, order[..., None].expand(-1, -1, width)))
-        if attention_mask is not None or bool((mask == 0).any()):
-            new["attention_mask"] = mask if attention_mask is None else mask.to(attention_mask.dtype)
+        # never None: without a mask transformers reads gaps between positions as borders of packed sequences
+        new["attention_mask"] = mask if attention_mask is None else mask.to(attention_mask.dtype)
         if self.positions == "compact":
             new["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         else:

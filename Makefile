@@ -1,0 +1,46 @@
+# Secateur. `make sweep` and `make test` set up what they need; `make help` lists everything.
+# An environment of your own: make sweep PYTHON=/path/to/python (with `pip install -e .[dev]` done there).
+SHELL := /bin/bash
+EXPERIMENT ?= shapes
+PYTHON ?= .venv/bin/python
+# NAME=value words on the command line that are not make's own go to Hydra: make sweep pruner=scope budget=16,32 limit=20
+OVERRIDES = $(foreach word,$(filter-out EXPERIMENT=% PYTHON=% OUT=%,$(MAKEOVERRIDES)),'$(word)')
+
+.DEFAULT_GOAL := help
+.PHONY: help sweep test lint train-shapes readme golden bench-select clean
+
+help:  ## list the targets
+	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+# with PYTHON=... the environment is the caller's
+ifeq ($(PYTHON),.venv/bin/python)
+READY := .venv/ready
+endif
+
+.venv: .venv/ready  ## create the environment (about a minute with a quick network)
+.venv/ready: pyproject.toml
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Secateur needs Python 3.11 or newer, python3 is " + sys.version)'
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --editable '.[dev]'
+	touch $@
+
+sweep: $(READY)  ## run the grid of EXPERIMENT (default: shapes); Hydra overrides pass through
+	$(PYTHON) scripts/sweep.py -m experiment=$(EXPERIMENT) $(OVERRIDES)
+
+test: $(READY)  ## run the tests
+	$(PYTHON) -m pytest
+
+lint: $(READY)  ## check style and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+train-shapes: $(READY)  ## train the embedded model from nothing (about an hour on two cores) into OUT
+	$(PYTHON) scripts/train_shapes.py $(or $(OUT),results/shapes_llava)
+
+readme: $(READY)  ## put the sweep's table and picture into the README
+	$(PYTHON) scripts/readme.py
+
+clean:  ## remove the environment and all results that were generated here
+	rm -rf .venv results/runs results/hydra results/data build *.egg-info
