@@ -31,7 +31,9 @@ class Budget:
             else:
                 budget = cls(retention=float(text))
         except ValueError:
-            raise ValueError(f"budget={value!r} is not understood; give tokens (64), a retention (11.1% or 0.111) or full") from None
+            raise ValueError(
+                f"budget={value!r} is not understood; give tokens (64), a retention (11.1% or 0.111) or full"
+            ) from None
         if budget.tokens is not None and budget.tokens < 1:
             raise ValueError(f"budget={value!r}: at least 1 visual token must stay; to remove none use pruner=none")
         if budget.retention is not None and not 0 < budget.retention <= 1:
@@ -49,7 +51,9 @@ class Budget:
         if self.tokens is None:
             return available
         if self.tokens > available:
-            raise ValueError(f"budget={self.tokens}: the image has only {available} visual tokens; lower the budget to at most {available}")
+            raise ValueError(
+                f"budget={self.tokens}: the image has only {available} visual tokens; lower the budget to at most {available}"
+            )
         return self.tokens
 
     def __str__(self) -> str:

@@ -29,7 +29,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def identity(
-    model: dict[str, Any], weights: str, pruner: Pruner, budget: Budget, suite: dict[str, Any], task: str, limit: int | None, seed: int
+    model: dict[str, Any],
+    weights: str,
+    pruner: Pruner,
+    budget: Budget,
+    suite: dict[str, Any],
+    task: str,
+    limit: int | None,
+    seed: int,
 ) -> dict[str, Any]:
     """Everything that decides a cell's answers, as JSON; two cells with equal identities are the same cell.
 
@@ -84,8 +91,8 @@ def run(model: "PrunedLlava", task: "Task", name: str, limit: int | None, seed: 
 
     check_limit(name, limit)
     started = time.time()
-    printed = io.StringIO()  # some tasks print their own tables
-    with contextlib.redirect_stdout(printed):
+    printed = io.StringIO()  # some tasks print tables and bars of their own
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         results = simple_evaluate(
             model=model,
             tasks=[task],
@@ -98,9 +105,13 @@ def run(model: "PrunedLlava", task: "Task", name: str, limit: int | None, seed: 
             torch_random_seed=seed,
         )
     metrics = named_metrics(name, results["results"][name])
-    rows = pd.DataFrame([_row(name, sample, model) for sample in results["samples"][name]]).sort_values("doc_id", ignore_index=True)
+    rows = pd.DataFrame([_row(name, sample, model) for sample in results["samples"][name]]).sort_values(
+        "doc_id", ignore_index=True
+    )
     if not rows["answer"].str.strip().any():
-        raise RuntimeError(f"all {len(rows)} answers of task {name} are empty: the model generates nothing with this method and budget")
+        raise RuntimeError(
+            f"all {len(rows)} answers of task {name} are empty: the model generates nothing with this method and budget"
+        )
     wrong = [metric for metric, value in metrics.items() if value != value]
     if wrong:
         raise RuntimeError(f"task {name} scored NaN for {', '.join(wrong)}")

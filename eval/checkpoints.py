@@ -37,6 +37,6 @@ def not_loaded(pretrained: str, revision: str, error: Exception) -> str:
     if isinstance(place, Path):
         return f"the model in {place} could not be loaded: a file is missing or damaged ({cause}). Restore the folder."
     return (
-        f"the model {pretrained!r} (revision {revision!r}) is not a folder here, not in the local Hugging Face cache, and could not be "
-        f"fetched from the hub ({cause}). Go online, or download it elsewhere and set model.pretrained=/path/to/the/folder."
+        f"the model {pretrained!r} (revision {revision!r}) is no folder here, not in the local Hugging Face cache, and could "
+        f"not be fetched from the hub ({cause}). Go online, or download it elsewhere and set model.pretrained=/path/to/the/folder."
     )

@@ -15,19 +15,8 @@ from eval.budget import Budget
 from eval.checkpoints import locate, not_loaded
 from eval.inject import Sample, SampleRecord, inject
 from eval.inject.session import Positions
+from eval.prompts import PROMPTS
 from pruners import Pruner, build
-
-# Jinja templates over chat messages; `hub` is the checkpoint's own
-PROMPTS = {
-    "vicuna_v1": (
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-        "{% for message in messages %}{{ message['role'] | upper }}: "
-        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-        "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
-        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-    )
-}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ class Store:
             with tempfile.TemporaryFile(dir=self.runs):
                 pass
         except OSError as error:
-            raise PermissionError(f"the results folder {root} cannot be written ({error}); set results=/another/folder") from error
+            raise PermissionError(
+                f"the results folder {root} cannot be written ({error}); set results=/another/folder"
+            ) from error
 
     def folder(self, identity: dict[str, Any]) -> Path:
         """Where a cell of this identity is or will be."""
@@ -65,9 +67,13 @@ class Store:
             samples = (folder / "samples.parquet").read_bytes()
             intact = record["seal"] == digest(sealed) and record["samples_sha256"] == hashlib.sha256(samples).hexdigest()
         except (OSError, ValueError, KeyError) as error:
-            raise DamagedRecord(f"the record in {folder} is damaged ({error}); delete the folder to run the cell again") from error
+            raise DamagedRecord(
+                f"the record in {folder} is damaged ({error}); delete the folder to run the cell again"
+            ) from error
         if not intact:
-            raise DamagedRecord(f"the record in {folder} was changed after it was written; delete the folder to run the cell again")
+            raise DamagedRecord(
+                f"the record in {folder} was changed after it was written; delete the folder to run the cell again"
+            )
         return record
 
     @staticmethod
@@ -86,7 +92,10 @@ class Store:
         scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
         try:
             samples.to_parquet(scratch / "samples.parquet", index=False)
-            content = record | {"identity": identity, "samples_sha256": hashlib.sha256((scratch / "samples.parquet").read_bytes()).hexdigest()}
+            content = record | {
+                "identity": identity,
+                "samples_sha256": hashlib.sha256((scratch / "samples.parquet").read_bytes()).hexdigest(),
+            }
             (scratch / "record.json").write_text(json.dumps(content | {"seal": digest(content)}, indent=1) + "\n")
             for path in (scratch / "samples.parquet", scratch / "record.json", scratch):
                 _flush(path)
@@ -104,7 +113,9 @@ class Store:
         path = self._failure_path(identity)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".writing")
-        scratch.write_text(json.dumps({"identity": identity, "traceback": traceback, "environment": environment}, indent=1) + "\n")
+        scratch.write_text(
+            json.dumps({"identity": identity, "traceback": traceback, "environment": environment}, indent=1) + "\n"
+        )
         _flush(scratch)
         scratch.rename(path)
         return path

@@ -24,7 +24,7 @@ from eval.store import DamagedRecord, Store
 from pruners import Pruner, build
 
 OUTCOMES = "cells.json"  # what a job leaves in its Hydra folder for the summary
-console = Console(stderr=True)
+console = Console(file=sys.stderr)  # the real one, also while a task's own output is caught
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ class Job:
         """
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         tasks = [settings["tasks"]] if isinstance(settings["tasks"], str) else settings["tasks"]
-        unknown = sorted(set(tasks) - set(settings["suite"]["tasks"]))
+        known = settings["suite"]["tasks"]
+        unknown = sorted(set(tasks) - set(known))
         if unknown or not tasks:
-            named = ", ".join(unknown) or "no task"
-            raise ValueError(f"tasks={tasks}: {named} is not in suite {settings['suite']['name']!r}; it has {', '.join(settings['suite']['tasks'])}")
+            what = ", ".join(unknown) or "no task"
+            raise ValueError(f"tasks={tasks}: {what} is not in suite {settings['suite']['name']!r}; it has {', '.join(known)}")
         limit = settings["suite"]["limit"] if settings["limit"] == "suite" else settings["limit"]
         for task in tasks:
             cell.check_limit(task, limit)
@@ -88,7 +89,14 @@ class Bar:
     def show(cls, cells_a_job: int, text: str) -> None:
         if cls._progress is None:
             count = TextColumn("{task.completed:.1f} of {task.total:.0f} cells")
-            columns = [BarColumn(), count, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}")]
+            columns = [
+                BarColumn(),
+                count,
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            ]
             cls._progress = Progress(*columns, console=console)
             cls._progress.start()
             cls._task = cls._progress.add_task(text, total=cls.jobs * cells_a_job)
@@ -138,7 +146,10 @@ def _run_cell(job: Job, task: str) -> dict[str, Any]:
     earlier = job.store.failure(identity)
     if earlier and not job.retry_failed:
         cause = earlier.strip().splitlines()[-1]
-        return outcome | {"state": "failed", "message": f"failed in an earlier run ({cause}); set retry_failed=true to run it again"}
+        return outcome | {
+            "state": "failed",
+            "message": f"failed in an earlier run ({cause}); set retry_failed=true to run it again",
+        }
 
     model, loaded = _model(json.dumps(job.model)), _task(task, json.dumps(job.suite))
     model.use(job.pruner, job.budget, job.model["positions"])

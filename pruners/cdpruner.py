@@ -46,8 +46,7 @@ class CDPruner(Pruner):
         relevance = self.relevance(tokens)
         weights = relevance if self.theta is None else (self.theta / (2 * (1 - self.theta)) * relevance).exp()
         kernel = weights[:, :, None] * cosine_gram(tokens.features) * weights[:, None]
-        floor = torch.finfo(kernel.dtype).tiny  # relevance spans six decades, so that no pivot is too small
-        picks = greedy_map(kernel, keep, fallback=relevance, floor=floor)
+        picks = greedy_map(kernel, keep, fallback=relevance)
         return Selection(picks if self.order == "picked" else picks.sort(1).values, in_order=self.order == "picked")
 
     def relevance(self, tokens: VisualTokens) -> Tensor:

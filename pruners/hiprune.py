@@ -36,7 +36,9 @@ class HiPrune(Pruner):
             self.fail(f"alpha={self.alpha} has to be at least 0")
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        assert tokens.grid is not None and tokens.object_attention is not None and tokens.output_attention is not None
+        assert tokens.grid is not None
+        assert tokens.object_attention is not None
+        assert tokens.output_attention is not None
         count, width = tokens.object_attention.shape[1], tokens.grid[1]
         anchors = top_k(tokens.object_attention, min(round(keep * self.alpha / 5), keep // 5))
         shifts = torch.tensor([0, -1, 1, -width, width], device=anchors.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 GRAM_BLOCK = 144  # rows per product of the blocked Gram matrix; 96..192 measure alike
+RANK_TOLERANCE = 1e-6  # float32 rounding of a Cholesky residual, relative to the diagonal
 
 
 def normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
@@ -30,6 +31,12 @@ def symmetric_gram(x: Tensor) -> Tensor:
         gram[..., low:high, :high] = x[..., low:high, :] @ x[..., :high, :].transpose(-1, -2)
         gram[..., :low, low:high] = gram[..., low:high, :low].transpose(-1, -2)
     return gram
+
+
+def mean_similarity(similarity: Tensor) -> Tensor:
+    """[B] mean over the pairs of different tokens, for similarity [B, N, N]."""
+    count = similarity.shape[1]
+    return (similarity.sum((1, 2)) - similarity.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
 
 
 def min_max(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -106,42 +113,43 @@ def greedy_map(
     free: Tensor | None = None,
     first: Tensor | None = None,
     fallback: Tensor | None = None,
-    floor: float = 1e-8,
 ) -> Tensor:
     """Greedy MAP of a determinantal point process by incremental Cholesky: k distinct picks [B, k] in the order taken.
 
-    Each step takes the largest residual (squared distance to the span of the picks), ties to the lower index. Once no
-    residual is positive, the rank is exhausted and the rest follows by descending `fallback`.
+    Each step takes the largest residual (squared distance to the span of the picks), ties to the lower index. Residuals below
+    RANK_TOLERANCE of a token's own diagonal entry are rounding; once there are no others, the rank is exhausted and the rest
+    follows by descending `fallback`.
 
     Args:
         kernel: [B, N, N], symmetric, positive semi-definite.
         free: [B, N] tokens that may be picked; None: all.
         first: [B] the first pick, if it is not the largest diagonal entry.
         fallback: [B, N]; None: by index.
-        floor: smallest pivot divided by.
     """
     batch, count = kernel.shape[:2]
     rows = kernel.flatten(0, 1)
     start = torch.arange(batch, device=rows.device) * count
     free = torch.ones(batch, count, dtype=torch.bool, device=rows.device) if free is None else free
     residual = kernel.diagonal(dim1=1, dim2=2).masked_fill(~free, -torch.inf)
+    rounding = RANK_TOLERANCE * residual.clamp_min(0)
     factor = kernel.new_zeros(batch, k, count)  # row t: column t of the Cholesky factor
     picks, pivots = [], []
     for t in range(k):
-        pick = first if t == 0 and first is not None else residual.argmax(1)
-        pivot = residual.gather(1, pick[:, None])
+        score = residual.where(residual > rounding, -1.0)
+        pick = first if t == 0 and first is not None else score.argmax(1)
+        pivot = score.gather(1, pick[:, None])
         picks.append(pick)
         pivots.append(pivot)
         past = factor[:, :t]
         known = past.gather(2, pick[:, None, None].expand(-1, t, 1)).transpose(1, 2)
         row = torch.baddbmm(rows.index_select(0, pick + start)[:, None], known, past, alpha=-1)[:, 0]
-        column = row / torch.where(pivot > 0, pivot.clamp_min(floor), torch.inf).sqrt()
+        column = row / pivot.where(pivot > 0, torch.inf).sqrt()
         factor[:, t] = column
         residual = residual.addcmul(column, column, value=-1).scatter_(1, pick[:, None], -torch.inf)
     order, alive = torch.stack(picks, 1), torch.cat(pivots, 1) > 0
     if first is not None:
         alive[:, 0] = True
-    taken = torch.zeros_like(residual).scatter_add_(1, order, alive.float()) > 0
+    taken = torch.zeros_like(residual).scatter_add_(1, order, alive.to(residual.dtype)) > 0
     fallback = torch.zeros_like(residual) if fallback is None else fallback
     rest = top_k(fallback.masked_fill(taken | ~free, -torch.inf), k)
     return concatenate_rows(order, alive.sum(1), rest)
@@ -167,20 +175,17 @@ def farthest_point(
     batch, count = distance.shape[:2]
     rows = distance.flatten(0, 1)
     start = torch.arange(batch, device=rows.device) * count
-    taken = torch.zeros(batch, count, dtype=torch.bool, device=rows.device)
-    picks: list[Tensor] = []
-    gap = torch.empty(0)
-    for t in range(k):
-        if t > 0:
-            score = gap if weights is None else gap * weights
-            pick = score.masked_fill(taken, -torch.inf).argmax(1)
+    pick = seeds[:, 0]
+    picks, gap = [pick], rows.index_select(0, pick + start)
+    taken = torch.zeros(batch, count, dtype=torch.bool, device=rows.device).scatter_(1, pick[:, None], True)
+    for t in range(1, k):
+        score = gap if weights is None else gap * weights
+        pick = score.masked_fill(taken, -torch.inf).argmax(1)
         if t < seeds.shape[1]:
-            seed = seeds[:, t]
-            pick = seed if t == 0 or seed_count is None else torch.where(t < seed_count, seed, pick)
+            pick = seeds[:, t] if seed_count is None else torch.where(t < seed_count, seeds[:, t], pick)
         picks.append(pick)
         taken.scatter_(1, pick[:, None], True)
-        row = rows.index_select(0, pick + start)
-        gap = row if t == 0 else update(gap, row)
+        gap = update(gap, rows.index_select(0, pick + start))
     return torch.stack(picks, 1)
 
 
@@ -275,7 +280,8 @@ def merge_into_anchors(
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` [B, K] of x [B, N, D]: [B, K, D]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    rows = index + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view(*index.shape, x.shape[-1])
 
 
 def complement(index: Tensor, count: int) -> Tensor:

@@ -31,5 +31,6 @@ class Pooling(Pruner):
             return x.unflatten(1, (height // 2, 2, width // 2, 2))
 
         corners = blocks(torch.arange(height * width, device=tokens.features.device)[None])[:, :, 0, :, 0].flatten(1)
-        means = blocks(tokens.features).mean((2, 4)).flatten(1, 2)
+        cells = blocks(tokens.features)
+        means = (cells[:, :, 0, :, 0] + cells[:, :, 0, :, 1] + cells[:, :, 1, :, 0] + cells[:, :, 1, :, 1]).flatten(1, 2) / 4
         return Selection(corners.expand(len(means), -1), means)

@@ -21,8 +21,8 @@ class PruMerge(Pruner):
             matter); False keeps the budget exactly: keep - 1 centres and the sum, an extension for tables at equal budgets.
         neighbours: how many nearest tokens, by cosine of the keys, are added to a centre (released code).
 
-    Deviations: float32 (released: float16). Without outliers the ratio is 1/N, where the released code divides by zero. The
-    fixed-ratio path used for training, which repeats tokens, is left out.
+    Deviations: the fixed budget is an extension of ours; float32 (released: float16). Without outliers the ratio is 1/N, where
+    the released code divides by zero. The fixed-ratio path used for training, which repeats tokens, is left out.
     """
 
     adaptive: bool = False  # type: ignore[misc]
@@ -34,7 +34,8 @@ class PruMerge(Pruner):
     needs = frozenset({"features", "encoder_features", "last_queries", "last_keys"})
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        assert tokens.encoder_features is not None and tokens.last_keys is not None
+        assert tokens.encoder_features is not None
+        assert tokens.last_keys is not None
         attention = self.attention(tokens)
         if self.adaptive:
             order, counts = self.outliers(attention, tokens.image_of_row)
@@ -63,7 +64,8 @@ class PruMerge(Pruner):
 
     def attention(self, tokens: VisualTokens) -> Tensor:
         """Step 1: [B, N] softmax attention of CLS over all rows, patch columns."""
-        assert tokens.last_queries is not None and tokens.last_keys is not None
+        assert tokens.last_queries is not None
+        assert tokens.last_keys is not None
         queries, keys = tokens.last_queries[:, :1], tokens.last_keys
         return (queries @ keys.transpose(1, 2) * keys.shape[2] ** -0.5).softmax(2)[:, 0, 1:]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pruners.base import EXTRA, Pruner, Selection, Status, VisualTokens, register
-from pruners.linalg import cosine_gram, largest_remainder, non_maximum_suppression, principal_axes, take, top_k
+from pruners.linalg import cosine_gram, largest_remainder, mean_similarity, non_maximum_suppression, principal_axes, take, top_k
 
 
 class Allocation(NamedTuple):
@@ -41,11 +41,10 @@ class PruneSID(Pruner):
         seed: of the randomised components; report several.
         order: `spatial` (CLS first), or `official`: group after group; for qwen only up to 150 tokens.
 
-    Deviations: similarities in float32 (released: float16 or the model's dtype); the test matrix of the randomised
-    components comes from a generator of its own, so that equal seeds differ from the released code on a GPU and under old
-    versions of torch; budgets below 4 use one group (released: none); qwen budgets below 16 are met (released: raised);
-    images of one call are pruned apart (released qwen code: together). Without the CLS token `official` attention becomes
-    whatever saliency the model has.
+    Deviations: similarities in float32 (released: float16 or the model's dtype); randomised components from a generator on
+    the CPU (released: the device's global one); budgets below 4 use one group (released: none); qwen budgets below 16 are
+    met (released: raised), and its images pruned apart (released: together); budget N leaves all patches alone (released:
+    CLS and N - 1 patches).
     """
 
     variant: Literal["llava", "qwen"] = "llava"
@@ -84,7 +83,7 @@ class PruneSID(Pruner):
             return Selection(picks, in_order=in_groups, diagnostics=diagnostics)
         assert tokens.cls_token is not None
         features = torch.cat([tokens.cls_token[:, None], take(x, picks)], 1)
-        extra = torch.full_like(picks[:, :1], EXTRA)
+        extra = picks.new_full((len(picks), 1), EXTRA)
         return Selection(torch.cat([extra, picks], 1), features, "encoder", in_order=in_groups, diagnostics=diagnostics)
 
     def loadings(self, x: Tensor, keep: int) -> Tensor:
@@ -101,14 +100,13 @@ class PruneSID(Pruner):
         strength, group = loadings.max(2)
         score = saliency.sum(1) if self._attention and saliency is not None else strength
         similarity = cosine_gram(x)
-        rho, threshold = self._threshold(similarity, keep)
+        rho, factor = mean_similarity(similarity), keep / 32
+        if self.variant == "qwen":
+            rho = (rho * (count - 1) / 2 + similarity.diagonal(dim1=1, dim2=2).mean(1)) / count
+            factor = max(18 * keep / count, 1)
 
         order = top_k(score, count)
-        rank = order.argsort(1)
-        rivals = (group[:, :, None] == group[:, None]) & (rank[:, :, None] < rank[:, None])
-        suppresses = rivals & (similarity > threshold[:, None, None])
-        kept = non_maximum_suppression(suppresses.float(), score > 0)
-
+        kept = suppress(similarity, group, order.argsort(1), factor * rho, score > 0)
         zeros = torch.zeros_like(loadings[:, 0], dtype=torch.long)
         size = zeros.scatter_add(1, group, torch.ones_like(group))
         survivors = zeros.scatter_add(1, group, kept.long())
@@ -122,16 +120,6 @@ class PruneSID(Pruner):
         chosen = place < quota.gather(1, member)
         picks = ranking.gather(1, top_k(chosen.float(), patches))
         return Allocation(picks, survivors, quota, rho)
-
-    def _threshold(self, similarity: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        count = similarity.shape[1]
-        trace = similarity.diagonal(dim1=1, dim2=2).sum(1)
-        pairs = (similarity.sum((1, 2)) - trace) / 2
-        if self.variant == "llava":
-            rho = pairs / (count * (count - 1) / 2)
-            return rho, keep / 32 * rho
-        rho = (pairs + trace) / count**2
-        return rho, max(18 * keep / count, 1) * rho
 
     def _quotas(self, size: Tensor, survivors: Tensor, patches: int, keep: int) -> Tensor:
         share = survivors / survivors.sum(1, keepdim=True).clamp_min(1)
@@ -152,3 +140,9 @@ class PruneSID(Pruner):
         room = (upper - quota).gather(1, visit)
         missing = patches - quota.sum(1, keepdim=True) - (room.cumsum(1) - room)
         return quota.scatter_add(1, visit, missing.clamp_min(0).minimum(room))
+
+
+def suppress(similarity: Tensor, group: Tensor, rank: Tensor, threshold: Tensor, candidates: Tensor) -> Tensor:
+    """[B, N] candidates that no surviving candidate of their group and of higher rank resembles more than the threshold [B]."""
+    rivals = (group[:, :, None] == group[:, None]) & (rank[:, :, None] < rank[:, None])
+    return non_maximum_suppression((rivals & (similarity > threshold[:, None, None])).float(), candidates)

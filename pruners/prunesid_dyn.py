@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pruners.base import Selection, VisualTokens, register
-from pruners.linalg import cosine_gram
+from pruners.linalg import cosine_gram, mean_similarity
 from pruners.prunesid import PruneSID
 
 
@@ -36,12 +36,9 @@ class PruneSIDDyn(PruneSID):
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         x = tokens.encoder_features if self.variant == "llava" else tokens.features
         assert x is not None
-        count = x.shape[1]
-        similarity = cosine_gram(x)
-        trace = similarity.diagonal(dim1=1, dim2=2).sum(1)
-        phi = (1 - (similarity.sum((1, 2)) - trace) / (count * (count - 1))).clamp_min(1e-6)
+        phi = (1 - mean_similarity(cosine_gram(x))).clamp_min(1e-6)
         mean = phi.mean() if self.mean_phi is None else self.mean_phi
-        budgets = (keep * phi / mean).round().long().clamp(min(self.min_tokens, keep), count)
+        budgets = (keep * phi / mean).round().long().clamp(min(self.min_tokens, keep), x.shape[1])
         rows = [super(PruneSIDDyn, self).select(_row(tokens, i), budget) for i, budget in enumerate(budgets.tolist())]
         width = max(row.indices.shape[1] for row in rows)
         features = [_padded(row.features, width, 1) for row in rows if row.features is not None]

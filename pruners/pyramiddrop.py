@@ -20,9 +20,10 @@ class PyramidDrop(InLLMPruner):
             is the budget. The paper's (0.5, 0.25, 0.125) averages 270 of 576 tokens and takes that budget only.
         positions: `reindex` the survivors (released code), or keep the `original` position ids.
 
-    Deviations: budgets below the paper's need a schedule that is not published. x is such a one (x = 0.253 for 192 of 576 in
-    32 layers). Where the layers before the first stage alone exceed the budget, or the model is shallower than the last stage,
-    all stages are halved until they do not (128 and 64 of 576: stages 4, 8, 12 with x = 0.375 and 2, 4, 6 with x = 0.307).
+    Deviations: the schedules others used for budgets below the paper's are not published; the geometric one is ours (x = 0.253
+    for 192 of 576 in 32 layers). Where the layers before the first stage alone exceed the budget, or the model ends before the
+    last stage, all stages are halved until it fits (128 and 64 of 576: stages 4, 8, 12 with x = 0.375, and 2, 4, 6 with
+    x = 0.307).
     """
 
     stages: tuple[int, ...] = (8, 16, 24)

@@ -93,7 +93,7 @@ class SparseVLM(InLLMPruner):
     def cluster(self, x: Tensor, clusters: int) -> Tensor:
         """Density-peak clustering of x [B, n, C], density over as many neighbours as clusters; their means, [B, clusters, C]."""
         count = x.shape[1]
-        distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[2] ** 0.5
+        distance = torch.cdist(x.double(), x.double()).float() / x.shape[2] ** 0.5  # a product in float32 would cancel
         nearest = distance.sort(2).values[..., :clusters]
         noise = torch.rand(count, generator=torch.Generator().manual_seed(self.seed)).to(x.device)
         density = (-nearest.square().mean(2)).exp() + 1e-6 * noise

@@ -19,24 +19,31 @@ class VisionZip(Pruner):
     Args:
         contextual: how many contextual tokens; None takes 5 of every 32 (54 + 10 of the README, and the pairs 108 + 20 and
             162 + 30 quoted from the paper).
+        keep_cls: the CLS token goes on first and counts in the budget (released code); False is our extension for encoders
+            without one, whose row of `encoder_keys` is never looked at.
 
     Deviations: float32 (released: float16); a key of length zero has cosine 0 (released: NaN).
     """
 
     contextual: int | None = None
+    keep_cls: bool = True
 
     paper = "arXiv 2412.04467"
     status = "official"
     merges = True
-    needs = frozenset({"features", "encoder_features", "cls_token", "saliency", "encoder_keys"})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        cls = {"cls_token"} if self.keep_cls else set()
+        return frozenset({"features", "encoder_features", "saliency", "encoder_keys", *cls})
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        assert tokens.encoder_features is not None and tokens.cls_token is not None and tokens.saliency is not None
+        assert tokens.encoder_features is not None
         context = floor(keep * 5 / 32 + 0.5) if self.contextual is None else self.contextual
-        if not 0 <= context < keep:
-            self.fail(f"{context} contextual tokens leave no place for CLS in a budget of {keep}")
+        if not 0 <= context <= keep - self.keep_cls:
+            self.fail(f"{context} contextual tokens do not fit into a budget of {keep}{' beside CLS' * self.keep_cls}")
         count = tokens.encoder_features.shape[1]
-        dominant = self.dominant(tokens, keep - context - 1)
+        dominant = self.dominant(tokens, keep - context - self.keep_cls)
         rest = complement(dominant, count)
         targets, others = self.split(rest, context)
         merged = take(tokens.encoder_features, targets)
@@ -45,9 +52,12 @@ class VisionZip(Pruner):
             sums = member.transpose(1, 2) @ take(tokens.encoder_features, others)
             merged = merged + sums / member.sum(1).clamp_min(1)[..., None]
         ascending = dominant.sort(1).values
-        cls = torch.full_like(rest[:, :1], EXTRA)
-        features = [tokens.cls_token[:, None], take(tokens.encoder_features, ascending), merged]
-        return Selection(torch.cat([cls, ascending, targets], 1), torch.cat(features, 1), "encoder", in_order=True)
+        indices, features = [ascending, targets], [take(tokens.encoder_features, ascending), merged]
+        if self.keep_cls:
+            assert tokens.cls_token is not None
+            indices.insert(0, torch.full_like(rest[:, :1], EXTRA))
+            features.insert(0, tokens.cls_token[:, None])
+        return Selection(torch.cat(indices, 1), torch.cat(features, 1), "encoder", in_order=True)
 
     def dominant(self, tokens: VisualTokens, count: int) -> Tensor:
         """Step 1: patches of largest attention summed over heads, descending, [B, count]."""
@@ -56,12 +66,13 @@ class VisionZip(Pruner):
 
     def split(self, rest: Tensor, context: int) -> tuple[Tensor, Tensor]:
         """Step 3: remaining patches [B, R], ascending -> evenly spaced targets [B, context] and the others [B, R - context]."""
-        places = torch.arange(context) * max(1, rest.shape[1] // max(context, 1))
+        places = torch.arange(context, device=rest.device) * max(1, rest.shape[1] // max(context, 1))
         return rest[:, places], rest[:, complement(places[None], rest.shape[1])[0]]
 
     def assign(self, tokens: VisualTokens, targets: Tensor, others: Tensor) -> Tensor:
         """Step 4: number of the target each other patch joins, by cosine of keys averaged over heads, [B, R - context]."""
-        assert tokens.encoder_keys is not None and tokens.saliency is not None
+        assert tokens.encoder_keys is not None
+        assert tokens.saliency is not None
         heads = tokens.saliency.shape[1]
         if tokens.encoder_keys.shape[2] % heads:
             self.fail(f"encoder_keys have shape {tuple(tokens.encoder_keys.shape)}, expected a width that {heads} heads divide")

@@ -4,7 +4,7 @@ from typing import Literal
 import torch
 
 from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.linalg import normalize, take, top_k
+from pruners.linalg import cosine_gram, take, top_k
 
 
 @register("vispruner")
@@ -38,17 +38,18 @@ class VisPruner(Pruner):
             self.fail(f"important_ratio={self.important_ratio} has to be in 0..1 and step={self.step} at least 1")
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        assert tokens.encoder_features is not None and tokens.saliency is not None
+        assert tokens.encoder_features is not None
+        assert tokens.saliency is not None
         ranking = top_k(tokens.saliency.mean(1), tokens.saliency.shape[2])
         important = int(keep * self.important_ratio)
         rest, diverse = ranking[:, important:], keep - important
         if diverse == 0:
             rest = rest[:, :0]
-        unit = normalize(tokens.encoder_features)
+        similarity = cosine_gram(tokens.encoder_features)
         while diverse and (drop := min(self.step, rest.shape[1] - diverse, (rest.shape[1] + 1) // 2)) > 0:
             even, odd = rest[:, 0::2], rest[:, 1::2]
-            repeated = (take(unit, even) @ take(unit, odd).transpose(1, 2)).amax(2)
-            survivors = top_k(repeated, even.shape[1])[:, drop:]
+            pairs = take(take(similarity, even).transpose(1, 2), odd)  # [B, odd, even]
+            survivors = top_k(pairs.amax(1), even.shape[1])[:, drop:]
             rest = torch.cat([even.gather(1, survivors), odd], 1)
         picks = torch.cat([ranking[:, :important], rest], 1)
         if self.order == "picked":

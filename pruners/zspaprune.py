@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pruners.base import Pruner, Selection, VisualTokens, register
 from pruners.linalg import cosine_gram, farthest_point, most_isolated, normalize, top_k
@@ -59,4 +60,4 @@ class ZSPAPrune(Pruner):
             return embedding_relevance(tokens)
         assert tokens.text_embeddings is not None
         cosine = normalize(tokens.features) @ normalize(tokens.text_embeddings).transpose(1, 2)
-        return cosine.masked_fill(~text_mask(tokens)[:, None], -2.0).amax(2)
+        return pad(cosine.masked_fill(~text_mask(tokens)[:, None], -2.0), (0, 1), value=-2.0).amax(2)

@@ -187,11 +187,11 @@ def _vispruner(case: Case, t: Tensors) -> list[Comparison]:
         build("vispruner", important_ratio=case["important_ratio"], order=order).prune(tokens, case["budget"]).indices[0]
         for order in ("spatial", "picked")
     )
-    return [
-        Comparison("important", picked[: len(t["important"])], t["important"]),
-        Comparison("selected", picked, t["selected"]),
-        Comparison("sorted", spatial, t["sorted"]),
-    ]
+    results = [Comparison("sorted", spatial, t["sorted"])]
+    if case["budget"] < t["features"].shape[0]:
+        results.append(Comparison("important", picked[: len(t["important"])], t["important"]))
+        results.append(Comparison("selected", picked, t["selected"]))
+    return results
 
 
 @golden("prumerge")
@@ -226,12 +226,11 @@ def _hiprune(case: Case, t: Tensors) -> list[Comparison]:
         build("hiprune", alpha=case["alpha"], order=order).prune(tokens, case["budget"]).indices[0]
         for order in ("spatial", "picked")
     )
-    first = len(t["anchor_and_buffer"])
-    return [
-        Comparison("anchor_and_buffer", picked[:first], t["anchor_and_buffer"]),
-        Comparison("register", picked[first:], t["register"]),
-        Comparison("sorted", spatial, t["sorted"]),
-    ]
+    results, first = [Comparison("sorted", spatial, t["sorted"])], len(t["anchor_and_buffer"])
+    if case["budget"] < count:
+        results.append(Comparison("anchor_and_buffer", picked[:first], t["anchor_and_buffer"]))
+        results.append(Comparison("register", picked[first:], t["register"]))
+    return results
 
 
 @golden("fastv")

@@ -1,5 +1,6 @@
 """Run cells: `python scripts/sweep.py pruner=scope budget=16`, with `-m` for every combination of comma lists."""
 
+import logging
 import os
 import sys
 
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("numexpr").setLevel(logging.WARNING)
     try:
         main()
     except KeyboardInterrupt:

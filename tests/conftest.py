@@ -4,9 +4,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
-from eval.shapes.training import CHAT_TEMPLATE, make_tokenizer
+from eval.prompts import LLAVA
+from eval.shapes.training import make_tokenizer
 
 SIDE, PATCH = 56, 14  # 4 x 4 visual tokens
 
@@ -20,7 +28,7 @@ def processor() -> LlavaProcessor:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=LLAVA,
         image_token="<image>",
     )
 

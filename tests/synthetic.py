@@ -48,6 +48,7 @@ def visual_tokens(
         text_mask=torch.ones(batch, text, dtype=torch.bool),
         clip_patches=tokens(count, width),
         clip_text=draw(batch, min(text, 2), width),
+        relevance=draw(batch, count),
         sample_ids=tuple(f"document|{row}" for row in range(batch)),
     )
 

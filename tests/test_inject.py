@@ -265,9 +265,8 @@ def test_a_wrong_answer_of_a_pruner_reaches_the_caller(model, processor, rows, m
 
 def test_settings_that_make_no_sense_are_errors(model, processor):
     for budget in (0, -3, "0%", "120%", "many", 17):
-        with pytest.raises(ValueError, match=str(budget).strip("%")):
-            with inject(model, build("scope"), budget):
-                model.generate(**encode(processor, 1), max_new_tokens=1)
+        with pytest.raises(ValueError, match=str(budget).strip("%")), inject(model, build("scope"), budget):
+            model.generate(**encode(processor, 1), max_new_tokens=1)
     with pytest.raises(ValueError, match="positions"), inject(model, build("scope"), 3, "absolute"):
         pass
     with inject(model, build("none"), "full"), pytest.raises(ValueError, match="input_ids"):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class LlavaAdapter:
     """LLaVA-1.5: a CLIP tower with CLS, one crop an image, all patches in raster order."""
 
     # capture a pruner may need -> tensors of `Captured` that it is made from
-    SOURCES: dict[str, tuple[str, ...]] = {
+    SOURCES: ClassVar[dict[str, tuple[str, ...]]] = {
         "features": ("features",),
         "encoder_features": ("encoder_features",),
         "cls_token": ("hidden",),
@@ -43,10 +43,10 @@ class LlavaAdapter:
         self.core = model.model
         self.language_model: nn.Module = self.core.language_model
         self.projector: nn.Module = self.core.multi_modal_projector
-        layer = model.config.vision_feature_layer
-        if not isinstance(layer, int) or model.config.vision_feature_select_strategy != "default":
+        layer, strategy = model.config.vision_feature_layer, model.config.vision_feature_select_strategy
+        if not isinstance(layer, int) or strategy != "default":
             raise ValueError(
-                f"this model reads features from layer(s) {layer!r} with strategy {model.config.vision_feature_select_strategy!r}; "
+                f"this model reads features from layer(s) {layer!r} with strategy {strategy!r}; "
                 "pruning supports one layer and strategy 'default' (CLS dropped)"
             )
         blocks = self._blocks()

@@ -77,6 +77,10 @@ def inject(
     """
     if positions not in ("compact", "original"):
         raise ValueError(f"positions={positions!r} is not one of 'compact', 'original'")
+    if not isinstance(pruner, Pruner):
+        raise ValueError(
+            f"pruner {pruner.name!r} acts inside the language model; only methods that act before it can be injected so far"
+        )
     trace = Trace()
     entrance = _Entrance(adapter_for(model), pruner, Budget.parse(budget), positions, trace)
     with contextlib.ExitStack() as stack:

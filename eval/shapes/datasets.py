@@ -22,7 +22,7 @@ _text, _image = Value("string"), Image()
 
 
 def _columns(names: str) -> dict:
-    return {name: _text for name in names.split()}
+    return dict.fromkeys(names.split(), _text)
 
 
 _SCIENCE = "question hint task grade subject topic category skill lecture solution"
@@ -47,7 +47,12 @@ SCHEMAS: dict[str, tuple[str, str, str, Features]] = {
         "test",
         Features({**_columns(_SCIENCE), "choices": Sequence(_text), "answer": Value("int8"), "image": _image}),
     ),
-    "mme": ("lmms-lab-encoder/MME", "default", "test", Features({**_columns("question_id question answer category"), "image": _image})),
+    "mme": (
+        "lmms-lab-encoder/MME",
+        "default",
+        "test",
+        Features({**_columns("question_id question answer category"), "image": _image}),
+    ),
     "mmmu_val": (
         "lmms-lab-encoder/MMMU",
         "default",

@@ -83,7 +83,11 @@ def count(scene: Scene, rng: Rng) -> Item:
 def count_plus(scene: Scene, rng: Rng) -> Item:
     extra = int(rng.integers(1, 4))
     answer = len(scene.things) + extra
-    return f"What is the number of objects plus {extra}?", str(answer), [str(n + extra) for n in range(1, 5) if n + extra != answer]
+    return (
+        f"What is the number of objects plus {extra}?",
+        str(answer),
+        [str(n + extra) for n in range(1, 5) if n + extra != answer],
+    )
 
 
 def corners_of(scene: Scene, rng: Rng) -> Item | None:
@@ -284,7 +288,12 @@ def mme(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     category = list(MME_CLAIMS)[key % len(MME_CLAIMS)]
     claim = CLAIMS[MME_CLAIMS[category]](scene, rng)
     return [
-        {"question_id": f"{category}/{key:06d}.png", "question": f"{question} Please answer yes or no.", "answer": answer, "category": category}
+        {
+            "question_id": f"{category}/{key:06d}.png",
+            "question": f"{question} Please answer yes or no.",
+            "answer": answer,
+            "category": category,
+        }
         for question, answer in zip(claim or (), ("Yes", "No"), strict=False)
     ]
 
@@ -312,7 +321,13 @@ def mmstar(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     options, index = _options(rng, item)
     listed = ", ".join(f"{letter}: {option}" for letter, option in zip("ABCD", options, strict=False))
     return [
-        {"index": key, "question": f"{item[0]}\nOptions: {listed}", "answer": "ABCD"[index], "category": category, "l2_category": l2_category}
+        {
+            "index": key,
+            "question": f"{item[0]}\nOptions: {listed}",
+            "answer": "ABCD"[index],
+            "category": category,
+            "l2_category": l2_category,
+        }
     ]
 
 

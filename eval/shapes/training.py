@@ -34,6 +34,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from eval.prompts import LLAVA
 from eval.shapes.datasets import TRAIN
 from eval.shapes.questions import DOCUMENTS, Doc
 from eval.shapes.scenes import KINDS, SIZE, Scene, coverage, make_scene, render
@@ -42,12 +43,6 @@ log = logging.getLogger(__name__)
 
 PATCH = 8
 SIDE = SIZE // PATCH
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | upper }}: "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
 # calls of each data set's builder per scene and visit; POPE, MME give two questions a call
 SHORT_TURNS = {"pope": 2, "gqa": 5, "mme": 2}
 TURNS = {"pope": 1, "gqa": 2, "scienceqa_img": 2, "mme": 1, "mmmu_val": 2, "mmstar": 2}
@@ -104,7 +99,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=LLAVA,
         image_token="<image>",
     )
 
@@ -227,7 +222,8 @@ def train_tower(model: LlavaForConditionalGeneration, pixels: Tensor, scenes: li
         patch_loss = F.cross_entropy(patch_head(patches).flatten(0, 1), labels[batch].flatten(), weight=weight)
         cls_loss = F.binary_cross_entropy_with_logits(cls_head(cls), present[batch])
         place_loss = sum(
-            F.cross_entropy(logits.flatten(0, 1), target.repeat(len(batch))) for logits, target in ((row, rows), (column, columns))
+            F.cross_entropy(logits.flatten(0, 1), target.repeat(len(batch)))
+            for logits, target in ((row, rows), (column, columns))
         )
         loss = patch_loss + 4 * cls_loss + 0.25 * place_loss
         _step(loss, parameters, optimizer, schedule)
@@ -259,7 +255,11 @@ def encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
 
 
 def align_projector(
-    model: LlavaForConditionalGeneration, features: Tensor, scenes: list[Scene], tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+    model: LlavaForConditionalGeneration,
+    features: Tensor,
+    scenes: list[Scene],
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
 ) -> None:
     """Map an object's patches to the sum of its words' embeddings, and every patch to a code of its place besides."""
     projector, embed = model.model.multi_modal_projector, model.get_input_embeddings().weight.detach()
@@ -355,13 +355,17 @@ def train_language(
         _step(loss, parameters, optimizer, schedule)
         losses.append(loss.item())
         if step % 50 == 49 or step == recipe.steps - 1:
-            log.info("language %d: loss %.3f, %.2f s a step", step + 1, np.mean(losses[-50:]), (time.time() - started) / (step + 1))
+            log.info(
+                "language %d: loss %.3f, %.2f s a step", step + 1, np.mean(losses[-50:]), (time.time() - started) / (step + 1)
+            )
         if step % 250 == 249 or step == recipe.steps - 1:
             log.info("answered right: %s", validate(model, features, scenes, talk, held_out))
 
 
 @torch.no_grad()
-def validate(model: LlavaForConditionalGeneration, features: Tensor, scenes: list[Scene], talk: Conversation, held_out: range) -> dict:
+def validate(
+    model: LlavaForConditionalGeneration, features: Tensor, scenes: list[Scene], talk: Conversation, held_out: range
+) -> dict:
     """Share of turns whose whole answer is the argmax, per data set, on scenes that were not trained on."""
     rng = np.random.default_rng(5)
     right = defaultdict(list)
@@ -403,5 +407,10 @@ def train(recipe: Recipe, tasks: dict[str, Task], out: Path) -> None:
 
     model.eval().half().save_pretrained(out)
     processor.save_pretrained(out)
-    facts = {"recipe": asdict(recipe), "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
+    facts = {
+        "recipe": asdict(recipe),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
     (out / "recipe.json").write_text(json.dumps(facts | {"minutes": round((time.time() - started) / 60, 1)}, indent=2) + "\n")

@@ -1,0 +1,333 @@
+"""The methods written down step by step: one image, no batching, nothing reused from one step to the next.
+
+What the pruners are measured against, and a second opinion on their indices. Rows of a step are vectorised, as released code
+does; picks, groups, clusters and merges are plain loops. Default hyper-parameters; each function takes one image
+(VisualTokens of one row) and returns the indices in the order of Selection.indices.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruners.base import EXTRA
+
+Image = Any  # VisualTokens of one row with what the method needs
+Literal = Callable[[Image, int], list[int]]
+
+
+def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(eps)
+
+
+def ranked(scores: Tensor, k: int) -> list[int]:
+    """The k largest, ties to the lower index."""
+    return scores.sort(descending=True, stable=True).indices[:k].tolist()
+
+
+def rest(count: int, taken: list[int]) -> list[int]:
+    gone = set(taken)
+    return [i for i in range(count) if i not in gone]
+
+
+def min_max(x: Tensor) -> Tensor:
+    return (x - x.min()) / (x.max() - x.min() + 1e-6)
+
+
+def dpp(kernel: Tensor, k: int, first: int | None = None, floor: float = 0.0) -> list[int]:
+    """Greedy MAP: residuals shrink by the square of each new Cholesky column."""
+    residual = kernel.diagonal().clone()
+    columns: list[Tensor] = []
+    picks: list[int] = []
+    for t in range(k):
+        j = first if t == 0 and first is not None else int(residual.argmax())
+        column = kernel[j].clone()
+        for previous in columns:
+            column -= previous[j] * previous
+        column /= residual[j].clamp_min(floor).sqrt()
+        columns.append(column)
+        residual = residual - column**2
+        picks.append(j)
+        residual[picks] = -torch.inf
+    return picks
+
+
+def fastervlm(t: Image, keep: int) -> list[int]:
+    return sorted(ranked(t.saliency[0].mean(0), keep))
+
+
+def scope(t: Image, keep: int) -> list[int]:
+    y = unit(t.encoder_features[0])
+    similarity, weights = y @ y.T, t.saliency[0].sum(0)
+    cover = torch.zeros(len(y), device=y.device)
+    picks: list[int] = []
+    for _ in range(keep):
+        gain = (similarity - cover[:, None]).clamp_min(0).sum(0)
+        score = gain * weights
+        score[picks] = -torch.inf
+        picks.append(int(score.argmax()))
+        cover = torch.maximum(cover, similarity[picks[-1]])
+    return sorted(picks)
+
+
+def divprune(t: Image, keep: int) -> list[int]:
+    u = unit(t.features[0])
+    distance = 1 - u @ u.T
+    picks = [int(distance.topk(2, dim=0, largest=False).values[1].argmax())]
+    while len(picks) < keep:
+        nearest = distance[picks].amin(0)
+        nearest[picks] = -torch.inf
+        picks.append(int(nearest.argmax()))
+    return sorted(picks)
+
+
+def cdpruner(t: Image, keep: int) -> list[int]:
+    u = unit(t.features[0])
+    raw = -(unit(t.clip_patches[0]) @ unit(t.clip_text[0]).T).mean(1)
+    relevance = (raw - raw.min() + 1e-6) / (raw.max() - raw.min())
+    return sorted(dpp(relevance[:, None] * (u @ u.T) * relevance, keep))
+
+
+def promprune(t: Image, keep: int) -> list[int]:
+    e, saliency = t.features[0], t.saliency[0].mean(0)
+    count, width = e.shape
+    z = unit(e, 1e-8)
+    z = z - z.mean(0)
+    spectrum = torch.linalg.eigvalsh(z @ z.T if count <= width else z.T @ z).clamp_min(1e-12)
+    p = spectrum / spectrum.sum()
+    entropy = -(p * p.log()).sum() / math.log(min(count, width))
+    share = 1 - torch.sigmoid(((entropy - 0.42) / 0.02).clamp(-20, 20))
+    salient = ranked(saliency, int((share * keep).round()))
+    others = rest(count, salient)
+    f = unit(e, 1e-6)
+    first = int((f[others] @ f[salient].T).amax(1).argmin()) if salient else 0
+    picks = dpp(f[others] @ f[others].T, keep - len(salient), first, floor=1e-8) if keep > len(salient) else []
+    return sorted(salient + [others[i] for i in picks])
+
+
+def zspaprune(t: Image, keep: int) -> list[int]:
+    v, text = t.features[0], t.text_embeddings[0].mean(0)
+    score = unit(v) @ unit(text)
+    picks = ranked(score, min(max(math.floor(0.6 * keep + 0.5), 1), keep))
+    u = unit(v)
+    while len(picks) < keep:
+        nearest = (u @ u[picks].T).amax(1)
+        nearest[picks] = torch.inf
+        picks.append(int(nearest.argmin()))
+    return sorted(picks)
+
+
+def trimtokenator(t: Image, keep: int) -> list[int]:
+    v, text = t.features[0], t.text_embeddings[0]
+    alignment = -torch.stack([(v - e).square().sum(1) for e in text]).mean(0)
+    stage = ranked(alignment, max(int(0.8 * len(v)), keep))
+    u = unit(v[stage], 1e-8)
+    similarity = u @ u.T
+    picks = [int(similarity.mean(1).argmin())]
+    while len(picks) < keep:
+        mean = similarity[:, picks].mean(1)
+        mean[picks] = torch.inf
+        picks.append(int(mean.argmin()))
+    return sorted(stage[i] for i in picks)
+
+
+def fsr(t: Image, keep: int) -> list[int]:
+    v = t.encoder_features[0]
+    relevance = min_max((unit(t.clip_patches[0]) @ unit(t.clip_text[0]).T).mean(1))
+    phi = relevance**3 * min_max(t.saliency[0].mean(0))
+    total = 0.0
+    picks: list[int] = []
+    for i in ranked(phi, keep):
+        if picks and total >= 0.9 * float(phi.double().sum()):
+            break
+        picks.append(i)
+        total += float(phi[i].double())
+    u, focus = unit(v), len(picks)
+    while len(picks) < keep:
+        gap = (1 - u @ u[picks].T).amin(1)
+        gap[picks] = -torch.inf
+        picks.append(int(gap.argmax()))
+    merge(v, u, picks[focus:], rest(len(v), picks), phi + 1e-12, lambda anchor, token: True)
+    return sorted(picks)
+
+
+def sppruner(t: Image, keep: int) -> list[int]:
+    v, (height, width) = t.features[0], t.grid
+    a = min_max(t.saliency[0].mean(0))
+    r = min_max(-(unit(t.clip_patches[0]) @ unit(t.clip_text[0]).T).mean(1))
+    phi = 0.5 * a + 0.5 * r + a * r
+    picks = ranked(phi, min(keep, max(1, math.floor(0.5 * keep + 0.5))))
+    context = torch.zeros_like(phi)
+    for i in range(len(v)):
+        y, x = divmod(i, width)
+        around = [
+            yy * width + xx
+            for yy in range(max(0, y - 1), min(height, y + 2))
+            for xx in range(max(0, x - 1), min(width, x + 2))
+            if (yy, xx) != (y, x)
+        ]
+        context[i] = phi[around].mean() if around else 0
+    u, focus, worth = unit(v), len(picks), 1 + min_max(context)
+    while len(picks) < keep:
+        gain = (1 - (u @ u[picks].T).amax(1)).clamp_min(0) * worth
+        gain[picks] = -torch.inf
+        picks.append(int(gain.argmax()))
+
+    def near(anchor: int, token: int) -> bool:
+        return max(abs(anchor // width - token // width), abs(anchor % width - token % width)) <= 3
+
+    merge(v, u, picks[focus:], rest(len(v), picks), phi + 1e-6, near)
+    return sorted(picks)
+
+
+def merge(
+    v: Tensor, u: Tensor, anchors: list[int], dropped: list[int], weights: Tensor, near: Callable[[int, int], bool]
+) -> Tensor:
+    """Weighted means of the anchors with as many dropped tokens, the most similar ones; rows of the anchors."""
+    best = []
+    for token in dropped:
+        eligible = [anchor for anchor in sorted(anchors) if near(anchor, token)]
+        if eligible:
+            cosines = u[eligible] @ u[token]
+            place = int(cosines.argmax())
+            best.append((-float(cosines[place]), token, eligible[place]))
+    total, weight = {a: weights[a] * v[a] for a in anchors}, {a: weights[a] for a in anchors}
+    for _, token, anchor in sorted(best)[: len(anchors)]:
+        total[anchor] = total[anchor] + weights[token] * v[token]
+        weight[anchor] = weight[anchor] + weights[token]
+    return torch.stack([total[a] / weight[a] for a in anchors]) if anchors else v[:0]
+
+
+def prunesid(t: Image, keep: int) -> list[int]:
+    x, attention = t.encoder_features[0], t.saliency[0].sum(0)
+    count, patches = len(x), keep - 1
+    groups = min(max(keep // 4, 1), *x.shape)
+    m = x.sigmoid().T
+    m = m - m.mean(0)
+    wide = m.shape[0] < m.shape[1]
+    a = m.T if wide else m
+    q = torch.linalg.qr(a @ torch.randn(a.shape[1], groups, generator=torch.Generator().manual_seed(0)).to(x.device)).Q
+    for _ in range(2):
+        q = torch.linalg.qr(a.T @ q).Q
+        q = torch.linalg.qr(a @ q).Q
+    left, _, right = torch.linalg.svd(q.T @ a, full_matrices=False)
+    group = (q @ left if wide else right.T).abs().argmax(1).tolist()
+    y = unit(x)
+    similarity = y @ y.T
+    rho = (similarity.sum() - similarity.trace()) / (count * (count - 1))
+    threshold = keep / 32 * rho
+    ranking, kept = [], []
+    for g in range(groups):
+        members = [i for i in range(count) if group[i] == g]
+        live = {i: float(attention[i]) for i in members}
+        survivors: list[int] = []
+        while any(score > 0 for score in live.values()):
+            top = max(live, key=lambda i: (live[i], -i))
+            survivors.append(top)
+            live[top] = 0.0
+            for j in members:
+                if similarity[top, j] > threshold:
+                    live[j] = 0.0
+        gone = sorted((i for i in members if i not in survivors), key=lambda i: (-float(attention[i]), i))
+        ranking.append(survivors + gone)
+        kept.append(len(survivors))
+    size = [len(r) for r in ranking]
+    lower = [min(1, s) for s in size]
+    upper = [min(5 * math.ceil(keep / 64), s, n) for s, n in zip(size, kept, strict=True)]
+    while sum(upper) < keep:
+        upper = [min(u + 1, s) for u, s in zip(upper, size, strict=True)]
+    other = max(0, patches - sum(lower))
+    share = torch.tensor(kept, dtype=torch.float32) / sum(kept)
+    steps = (share.cumsum(0) * other).round().long().tolist()
+    quota = [min(b - a + low, u) for a, b, low, u in zip([0, *steps], steps, lower, upper, strict=False)]
+    for g in sorted(range(groups), key=lambda g: (-kept[g], g)):
+        quota[g] += min(upper[g] - quota[g], other + sum(lower) - sum(quota))
+    return [EXTRA, *sorted(i for r, n in zip(ranking, quota, strict=True) for i in r[:n])]
+
+
+def visionzip(t: Image, keep: int) -> list[int]:
+    x, heads = t.encoder_features[0], t.saliency.shape[1]
+    context = math.floor(keep * 5 / 32 + 0.5)
+    dominant = sorted(ranked(t.saliency[0].sum(0), keep - context - 1))
+    others = rest(len(x), dominant)
+    step = max(1, len(others) // context)
+    targets = others[::step][:context]
+    metric = unit(t.encoder_keys[0, 1:].view(len(x), heads, -1).mean(1))
+    groups: dict[int, list[int]] = {target: [] for target in targets}
+    for token in rest(len(x), dominant + targets):
+        groups[targets[int((metric[targets] @ metric[token]).argmax())]].append(token)
+    torch.stack([x[target] + (x[group].mean(0) if group else 0) for target, group in groups.items()])
+    return [EXTRA, *dominant, *targets]
+
+
+def vispruner(t: Image, keep: int) -> list[int]:
+    u = unit(t.encoder_features[0])
+    ranking = ranked(t.saliency[0].mean(0), len(u))
+    important = int(keep * 0.5)
+    kept, residual = ranking[:important], ranking[important:]
+    while (drop := min(8, len(residual) - (keep - important))) > 0:
+        even, odd = residual[0::2], residual[1::2]
+        order = ranked((u[even] @ u[odd].T).amax(1), len(even))
+        residual = [even[i] for i in order[drop:]] + odd
+    return sorted(kept + residual)
+
+
+def prumerge(t: Image, keep: int) -> list[int]:
+    return _prumerge(t, ranked(_prumerge_attention(t), keep - 1))
+
+
+def prumerge_plus(t: Image, keep: int) -> list[int]:
+    top = ranked(_prumerge_attention(t), (keep - 1) // 2)
+    free, even = rest(t.shape[1], top), keep - 1 - len(top)
+    return _prumerge(t, top + [free[i * len(free) // even] for i in range(even)])
+
+
+def _prumerge_attention(t: Image) -> Tensor:
+    q, k = t.last_queries[0, :1], t.last_keys[0]
+    return (q @ k.T * k.shape[1] ** -0.5).softmax(1)[0, 1:]
+
+
+def _prumerge(t: Image, centres: list[int]) -> list[int]:
+    f, a, u = t.encoder_features[0], _prumerge_attention(t), unit(t.last_keys[0, 1:])
+    others, rows = rest(len(f), centres), []
+    for i in centres:
+        pool = [j for j in centres if j != i] + others
+        near = [pool[j] for j in ranked(u[pool] @ u[i], 32)]
+        rows.append(f[i] + (a[near, None] * f[near]).sum(0))
+    rows.append((a[others, None] * f[others]).sum(0))
+    torch.stack(rows)
+    return [*centres, EXTRA]
+
+
+def hiprune(t: Image, keep: int) -> list[int]:
+    count, width = t.shape[1], t.grid[1]
+    first: set[int] = set()
+    for anchor in ranked(t.object_attention[0], round(keep * 0.1 / 5)):
+        first |= {min(max(anchor + shift, 0), count - 1) for shift in (0, -1, 1, -width, width)}
+    output = t.output_attention[0].clone()
+    output[sorted(first)] -= 1
+    return sorted([*first, *ranked(output, keep - len(first))])
+
+
+METHODS: dict[str, Literal] = {
+    function.__name__: function
+    for function in (
+        cdpruner,
+        divprune,
+        fastervlm,
+        fsr,
+        hiprune,
+        promprune,
+        prumerge,
+        prumerge_plus,
+        prunesid,
+        scope,
+        sppruner,
+        trimtokenator,
+        visionzip,
+        vispruner,
+        zspaprune,
+    )
+}

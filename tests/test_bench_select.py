@@ -1,0 +1,37 @@
+"""The literal formulations agree with the pruners, and the benchmark that sets one against the other runs."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic import visual_tokens
+
+from pruners import build
+from scripts.literal_select import METHODS
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("kind", ["gauss", "clusters"])
+def test_literal_formulation_picks_the_same(name: str, kind: str) -> None:
+    for seed, keep in enumerate((8, 21, 40)):
+        tokens = visual_tokens(1, (8, 8), seed=seed, width=96, heads=4, kind=kind)
+        assert METHODS[name](tokens, keep) == build(name).prune(tokens, keep).indices[0].tolist()
+
+
+def test_benchmark_writes_its_tables(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/bench_select.py", "--quick", "--pruners", "fastervlm,fastv", "--out", str(tmp_path)]
+    subprocess.run([*command, "--threads", "1"], cwd=ROOT, check=True, capture_output=True)
+    with (tmp_path / "select-cpu-quick.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["pruner"], row["batch"], row["identical"]) for row in rows] == [
+        ("fastervlm", "1", "True"),
+        ("fastervlm", "8", ""),
+        ("fastv", "1", ""),
+        ("fastv", "8", ""),
+    ]
+    assert all(float(row["q1"]) <= float(row["median"]) <= float(row["q3"]) for row in rows)
+    assert "| fastervlm | 64 |" in (tmp_path / "select-cpu-quick.md").read_text()

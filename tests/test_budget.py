@@ -1,0 +1,34 @@
+import pytest
+
+from eval.budget import Budget
+
+
+@pytest.mark.parametrize(
+    ("value", "available", "keep"),
+    [
+        (64, 576, 64),
+        ("64", 576, 64),
+        ("11.1%", 576, 64),
+        (0.222, 576, 128),
+        ("33.3%", 144, 48),
+        ("0.1%", 144, 1),
+        ("full", 144, 144),
+    ],
+)
+def test_budgets_resolve_to_exact_counts(value, available, keep):
+    assert Budget.parse(value).resolve(available) == keep
+
+
+def test_a_half_rounds_up():
+    assert Budget.parse("50%").resolve(5) == 3
+
+
+@pytest.mark.parametrize("value", [0, -1, "0%", "100.1%", "1.5", "-0.2", "", "all", None, "12px"])
+def test_what_makes_no_sense_is_refused(value):
+    with pytest.raises(ValueError, match="budget"):
+        Budget.parse(value)
+
+
+def test_more_than_there_is_names_both_numbers():
+    with pytest.raises(ValueError, match=r"600.*576"):
+        Budget.parse(600).resolve(576)

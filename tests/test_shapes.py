@@ -1,0 +1,115 @@
+"""The generator: deterministic, answers that are true of the picture, the schemas of the real data sets."""
+
+import ast
+
+import numpy as np
+import pytest
+
+from eval.shapes.datasets import EVAL, SIZES, TRAIN, documents
+from eval.shapes.questions import CLAIMS, CORNERS, DOCUMENTS, ITEMS, POPE_CATEGORIES
+from eval.shapes.scenes import SIZE, coverage, make_scene, render
+
+
+def test_the_same_seed_draws_the_same_picture():
+    for i in range(5):
+        scene = make_scene(3, i)
+        assert scene == make_scene(3, i)
+        assert np.array_equal(np.asarray(render(scene)), np.asarray(render(scene)))
+    assert not np.array_equal(np.asarray(render(make_scene(3, 0))), np.asarray(render(make_scene(3, 1))))
+
+
+def test_things_are_distinct_visible_and_inside():
+    for i in range(200):
+        scene = make_scene(4, i)
+        assert 1 <= len(scene.things) <= 4
+        assert len(scene.names) == len(scene.things)
+        assert all(coverage(thing).sum() > 60 for thing in scene.things)
+        assert all(0 < thing.x < SIZE and 0 < thing.y < SIZE for thing in scene.things)
+
+
+def truth(scene, question: str) -> str:
+    """Answer a question by reading it, apart from how it was made."""
+    things = scene.things
+    words = question.rstrip("?").split()
+    if question.startswith("Is there a"):
+        wanted = set(words) - {"Is", "there", "a", "an", "in", "the", "image", "object"}
+        return "yes" if any(wanted <= {t.color, t.shape} for t in things) else "no"
+    if question.startswith("How many objects"):
+        return str(len(things))
+    if question.startswith("What color is the") and len(words) == 5:
+        return next(t.color for t in things if t.shape == words[-1])
+    if question.startswith("What shape"):
+        return next(t.shape for t in things if t.color == words[4])
+    if question.startswith("How many corners"):
+        return str(next(CORNERS[t.shape] for t in things if t.color == words[5]))
+    if question.startswith("Which side"):
+        thing = next(t for t in things if t.name in question)
+        return "left" if thing.x < SIZE / 2 else "right"
+    if question.startswith("Where is"):
+        first, second = sorted(((question.index(t.name), t) for t in things if t.name in question), key=lambda pair: pair[0])
+        dx, dy = first[1].x - second[1].x, first[1].y - second[1].y
+        return ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+    if question.startswith("What is the number of objects plus"):
+        return str(len(things) + int(words[-1]))
+    if question.startswith("What color is the object with"):
+        return next(t.color for t in things if CORNERS[t.shape] == int(words[6]))
+    raise AssertionError(question)
+
+
+@pytest.mark.parametrize("name", sorted(set(ITEMS) - {"which_object"}))
+def test_answers_are_true_and_wrong_ones_are_not(name):
+    asked = 0
+    for i in range(150):
+        scene = make_scene(5, i)
+        item = ITEMS[name](scene, np.random.default_rng(i))
+        if item:
+            asked += 1
+            question, answer, wrong = item
+            assert truth(scene, question) == answer
+            assert answer not in wrong
+            assert len(set(wrong)) == len(wrong) >= 1
+    assert asked > 30
+
+
+@pytest.mark.parametrize("name", ["existence", "has_shape", "has_color"])
+def test_claims_are_true_and_false(name):
+    for i in range(150):
+        scene = make_scene(6, i)
+        claim = CLAIMS[name](scene, np.random.default_rng(i))
+        if claim:
+            assert [truth(scene, question) for question in claim] == ["yes", "no"]
+
+
+def test_adversarial_absences_share_colour_or_shape_with_the_scene():
+    for i in range(100):
+        scene = make_scene(7, i)
+        *_, color, shape = (
+            CLAIMS["existence"](scene, np.random.default_rng(i), "adversarial")[1].removesuffix(" in the image?").split()
+        )
+        assert color in {t.color for t in scene.things} or shape in {t.shape for t in scene.things}
+
+
+@pytest.mark.parametrize("task", sorted(DOCUMENTS))
+def test_every_task_has_its_documents_on_held_out_scenes(task):
+    made = list(documents(task, EVAL, SIZES[task][0]))
+    assert len(made) == SIZES[task][0] >= 200
+    train = {seed for seed, _ in documents(task, TRAIN, 20)}
+    assert not train & {seed for seed, _ in made}
+    prefix = [doc for _, doc in made[:60]]
+    if task == "pope":
+        assert {doc["category"] for doc in prefix} == set(POPE_CATEGORIES)
+        assert [doc["answer"] for doc in prefix] == ["yes", "no"] * 30
+    if task == "mme":
+        for first, second in zip(prefix[::2], prefix[1::2], strict=True):
+            assert first["question_id"] == second["question_id"]
+            assert (first["answer"], second["answer"]) == ("Yes", "No")
+    if task == "mmmu_val":
+        assert {doc["question_type"] for doc in prefix} == {"open", "multiple-choice"}
+        assert all(isinstance(ast.literal_eval(doc["options"]), list) for doc in prefix)
+    if task == "mmstar":
+        assert len({doc["category"] for doc in prefix}) == 6
+
+
+def test_letters_are_not_predictable():
+    letters = [doc["answer"] for _, doc in documents("mmstar", EVAL, 240)]
+    assert max(letters.count(letter) for letter in "ABCD") < 90

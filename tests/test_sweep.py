@@ -1,0 +1,163 @@
+"""The whole path, as a user runs it: Hydra, the embedded model, the real lmms-eval tasks, records, tables, errors."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+def sweep(results: Path, *overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), f"results={results}", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=280)
+
+
+def cells(results: Path) -> dict[str, Path]:
+    return {f"{p.parts[-3]}/{p.parts[-2].rsplit('_', 1)[0]}": p.parent for p in results.glob("runs/*/*/*/*/record.json")}
+
+
+@pytest.fixture(scope="module")
+def swept(results: Path) -> subprocess.CompletedProcess:
+    return sweep(results, "-m", "pruner=none,scope", "budget=16", "limit=12")
+
+
+def test_a_multirun_fills_every_cell_and_prints_the_table(results, swept):
+    assert swept.returncode == 0, swept.stderr
+    assert "12 cells done, 0 cells skipped, 0 cells failed" in swept.stderr
+    assert "suite shapes, model shapes_llava" in swept.stdout
+    tasks = ("pope", "scienceqa_img", "gqa", "mme", "mmmu_val", "mmstar")
+    assert set(cells(results)) == {f"{task}/{cell}" for task in tasks for cell in ("none_full", "scope_16")}
+    table = pd.read_csv(results / "tables" / "shapes_shapes_llava_12.csv")
+    assert table["method"].tolist() == ["none", "scope"]
+    assert table["tokens"].tolist() == [144, 16]
+    assert table["relative %"][0] == 100
+    assert table.drop(columns=["method", "budget"]).notna().all().all()
+
+
+def test_a_record_stands_alone(results, swept):
+    folder = cells(results)["pope/scope_16"]
+    record = json.loads((folder / "record.json").read_text())
+    identity = record["identity"]
+    assert identity["pruner"]["alpha"] == 1.0
+    assert identity["model"]["dtype"] == "float32"
+    assert set(identity["versions"]) == {"torch", "transformers", "lmms-eval", "secateur"}
+    assert {"pope_accuracy", "pope_f1_score", "pope_precision", "pope_recall", "pope_yes_ratio"} <= set(record["metrics"])
+    rows = pd.read_parquet(folder / "samples.parquet")
+    assert len(rows) == record["documents"] == 12
+    assert (rows["visual_tokens"] == 144).all()
+    assert (rows["kept_tokens"] == 16).all()
+    assert rows["score"].mean() == pytest.approx(record["metrics"]["pope_accuracy"])
+    assert rows["question"].str.contains("Answer the question using a single word or phrase.").all()
+
+
+def test_a_second_sweep_does_nothing_and_says_so(results, swept):
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("record.json")}
+    again = sweep(results, "-m", "pruner=none,scope", "budget=16", "limit=12")
+    assert again.returncode == 0
+    assert "0 cells done, 12 cells skipped, 0 cells failed" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in results.rglob("record.json")} == before
+
+
+def test_the_same_cell_twice_gives_the_same_answers(results, swept, tmp_path):
+    shutil.copytree(results / "data", tmp_path / "data")
+    assert sweep(tmp_path, "pruner=scope", "budget=16", "limit=12", "tasks=[mmmu_val]").returncode == 0
+    one, two = (
+        pd.read_parquet(cells(r)["mmmu_val/scope_16"] / "samples.parquet").drop(columns="seconds") for r in (results, tmp_path)
+    )
+    pd.testing.assert_frame_equal(one, two)
+
+
+def test_a_failing_cell_is_recorded_and_the_others_go_on(results, swept):
+    run = sweep(results, "-m", "pruner=scope", "budget=200,16", "limit=12", "tasks=[pope]")
+    assert run.returncode == 1
+    assert "budget=200: the image has only 144 visual tokens" in " ".join(run.stderr.split())
+    assert "0 cells done, 1 cells skipped, 1 cells failed" in run.stderr
+    (failure,) = (results / "runs").rglob("*.failed.json")
+    assert "Traceback" in json.loads(failure.read_text())["traceback"]
+    again = sweep(results, "pruner=scope", "budget=200", "limit=12", "tasks=[pope]")
+    assert again.returncode == 1
+    assert "set retry_failed=true" in " ".join(again.stderr.split())
+
+
+def test_an_edited_record_is_refused_by_name(results, swept):
+    folder = cells(results)["gqa/none_full"]
+    text = (folder / "record.json").read_text()
+    try:
+        (folder / "record.json").write_text(text.replace('"documents": 12', '"documents": 13'))
+        run = sweep(results, "pruner=none", "limit=12", "tasks=[gqa]")
+    finally:
+        (folder / "record.json").write_text(text)
+    assert run.returncode == 1
+    assert str(folder) in "".join(run.stderr.split("\n")).replace(" ", "") or folder.name in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pruner=nope"], "Available options in 'pruner'"),
+        (["+pruner.beta=1"], "pruner 'scope' has no option beta; its options: alpha"),
+        (["pruner.combine=divide"], "combine='divide' is not one of 'multiply', 'add'"),
+        (["budget=0"], "at least 1 visual token must stay"),
+        (["budget=some"], "budget='some' is not understood"),
+        (["tasks=[vqa]"], "vqa is not in suite 'shapes'"),
+        (["limit=0"], "limit=0"),
+        (["limit=7"], "MME scores pairs of questions; use limit=8"),
+        (["results=/proc/nowhere"], "results folder"),
+        (["model.prompt=llama_3"], "prompt='llama_3'"),
+        (["model.pretrained=/nowhere/llava"], "model.pretrained="),
+    ],
+)
+def test_bad_input_is_one_paragraph_and_a_failing_exit(results, overrides, message):
+    run = sweep(results, "limit=2", "tasks=[pope,mme]", *overrides)
+    assert run.returncode != 0
+    assert message in " ".join(run.stderr.split())
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_damaged_weights_are_named(results, tmp_path, damage):
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "eval" / "shapes" / "model", model)
+    weights = model / "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    run = sweep(results, f"model.pretrained={model}", "limit=2", "tasks=[pope]")
+    assert run.returncode == 1
+    text = " ".join(run.stderr.split())
+    assert "could not be loaded: a file is missing or damaged" in text
+    assert "Traceback" not in text
+
+
+def test_an_interrupt_keeps_what_is_finished(results, tmp_path):
+    shutil.copytree(results / "data", tmp_path / "data")
+    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), f"results={tmp_path}", "pruner=random", "limit=40"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
+    deadline = time.time() + 200
+    while not cells(tmp_path) and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Finished cells are kept" in errors
+    kept = set(cells(tmp_path))
+    assert kept
+    assert sweep(tmp_path, "pruner=random", "limit=40", "tasks=[pope]").returncode == 0
+    assert (
+        f"{len(kept & {'pope/random_16'})} cells skipped" in sweep(tmp_path, "pruner=random", "limit=40", "tasks=[pope]").stderr
+    )
