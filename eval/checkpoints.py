@@ -38,5 +38,5 @@ def not_loaded(pretrained: str, revision: str, error: Exception) -> str:
         return f"the model in {place} could not be loaded: a file is missing or damaged ({cause}). Restore the folder."
     return (
         f"the model {pretrained!r} (revision {revision!r}) is no folder here, not in the local Hugging Face cache, and could "
-        f"not be fetched from the hub ({cause}). Go online, or download it elsewhere and set model.pretrained=/path/to/the/folder."
+        f"not be fetched from the hub ({cause}). Go online, or download it elsewhere and set model.pretrained=/its/folder."
     )

@@ -203,8 +203,8 @@ class Summary(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         _sum_up(sorted(Path(config.hydra.sweep.dir).glob(f"*/{OUTCOMES}")), Path(config.results))
 
-    def on_run_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
-        _sum_up([Path(job_return.hydra_cfg.hydra.runtime.output_dir) / OUTCOMES], Path(config.results))
+    def on_run_end(self, config: DictConfig, **result: Any) -> None:
+        _sum_up([Path(result["job_return"].hydra_cfg.hydra.runtime.output_dir) / OUTCOMES], Path(config.results))
 
 
 def _sum_up(files: list[Path], results: Path) -> None:

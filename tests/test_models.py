@@ -1,13 +1,15 @@
 """The lmms-eval model class: the embedded model's quality, equality with lmms-eval's own wrapper, fatal errors."""
 
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from lmms_eval.models.chat.llava_hf import LlavaHf
 
 from eval import cell
 from eval.budget import Budget
+from eval.metrics import image_id
 from eval.models import PrunedLlava
 from eval.shapes.datasets import build as build_shapes
 from eval.tasks import TASKS, load_tasks
@@ -51,6 +53,31 @@ def test_the_embedded_model_sees(model, tasks):
     assert pruned["metrics"]["pope_accuracy"] < record["metrics"]["pope_accuracy"]
 
 
+def test_the_same_cell_twice_gives_the_same_answers(model, tasks):
+    model.use(build("random"), Budget(tokens=16), "compact")
+    first, second = (run(model, tasks, "mmmu_val", 8)[1].drop(columns="seconds") for _ in range(2))
+    pd.testing.assert_frame_equal(first, second)
+    assert (first["kept_tokens"] == 16).all()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_damaged_weights_are_named(tmp_path, damage):
+    folder = tmp_path / "model"
+    shutil.copytree(WEIGHTS, folder)
+    weights = folder / "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(FileNotFoundError, match="could not be loaded: a file is missing or damaged"):
+        PrunedLlava(str(folder), dtype="float32", device="cpu")
+
+
+def test_an_unknown_prompt_is_refused():
+    with pytest.raises(ValueError, match="prompt='llama_3' is not one of hub, vicuna_v1"):
+        PrunedLlava(str(WEIGHTS), prompt="llama_3")
+
+
 def test_an_error_in_a_pruner_is_fatal(model, tasks):
     model.use(build("scope"), Budget(tokens=145), "compact")
     with pytest.raises(ValueError, match=r"145.*144"):
@@ -89,8 +116,5 @@ def test_unknown_tasks_and_missing_data_are_named(tmp_path):
 
 
 def test_documents_of_one_image_share_an_id():
-    from eval.metrics import image_id
-
-    sample = SimpleNamespace(doc={"image_source": "x"})
-    assert image_id("pope", {"doc": sample.doc, "doc_id": 3}) == "x"
+    assert image_id("pope", {"doc": {"image_source": "x"}, "doc_id": 3}) == "x"
     assert image_id("mmstar", {"doc": {}, "doc_id": 3}) == "3"

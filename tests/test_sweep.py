@@ -12,6 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from eval.store import Store
+
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
@@ -72,15 +74,6 @@ def test_a_second_sweep_does_nothing_and_says_so(results, swept):
     assert {path: path.stat().st_mtime_ns for path in results.rglob("record.json")} == before
 
 
-def test_the_same_cell_twice_gives_the_same_answers(results, swept, tmp_path):
-    shutil.copytree(results / "data", tmp_path / "data")
-    assert sweep(tmp_path, "pruner=scope", "budget=16", "limit=12", "tasks=[mmmu_val]").returncode == 0
-    one, two = (
-        pd.read_parquet(cells(r)["mmmu_val/scope_16"] / "samples.parquet").drop(columns="seconds") for r in (results, tmp_path)
-    )
-    pd.testing.assert_frame_equal(one, two)
-
-
 def test_a_failing_cell_is_recorded_and_the_others_go_on(results, swept):
     run = sweep(results, "-m", "pruner=scope", "budget=200,16", "limit=12", "tasks=[pope]")
     assert run.returncode == 1
@@ -105,46 +98,23 @@ def test_an_edited_record_is_refused_by_name(results, swept):
     assert str(folder) in "".join(run.stderr.split("\n")).replace(" ", "") or folder.name in run.stderr
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["pruner=nope"], "Available options in 'pruner'"),
-        (["+pruner.beta=1"], "pruner 'scope' has no option beta; its options: alpha"),
-        (["pruner.combine=divide"], "combine='divide' is not one of 'multiply', 'add'"),
-        (["budget=0"], "at least 1 visual token must stay"),
-        (["budget=some"], "budget='some' is not understood"),
-        (["tasks=[vqa]"], "vqa is not in suite 'shapes'"),
-        (["limit=0"], "limit=0"),
-        (["limit=7"], "MME scores pairs of questions; use limit=8"),
-        (["results=/proc/nowhere"], "results folder"),
-        (["model.prompt=llama_3"], "prompt='llama_3'"),
-        (["model.pretrained=/nowhere/llava"], "model.pretrained="),
-    ],
-)
-def test_bad_input_is_one_paragraph_and_a_failing_exit(results, overrides, message):
-    run = sweep(results, "limit=2", "tasks=[pope,mme]", *overrides)
+def test_an_unknown_method_lists_the_known_ones(results):
+    run = sweep(results, "pruner=nope")
     assert run.returncode != 0
-    assert message in " ".join(run.stderr.split())
+    assert "Available options in 'pruner'" in run.stderr
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_damaged_weights_are_named(results, tmp_path, damage):
-    model = tmp_path / "model"
-    shutil.copytree(ROOT / "eval" / "shapes" / "model", model)
-    weights = model / "model.safetensors"
-    if damage == "missing":
-        weights.unlink()
-    else:
-        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    run = sweep(results, f"model.pretrained={model}", "limit=2", "tasks=[pope]")
+def test_a_missing_model_is_one_paragraph(results):
+    run = sweep(results, "model.pretrained=/nowhere/llava", "limit=2", "tasks=[pope]")
     assert run.returncode == 1
     text = " ".join(run.stderr.split())
-    assert "could not be loaded: a file is missing or damaged" in text
+    assert "the model '/nowhere/llava'" in text
+    assert "set model.pretrained=" in text
     assert "Traceback" not in text
 
 
-def test_an_interrupt_keeps_what_is_finished(results, tmp_path):
+def test_an_interrupt_keeps_what_is_finished(results, swept, tmp_path):
     shutil.copytree(results / "data", tmp_path / "data")
     command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), f"results={tmp_path}", "pruner=random", "limit=40"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
@@ -155,9 +125,6 @@ def test_an_interrupt_keeps_what_is_finished(results, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Finished cells are kept" in errors
-    kept = set(cells(tmp_path))
-    assert kept
-    assert sweep(tmp_path, "pruner=random", "limit=40", "tasks=[pope]").returncode == 0
-    assert (
-        f"{len(kept & {'pope/random_16'})} cells skipped" in sweep(tmp_path, "pruner=random", "limit=40", "tasks=[pope]").stderr
-    )
+    finished = cells(tmp_path)
+    assert finished
+    assert all(Store.read(folder)["documents"] == 40 for folder in finished.values())

@@ -1,7 +1,6 @@
 """The only place that knows the module names of a model family."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,23 +10,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 
-@dataclass
-class Captured:
-    """Encoder tensors of the images of one call, in the order of the images. Filled by hooks, read once."""
-
-    encoder_features: Tensor | None = None  # [I, N, C] input of the projector
-    features: Tensor | None = None  # [I, N, D] its output
-    hidden: Tensor | None = None  # [I, 1+N, C] output of the block that gives encoder_features
-    queries: Tensor | None = None  # [I, 1+N, C] of that block
-    keys: Tensor | None = None
-    last_queries: Tensor | None = None  # [I, 1+N, C] of the last block
-    last_keys: Tensor | None = None
-
-
 class LlavaAdapter:
     """LLaVA-1.5: a CLIP tower with CLS, one crop an image, all patches in raster order."""
 
-    # capture a pruner may need -> tensors of `Captured` that it is made from
+    # capture a pruner may need -> raw tensors it is made from; hooks store them under these names, one row an image:
+    # encoder_features [I, N, C] and features [I, N, D] around the projector; hidden, queries, keys [I, 1+N, C] of the block
+    # that gives encoder_features; last_queries, last_keys [I, 1+N, C] of the last block
     SOURCES: ClassVar[dict[str, tuple[str, ...]]] = {
         "features": ("features",),
         "encoder_features": ("encoder_features",),
@@ -39,11 +27,11 @@ class LlavaAdapter:
     }
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.core = model.model
-        self.language_model: nn.Module = self.core.language_model
-        self.projector: nn.Module = self.core.multi_modal_projector
-        layer, strategy = model.config.vision_feature_layer, model.config.vision_feature_select_strategy
+        self.model: Any = model
+        self.core = self.model.model
+        self.language_model = self.core.language_model
+        self.projector = self.core.multi_modal_projector
+        layer, strategy = self.model.config.vision_feature_layer, self.model.config.vision_feature_select_strategy
         if not isinstance(layer, int) or strategy != "default":
             raise ValueError(
                 f"this model reads features from layer(s) {layer!r} with strategy {strategy!r}; "
@@ -51,8 +39,8 @@ class LlavaAdapter:
             )
         blocks = self._blocks()
         # hidden_states has one entry more than there are blocks: entry k is the output of block k - 1
-        self.block = blocks[layer if layer < 0 else layer - 1]
-        self.last_block = blocks[-1]
+        self.block: Any = blocks[layer if layer < 0 else layer - 1]
+        self.last_block: Any = blocks[-1]
 
     def _blocks(self) -> nn.ModuleList:
         """The tower's encoder blocks; their parent moved between releases of transformers."""
@@ -69,7 +57,7 @@ class LlavaAdapter:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
-    def hooks(self, needs: frozenset[str], into: Captured) -> Iterator[RemovableHandle]:
+    def hooks(self, needs: frozenset[str], into: dict[str, Tensor]) -> Iterator[RemovableHandle]:
         """Forward hooks that store what `needs` asks for, and nothing else."""
         unknown = sorted(need for need in needs if need not in self.SOURCES)
         if unknown:
@@ -77,10 +65,10 @@ class LlavaAdapter:
         wanted = {source for need in needs for source in self.SOURCES[need]} | {"features"}
 
         def store(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
-            setattr(into, name, (output[0] if isinstance(output, tuple) else output).detach())
+            into[name] = (output[0] if isinstance(output, tuple) else output).detach()
 
         def store_input(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            into.encoder_features = args[0].detach()
+            into["encoder_features"] = args[0].detach()
 
         if "encoder_features" in wanted:
             yield self.projector.register_forward_pre_hook(store_input)
@@ -96,18 +84,14 @@ class LlavaAdapter:
             if name in wanted:
                 yield module.register_forward_hook(partial(store, name))
 
-    def captures(self, needs: frozenset[str], raw: Captured) -> dict[str, Tensor]:
+    def captures(self, needs: frozenset[str], raw: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors `needs` names, as `VisualTokens` defines them, one row an image."""
         made = {
-            "features": lambda: raw.features,
-            "encoder_features": lambda: raw.encoder_features,
-            "cls_token": lambda: raw.hidden[:, 0],
-            "saliency": lambda: self._cls_attention(raw.queries, raw.keys),
-            "encoder_keys": lambda: raw.keys,
-            "last_queries": lambda: raw.last_queries,
-            "last_keys": lambda: raw.last_keys,
+            "cls_token": lambda: raw["hidden"][:, 0],
+            "saliency": lambda: self._cls_attention(raw["queries"], raw["keys"]),
+            "encoder_keys": lambda: raw["keys"],
         }
-        return {name: make() for name, make in made.items() if name in needs | {"features"}}
+        return {name: made[name]() if name in made else raw[name] for name in needs | {"features"}}
 
     def _cls_attention(self, queries: Tensor, keys: Tensor) -> Tensor:
         """[I, 1+N, C] twice -> softmax attention of CLS to the patches, per head, [I, H, N], in float32.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eval.budget import Budget
-from eval.inject.adapters import Captured, LlavaAdapter, adapter_for
+from eval.inject.adapters import LlavaAdapter, adapter_for
 from pruners import Pruner, PrunerError, Selection, VisualTokens
 from pruners.base import EXTRA
 
@@ -103,7 +103,7 @@ class _Entrance:
 
     def __init__(self, adapter: LlavaAdapter, pruner: Pruner, budget: Budget, positions: Positions, trace: Trace) -> None:
         self.adapter, self.pruner, self.budget, self.positions, self.trace = adapter, pruner, budget, positions, trace
-        self.captured = Captured()
+        self.captured: dict[str, Tensor] = {}
         self.input_ids: Tensor | None = None
         self.prefill: _Prefill | None = None
 
@@ -186,7 +186,7 @@ class _Entrance:
 
     def _spans(self, visual: Tensor) -> list[Span]:
         """The placeholders of every image of the call, in the order of the images."""
-        features = self.captured.features
+        features = self.captured.get("features")
         if features is None:
             if bool(visual.any()):
                 raise ValueError("the prompt has image placeholders, but no image was encoded inside this block")
@@ -203,7 +203,7 @@ class _Entrance:
             return Selection(torch.zeros(0, 0, dtype=torch.long)), None
         needs = self.pruner.needs
         captures = self.adapter.captures(needs - _FROM_TEXT, self.captured)
-        self.captured.features = None  # used up: the next prompt must encode its own images
+        self.captured.clear()  # used up: the next prompt must encode its own images
         count = captures["features"].shape[1]
         keep = self.budget.resolve(count)
         if "text_embeddings" in needs:

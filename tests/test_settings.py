@@ -1,0 +1,81 @@
+"""What a config may say: everything composes, and every nonsense is refused with the field and the fix."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from eval.sweep import Job
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def composed(tmp_path, *overrides):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("sweep", overrides=[f"results={tmp_path}", *overrides])
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("model", names("model"))
+@pytest.mark.parametrize("suite", names("suite"))
+def test_every_model_and_suite_composes(tmp_path, model, suite):
+    job = Job.of(composed(tmp_path, f"model={model}", f"suite={suite}"))
+    assert job.model["name"] == model
+    assert all(budget >= 1 for budget in job.model["budgets"])
+    identity = job.identity("pope")
+    assert identity["model"]["weights"]
+    assert "device" not in identity["model"]
+
+
+@pytest.mark.parametrize("pruner", names("pruner"))
+def test_every_pruner_composes(tmp_path, pruner):
+    assert Job.of(composed(tmp_path, f"pruner={pruner}")).pruner.name == pruner
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment_composes(tmp_path, experiment):
+    config = composed(tmp_path, f"experiment={experiment}")
+    assert Job.of(config)
+    text = OmegaConf.load(CONFIGS / "experiment" / f"{experiment}.yaml")
+    assert set(text.hydra.sweeper.params) <= {"pruner", "budget", "model", "pruner.seed"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+pruner.beta=1"], "pruner 'scope' has no option beta; its options: alpha"),
+        (["pruner.combine=divide"], "combine='divide' is not one of 'multiply', 'add'"),
+        (["pruner.name=scoop"], "unknown pruner 'scoop'; known: "),
+        (["budget=0"], "at least 1 visual token must stay"),
+        (["budget=some"], "budget='some' is not understood"),
+        (["tasks=[vqa]"], "vqa is not in suite 'shapes'"),
+        (["tasks=[]"], "no task is not in suite"),
+        (["limit=0"], "limit=0"),
+        (["limit=7"], "MME scores pairs of questions; use limit=8"),
+    ],
+)
+def test_nonsense_is_refused(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match="limit" if "limit" in message else None) as error:
+        Job.of(composed(tmp_path, *overrides))
+    assert message in str(error.value)
+
+
+def test_a_results_folder_that_cannot_be_written_is_named():
+    with pytest.raises(PermissionError, match="set results="):
+        Job.of(composed("/proc/nowhere"))
+
+
+def test_what_changes_the_answers_changes_the_cell(tmp_path):
+    def identity(*overrides):
+        return Job.of(composed(tmp_path, *overrides)).identity("pope")
+
+    base = identity()
+    for override in ("pruner.alpha=2", "budget=15", "limit=20", "seed=1", "model.dtype=bfloat16", "model.prompt=vicuna_v1"):
+        assert identity(override) != base
+    assert identity("model.device=cuda") == base
+    assert identity("retry_failed=true") == base
+    assert identity("pruner=none", "budget=16") == identity("pruner=none", "budget=48")
