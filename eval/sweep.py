@@ -72,7 +72,7 @@ class Job:
 
     def identity(self, task: str, pruner: Pruner | None = None) -> dict[str, Any]:
         """The identity of this job's cell of a task, or of the same cell under another method."""
-        model = {key: value for key, value in self.model.items() if key not in ("budgets", "device")}
+        model = {key: value for key, value in self.model.items() if key not in ("budgets", "device", "relevance_space")}
         suite = {key: self.suite[key] for key in ("name", "revision")}
         weights = fingerprint(self.model["pretrained"], self.model["revision"])
         return cell.identity(model, weights, pruner or self.pruner, self.budget, suite, task, self.limit, self.seed)
@@ -170,7 +170,11 @@ def _model(settings: str) -> Any:
     """The model of a job; the last one stays loaded for the jobs that follow."""
     from eval.models import PrunedLlava
 
-    options = {key: value for key, value in json.loads(settings).items() if key not in ("name", "budgets", "positions")}
+    options = {
+        key: value
+        for key, value in json.loads(settings).items()
+        if key not in ("name", "budgets", "positions", "relevance_space")
+    }
     return PrunedLlava(**options)
 
 

@@ -8,8 +8,17 @@ from pathlib import Path
 
 from lmms_eval.api.task import Task
 from lmms_eval.tasks import TaskManager
+from tenacity import RetryError
 
-TASKS = ("pope", "scienceqa_img", "gqa", "mme", "mmmu_val", "mmstar")
+# task -> data set, as lmms-eval 0.7.3 names it on the hub
+TASKS = {
+    "pope": "lmms-lab-encoder/POPE",
+    "scienceqa_img": "lmms-lab-encoder/ScienceQA",
+    "gqa": "lmms-lab-encoder/GQA",
+    "mme": "lmms-lab-encoder/MME",
+    "mmmu_val": "lmms-lab-encoder/MMMU",
+    "mmstar": "Lin-Chen/MMStar",
+}
 
 
 @contextlib.contextmanager
@@ -44,12 +53,17 @@ def load_tasks(names: list[str], data_root: Path | None = None) -> dict[str, Tas
     tasks: dict[str, Task] = {}
     with _inside(data_root):
         for name in names:
+            if data_root and not Path(TASKS[name]).is_dir():
+                raise FileNotFoundError(_not_found(name, f"the folder {data_root}"))
             try:
                 tasks.update(task_manager().load_task_or_group([name], task_type="chat"))
-            except (OSError, ConnectionError) as error:
-                where = f"the folder {data_root}" if data_root else "the Hugging Face hub"
-                raise FileNotFoundError(
-                    f"the data set of task {name!r} was looked for in {where} and not found ({type(error).__name__}: {error}). "
-                    "Point suite.data_root at a folder that holds the data sets under their hub names, or log in and go online."
-                ) from error
+            except (OSError, RetryError) as error:
+                raise FileNotFoundError(_not_found(name, "the Hugging Face hub")) from error
     return tasks
+
+
+def _not_found(task: str, where: str) -> str:
+    return (
+        f"the data set {TASKS[task]} of task {task!r} was looked for in {where} and not found. Point suite.data_root at a folder "
+        "that holds the data sets under their hub names, or log in to the hub and go online."
+    )

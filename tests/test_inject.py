@@ -160,7 +160,7 @@ def test_the_audit_equals_the_budget(model, processor, name):
         assert all(len(record.kept_indices[0]) == keep for record in trace.records)
 
 
-def test_cls_attention_equals_the_eager_one(processor):
+def test_captures_equal_those_of_an_eager_tower(processor):
     from conftest import tiny_llava
 
     model = tiny_llava(processor, "sdpa")
@@ -169,7 +169,9 @@ def test_cls_attention_equals_the_eager_one(processor):
 
     @dataclass(frozen=True)
     class Spy(Fixed):
-        needs = frozenset({"features", "saliency", "encoder_features", "cls_token", "encoder_keys"})
+        needs = frozenset(
+            {"features", "saliency", "encoder_features", "cls_token", "encoder_keys", "object_attention", "output_attention"}
+        )
 
         def select(self, tokens: VisualTokens, keep: int) -> Selection:
             seen.update(tokens.tensors())
@@ -181,6 +183,8 @@ def test_cls_attention_equals_the_eager_one(processor):
     with torch.no_grad():
         tower = model.model.vision_tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
     assert (seen["saliency"] - tower.attentions[-2][:, :, 0, 1:]).abs().max() < 1e-6
+    for name, layer in (("object_attention", 1), ("output_attention", -2)):
+        assert (seen[name] - tower.attentions[layer].mean((1, 2))[:, 1:]).abs().max() < 1e-6
     assert torch.allclose(seen["encoder_features"], tower.hidden_states[-2][:, 1:], atol=1e-5)
     assert torch.allclose(seen["cls_token"], tower.hidden_states[-2][:, 0], atol=1e-5)
     assert seen["encoder_keys"].shape == (2, 1 + N, 64)

@@ -15,12 +15,14 @@ class LlavaAdapter:
 
     # capture a pruner may need -> raw tensors it is made from; hooks store them under these names, one row an image:
     # encoder_features [I, N, C] and features [I, N, D] around the projector; hidden, queries, keys [I, 1+N, C] of the block
-    # that gives encoder_features; last_queries, last_keys [I, 1+N, C] of the last block
+    # that gives encoder_features; object_* of a middle one, last_* of the last
     SOURCES: ClassVar[dict[str, tuple[str, ...]]] = {
         "features": ("features",),
         "encoder_features": ("encoder_features",),
         "cls_token": ("hidden",),
         "saliency": ("queries", "keys"),
+        "object_attention": ("object_queries", "object_keys"),
+        "output_attention": ("queries", "keys"),
         "encoder_keys": ("keys",),
         "last_queries": ("last_queries",),
         "last_keys": ("last_keys",),
@@ -41,6 +43,8 @@ class LlavaAdapter:
         # hidden_states has one entry more than there are blocks: entry k is the output of block k - 1
         self.block: Any = blocks[layer if layer < 0 else layer - 1]
         self.last_block: Any = blocks[-1]
+        # HiPrune's object layer, the 9th of CLIP-L's 24 (its default); in towers of other depth at the same share
+        self.object_block: Any = blocks[max(round(len(blocks) * 9 / 24), 1) - 1]
 
     def _blocks(self) -> nn.ModuleList:
         """The tower's encoder blocks; their parent moved between releases of transformers."""
@@ -77,6 +81,8 @@ class LlavaAdapter:
             "hidden": self.block,
             "queries": self.block.self_attn.q_proj,
             "keys": self.block.self_attn.k_proj,
+            "object_queries": self.object_block.self_attn.q_proj,
+            "object_keys": self.object_block.self_attn.k_proj,
             "last_queries": self.last_block.self_attn.q_proj,
             "last_keys": self.last_block.self_attn.k_proj,
         }
@@ -88,21 +94,23 @@ class LlavaAdapter:
         """The tensors `needs` names, as `VisualTokens` defines them, one row an image."""
         made = {
             "cls_token": lambda: raw["hidden"][:, 0],
-            "saliency": lambda: self._cls_attention(raw["queries"], raw["keys"]),
+            "saliency": lambda: self._attention(raw["queries"][:, :1], raw["keys"])[:, :, 0, 1:],
+            "object_attention": lambda: self._received(raw["object_queries"], raw["object_keys"]),
+            "output_attention": lambda: self._received(raw["queries"], raw["keys"]),
             "encoder_keys": lambda: raw["keys"],
         }
         return {name: made[name]() if name in made else raw[name] for name in needs | {"features"}}
 
-    def _cls_attention(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """[I, 1+N, C] twice -> softmax attention of CLS to the patches, per head, [I, H, N], in float32.
-
-        The softmax runs over CLS and patches, then the CLS column is dropped without renormalising.
-        """
+    def _attention(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Softmax attention of the given queries [I, Q, C] over CLS and patches [I, 1+N, C], [I, H, Q, 1+N], in float32."""
         heads = self.block.self_attn.num_heads
-        query = queries[:, :1].unflatten(-1, (heads, -1)).transpose(1, 2).float()
+        query = queries.unflatten(-1, (heads, -1)).transpose(1, 2).float()
         key = keys.unflatten(-1, (heads, -1)).transpose(1, 2).float()
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        return scores.softmax(-1)[:, :, 0, 1:]
+        return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+
+    def _received(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """[I, N] attention each patch gets, mean over heads and all queries, CLS's among them."""
+        return self._attention(queries, keys).mean((1, 2))[:, 1:]
 
     def grid(self, count: int) -> tuple[int, int]:
         """(rows, columns) of an image's tokens."""

@@ -110,7 +110,7 @@ class _Entrance:
     def hooks(self) -> Iterator[Any]:
         yield self.adapter.core.register_forward_pre_hook(self._see_ids, with_kwargs=True)
         yield self.adapter.language_model.register_forward_pre_hook(self._enter, with_kwargs=True)
-        yield from self.adapter.hooks(self.pruner.needs - _FROM_TEXT, self.captured)
+        yield from self.adapter.hooks(self.pruner.needs - _NOT_ENCODED, self.captured)
 
     def _see_ids(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
@@ -202,7 +202,7 @@ class _Entrance:
         if not spans:
             return Selection(torch.zeros(0, 0, dtype=torch.long)), None
         needs = self.pruner.needs
-        captures = self.adapter.captures(needs - _FROM_TEXT, self.captured)
+        captures = self.adapter.captures(needs - _NOT_ENCODED, self.captured)
         self.captured.clear()  # used up: the next prompt must encode its own images
         count = captures["features"].shape[1]
         keep = self.budget.resolve(count)
@@ -253,8 +253,8 @@ class _Entrance:
             )
 
 
-# captures that come from the prompt, not from the image encoder
-_FROM_TEXT = frozenset({"text_embeddings", "grid"})
+# captures that do not come out of the image encoder
+_NOT_ENCODED = frozenset({"text_embeddings", "grid"})
 
 
 def _counts(selection: Selection) -> list[int]:
