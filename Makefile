@@ -7,7 +7,7 @@ PYTHON ?= .venv/bin/python
 OVERRIDES = $(foreach word,$(filter-out EXPERIMENT=% PYTHON=% OUT=%,$(MAKEOVERRIDES)),'$(word)')
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep test lint train-shapes readme golden bench-select clean
+.PHONY: help sweep test lint golden bench-select methods readme train-shapes clean
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -39,7 +39,16 @@ lint: $(READY)  ## check style and types
 train-shapes: $(READY)  ## train the embedded model from nothing (about an hour on two cores) into OUT
 	$(PYTHON) scripts/train_shapes.py $(or $(OUT),results/shapes_llava)
 
-readme: $(READY)  ## put the sweep's table and picture into the README
+golden: $(READY)  ## compare every selection with the outputs of the official code in tests/golden
+	$(PYTHON) scripts/check_golden.py tests/golden
+
+bench-select: $(READY)  ## time every selection beside the literal formulation of its steps, into results/bench
+	$(PYTHON) scripts/bench_select.py
+
+methods: $(READY)  ## write pruners/METHODS.md from the classes
+	$(PYTHON) scripts/methods_table.py
+
+readme: $(READY)  ## put the newest sweep's table and pictures into the README
 	$(PYTHON) scripts/readme.py
 
 clean:  ## remove the environment and all results that were generated here

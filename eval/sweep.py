@@ -2,7 +2,6 @@
 
 import json
 import sys
-import textwrap
 import traceback
 from collections import Counter
 from dataclasses import dataclass
@@ -196,7 +195,15 @@ def _task(name: str, suite: str) -> Any:
 class Summary(Callback):
     """Hydra callback: counts the jobs ahead for the progress bar, and sums the sweep up behind them."""
 
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        try:  # before Hydra writes there
+            Store(Path(config.results))
+        except OSError as error:
+            _complain(str(error))
+            sys.exit(1)
+
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        self.on_run_start(config)
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
         swept = {o.get_key_element(): len(list(o.sweep_string_iterator())) for o in overrides if o.is_sweep_override()}
@@ -211,6 +218,10 @@ class Summary(Callback):
         _sum_up([Path(result["job_return"].hydra_cfg.hydra.runtime.output_dir) / OUTCOMES], Path(config.results))
 
 
+def _complain(paragraph: str) -> None:
+    console.print(paragraph, style="red", highlight=False, markup=False)
+
+
 def _sum_up(files: list[Path], results: Path) -> None:
     """Print counts, errors and tables; exit 1 if any cell failed."""
     Bar.stop()
@@ -223,7 +234,7 @@ def _sum_up(files: list[Path], results: Path) -> None:
             console.print(f"written: {path}", highlight=False)
     messages = {o["message"]: o["cell"] for o in reversed(outcomes) if o["state"] == "failed"}
     for message, where in messages.items():
-        console.print(textwrap.fill(f"FAILED {where}: {message}", 120), style="red", highlight=False, markup=False)
+        _complain(f"FAILED {where}: {message}")
     # the unpruned cell has no budget: a sweep over budgets meets it several times
     states = Counter({o.get("folder", o["cell"]): o["state"] for o in reversed(outcomes)}.values())
     console.print(", ".join(f"{states[state]} cells {state}" for state in ("done", "skipped", "failed")), style="bold")

@@ -1,10 +1,12 @@
-"""Put the accuracy table of the shipped sweep and the picture of kept tokens into the README (`make readme`).
+"""Put the sweep's accuracy table and its pictures of kept tokens into the project (`make readme`).
 
-The table is what `make sweep` wrote; the picture is drawn from the same sweep's records, on the first POPE scene.
+The table is the newest of the shapes suite that a sweep wrote; the pictures are drawn from the same suite's records: one of
+random and SCOPE for the README, and one a method, on the same POPE scene.
 """
 
 import argparse
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import datasets
@@ -16,6 +18,7 @@ from eval.store import Store
 from eval.tables import label
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = 4  # of POPE: a scene of several things
 
 
 def main() -> None:
@@ -28,20 +31,25 @@ def main() -> None:
         parser.error(f"no table of the shapes suite in {results / 'tables'}; run `make sweep` first")
     readme = ROOT / "README.md"
     block = re.compile(r"(<!-- table -->\n).*?(<!-- /table -->)", re.DOTALL)
-    readme.write_text(block.sub(lambda m: m[1] + tables[-1].read_text() + m[2], readme.read_text()))
+    readme.write_text(block.sub(lambda match: match[1] + tables[-1].read_text() + match[2], readme.read_text()))
+    print(f"README.md: the table of {tables[-1]}")
 
-    document = 4  # of POPE: a scene of several things
-    repository, _, split, _ = SCHEMAS["pope"]
-    image = datasets.load_dataset(str(results / "data" / "shapes" / repository), split=split)[document]["image"]
-    kept = {}
-    for path in sorted((results / "runs" / "shapes" / "shapes_llava" / "pope").glob("*_16_*/record.json")):
+    kept: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for path in (results / "runs" / "shapes" / "shapes_llava" / "pope").glob("*/record.json"):
+        identity = Store.read(path.parent)["identity"]
         rows = Store.samples(path.parent).set_index("doc_id")
-        kept[label(Store.read(path.parent)["identity"]["pruner"])] = tuple(rows.loc[document, "kept_indices"][0])
-    figure = kept_tokens(image, kept, (SIDE, SIDE))
-    target = results / "figures" / "kept_tokens.png"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110)
-    print(f"README.md: table of {tables[-1].name}; {target}: {', '.join(kept)}")
+        kept[label(identity["pruner"])][identity["budget"]] = tuple(rows.loc[DOCUMENT, "kept_indices"][0])
+    repository, _, split, _ = SCHEMAS["pope"]
+    image = datasets.load_dataset(str(results / "data" / "shapes" / repository), split=split)[DOCUMENT]["image"]
+    figures = ROOT / "results" / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    smallest = {name: kept[name]["16"] for name in ("random", "scope")}
+    kept_tokens(image, smallest, (SIDE, SIDE)).savefig(figures / "kept_tokens.png", dpi=110)
+    for name, budgets in kept.items():
+        by_size = dict(sorted(budgets.items(), key=lambda item: -len(item[1])))
+        patches = {f"{name} {budget}": tuple(i for i in indices if i >= 0) for budget, indices in by_size.items()}
+        kept_tokens(image, patches, (SIDE, SIDE)).savefig(figures / f"{re.sub('[^a-z0-9]+', '_', name).strip('_')}.png", dpi=80)
+    print(f"{figures}: {len(kept) + 1} pictures")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,11 @@
 """Fixtures: tiny real transformers models with weights drawn wide, so that dropping tokens moves the logits."""
 
+import os
+import tempfile
+
+_CACHE = tempfile.TemporaryDirectory(prefix="secateur-tests-")
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": _CACHE.name}  # before datasets reads them
+
 import numpy as np
 import pytest
 import torch

@@ -15,7 +15,7 @@ import pytest
 from eval.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,14 @@ def test_a_missing_model_is_one_paragraph(results):
     assert "the model '/nowhere/llava'" in text
     assert "set model.pretrained=" in text
     assert "Traceback" not in text
+
+
+def test_a_results_folder_that_cannot_be_written_is_one_paragraph(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = sweep(tmp_path / "file" / "results")
+    assert run.returncode == 1
+    assert "cannot be written" in " ".join(run.stderr.split())
+    assert "Traceback" not in run.stderr
 
 
 def test_an_interrupt_keeps_what_is_finished(results, swept, tmp_path):

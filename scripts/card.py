@@ -1,0 +1,59 @@
+"""Fill the accuracy section of the embedded model's card from a sweep over all documents.
+
+make sweep pruner=none,random,fastervlm,scope budget=16 limit=null && python scripts/card.py
+"""
+
+import argparse
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pandas as pd
+
+from eval.store import Store
+from eval.tables import TITLES, label
+
+ROOT = Path(__file__).resolve().parents[1]
+CARD = ROOT / "eval" / "shapes" / "model" / "README.md"
+
+
+def chance(rows: pd.DataFrame) -> float:
+    """Accuracy of the best constant answer to each wording of a question (its first three words), all letters taken as one."""
+    answers = defaultdict(Counter)
+    for question, target in zip(rows["question"], rows["target"], strict=True):
+        letters = len(target) == 1 and target.isalpha()
+        answers["letter" if letters else " ".join(question.split()[2:5])][target.lower()] += 1
+    return sum(counts.most_common(1)[0][1] for counts in answers.values()) / len(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    store = Store(parser.parse_args().results)
+
+    scores: dict[str, dict[str, float]] = defaultdict(dict)
+    floor: dict[str, float] = {}
+    for record in store.records():
+        identity = record["identity"]
+        if (identity["suite"]["name"], identity["limit"], identity["budget"]) in {
+            ("shapes", None, "full"),
+            ("shapes", None, "16"),
+        }:
+            rows = store.samples(store.folder(identity))
+            scores[f"{label(identity['pruner'])} {identity['budget']}"][identity["task"]] = rows["score"].mean()
+            floor[identity["task"]] = chance(rows)
+    table = pd.DataFrame(scores).T[list(TITLES)]
+    table.loc["chance"] = pd.Series(floor)
+    table["mean"] = table.mean(axis=1)
+    corrected = ((table - table.loc["chance"]) / (1 - table.loc["chance"]))[list(TITLES)].mean(axis=1)
+    table["mean, chance-corrected"] = corrected
+    table = table.sort_values("mean", ascending=False)
+    lines = ["| | " + " | ".join(table.columns) + " |", "|---" * (len(table.columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{value:.3f}" for value in row) + " |" for name, row in table.iterrows()]
+    block = re.compile(r"(<!-- accuracy -->\n).*?(<!-- /accuracy -->)", re.DOTALL)
+    CARD.write_text(block.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], CARD.read_text()))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
