@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from eval.budget import Budget
-from pruners import Pruner
+from pruners import Pruner, linalg
 
 if TYPE_CHECKING:  # importing lmms-eval takes seconds, which a sweep with nothing to do need not spend
     from lmms_eval.api.task import Task
@@ -40,9 +40,10 @@ def identity(
 ) -> dict[str, Any]:
     """Everything that decides a cell's answers, as JSON; two cells with equal identities are the same cell.
 
-    The unpruned model has no budget. The source of the pruner's own file counts, so that editing a method runs it again.
+    The unpruned model has no budget. The source of the pruner's own file and of the shared maths counts, so that editing a
+    method runs it again.
     """
-    method = inspect.getsource(sys.modules[type(pruner).__module__])
+    method = inspect.getsource(sys.modules[type(pruner).__module__]) + inspect.getsource(linalg)
     return {
         "model": {**model, "weights": weights},
         "pruner": {

@@ -53,7 +53,7 @@ def accuracy(records: Records) -> pd.DataFrame:
         metric, factor = HEADLINE[identity["task"]]
         unpruned = identity["pruner"]["name"] == "none"
         key = (float("inf") if unpruned else record["kept_tokens"], label(identity["pruner"]), identity["budget"])
-        row = rows.setdefault(key, {"method": key[1], "budget": identity["budget"], "tokens": record["kept_tokens"]})
+        row = rows.setdefault(key, {"method": key[1], "budget": identity["budget"], "tokens": float(record["kept_tokens"])})
         row[TITLES[identity["task"]]] = factor * record["metrics"][metric]
     order = sorted(rows, key=lambda key: (-key[0], key[1]))
     table = pd.DataFrame([rows[key] for key in order])

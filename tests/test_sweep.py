@@ -15,7 +15,7 @@ import pytest
 from eval.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"COLUMNS": "200"}
 
 
 @pytest.fixture(scope="module")

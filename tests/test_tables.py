@@ -1,0 +1,71 @@
+"""Tables: what is compared with what, and how it is labelled."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+
+from eval import tables
+from pruners import build
+
+RECONSTRUCTED = "sppruner (reconstruction)"
+
+
+def record(task: str, pruner: str, budget: str, tokens: float, metrics: dict, limit: int | None = 60, **fields):
+    identity = {
+        "model": {"name": "m"},
+        "suite": {"name": "shapes", "revision": "1"},
+        "pruner": {"name": pruner, "status": "official", "source": "x", **fields},
+        "budget": budget,
+        "task": task,
+        "limit": limit,
+        "seed": 0,
+    }
+    return {"identity": identity, "metrics": metrics, "kept_tokens": tokens, "environment": {"commit": "abc"}}
+
+
+UNPRUNED = [
+    record("pope", "none", "full", 144, {"pope_f1_score": 0.8, "pope_accuracy": 0.9}),
+    record("mme", "none", "full", 144, {"mme_total_score": 1000.0}),
+]
+RANDOM = [
+    record("pope", "random", "16", 16, {"pope_f1_score": 0.4}, seed=0),
+    record("mme", "random", "16", 16, {"mme_total_score": 750.0}, seed=0),
+    record("pope", "random", "48", 48, {"pope_f1_score": 0.6}, seed=3),
+]
+
+
+def test_rows_are_relative_to_the_unpruned_model_and_ordered_by_budget():
+    table = tables.accuracy(RANDOM + UNPRUNED)
+    assert table["method"].tolist() == ["none", "random seed=3", "random"]
+    assert table["POPE F1"].tolist() == pytest.approx([80, 60, 40])
+    assert table["relative %"].tolist()[0] == 100
+    assert table["relative %"].tolist()[2] == pytest.approx((50 + 75) / 2)
+    assert pd.isna(table["relative %"][1])  # a task was not run: no mean over the others
+    assert pd.isna(table["MME sum"][1])
+
+
+def test_without_an_unpruned_row_nothing_is_relative():
+    assert "relative %" not in tables.accuracy(RANDOM)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "label"),
+    [(build("scope"), "scope"), (build("scope", alpha=2.0), "scope alpha=2.0"), (build("sppruner"), RECONSTRUCTED)],
+)
+def test_labels_name_changed_fields_and_reconstructions(pruner, label):
+    assert tables.label({"name": pruner.name, "status": pruner.status, **dataclasses.asdict(pruner)}) == label
+
+
+def test_other_limits_get_tables_of_their_own():
+    groups = tables.by_setting([*UNPRUNED, record("pope", "none", "full", 144, {"pope_f1_score": 0.7}, limit=10)])
+    assert sorted(len(group) for group in groups) == [1, 2]
+
+
+def test_the_files_name_suite_model_limit_and_commit(tmp_path):
+    markdown, csv = tables.write(RANDOM + UNPRUNED, tmp_path)
+    text = markdown.read_text()
+    assert "suite shapes, model m, the first 60 documents a task, seed 0" in text
+    assert "commit abc" in text
+    assert "| random seed=3 | 48 | 48.0 | 60.0 | - | - |" in text
+    assert pd.read_csv(csv)["tokens"].tolist() == [144, 48, 16]
