@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from eval.budget import Budget
-from pruners import Pruner, linalg
+from pruners import InLLMPruner, Pruner, linalg
 
 if TYPE_CHECKING:  # importing lmms-eval takes seconds, which a sweep with nothing to do need not spend
     from lmms_eval.api.task import Task
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def identity(
     model: dict[str, Any],
     weights: str,
-    pruner: Pruner,
+    pruner: Pruner | InLLMPruner,
     budget: Budget,
     suite: dict[str, Any],
     task: str,
@@ -121,6 +121,7 @@ def run(model: "PrunedLlava", task: "Task", name: str, limit: int | None, seed: 
         "documents": len(rows),
         "visual_tokens": float(rows["visual_tokens"].mean()),
         "kept_tokens": float(rows["kept_tokens"].mean()),
+        "average_tokens": float(rows["average_tokens"].mean()),
         "empty_answers": int((rows["answer"].str.strip() == "").sum()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": time.time() - started,
@@ -148,6 +149,8 @@ def _row(task: str, sample: dict[str, Any], model: "PrunedLlava") -> dict[str, A
         "score": document_score(task, sample),
         "visual_tokens": sum(answer.audit.visual_tokens),
         "kept_tokens": sum(answer.audit.kept_tokens),
+        "average_tokens": sum(answer.audit.layer_tokens) / len(answer.audit.layer_tokens),
+        "layer_tokens": list(answer.audit.layer_tokens),
         "kept_indices": [list(indices) for indices in answer.audit.kept_indices],
         "prompt_tokens": answer.audit.prompt_tokens,
         "new_tokens": answer.new_tokens,

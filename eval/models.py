@@ -16,7 +16,7 @@ from eval.checkpoints import locate, not_loaded
 from eval.inject import Sample, SampleRecord, inject
 from eval.inject.session import Positions
 from eval.prompts import PROMPTS
-from pruners import Pruner, build
+from pruners import InLLMPruner, Pruner, build
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Answer:
 
 
 class PrunedLlava(LlavaHf):
-    """LLaVA through lmms-eval's own chat class, with a pruner in front of the language model.
+    """LLaVA through lmms-eval's own chat class, with a pruner before or inside the language model.
 
     Args:
         pretrained: hub id, or a folder (absolute, or relative to the working directory or the project).
@@ -77,7 +77,7 @@ class PrunedLlava(LlavaHf):
         self.on_answer: Callable[[], None] = lambda: None
         self.use(build(pruner), Budget.parse(budget), positions)
 
-    def use(self, pruner: Pruner, budget: Budget, positions: Positions) -> None:
+    def use(self, pruner: Pruner | InLLMPruner, budget: Budget, positions: Positions) -> None:
         """Answer with this method from now on; forgets the answers so far."""
         self._method = (pruner, budget, positions)
         self.answers.clear()

@@ -20,7 +20,7 @@ from eval import cell, tables
 from eval.budget import Budget
 from eval.checkpoints import fingerprint
 from eval.store import DamagedRecord, Store
-from pruners import Pruner, build
+from pruners import InLLMPruner, Pruner, build
 
 OUTCOMES = "cells.json"  # what a job leaves in its Hydra folder for the summary
 console = Console(file=sys.stderr)  # the real one, also while a task's own output is caught
@@ -31,7 +31,7 @@ class Job:
     """The checked settings of one Hydra job: one model, one method, one budget, several tasks."""
 
     model: dict[str, Any]
-    pruner: Pruner
+    pruner: Pruner | InLLMPruner
     budget: Budget
     suite: dict[str, Any]
     tasks: list[str]
@@ -69,7 +69,7 @@ class Job:
             retry_failed=settings["retry_failed"],
         )
 
-    def identity(self, task: str, pruner: Pruner | None = None) -> dict[str, Any]:
+    def identity(self, task: str, pruner: Pruner | InLLMPruner | None = None) -> dict[str, Any]:
         """The identity of this job's cell of a task, or of the same cell under another method."""
         model = {key: value for key, value in self.model.items() if key not in ("budgets", "device", "relevance_space")}
         suite = {key: self.suite[key] for key in ("name", "revision")}

@@ -1,6 +1,7 @@
 """Accuracy tables of finished cells: printed, Markdown, CSV."""
 
 import dataclasses
+import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ def accuracy(records: Records) -> pd.DataFrame:
         identity = record["identity"]
         metric, factor = HEADLINE[identity["task"]]
         unpruned = identity["pruner"]["name"] == "none"
-        key = (float("inf") if unpruned else record["kept_tokens"], label(identity["pruner"]), identity["budget"])
-        row = rows.setdefault(key, {"method": key[1], "budget": identity["budget"], "tokens": float(record["kept_tokens"])})
+        key = (float("inf") if unpruned else record["average_tokens"], label(identity["pruner"]), identity["budget"])
+        row = rows.setdefault(key, {"method": key[1], "budget": identity["budget"], "tokens": float(record["average_tokens"])})
         row[TITLES[identity["task"]]] = factor * record["metrics"][metric]
     order = sorted(rows, key=lambda key: (-key[0], key[1]))
     table = pd.DataFrame([rows[key] for key in order])
@@ -84,7 +85,7 @@ def show(records: Records) -> None:
         view.add_column(str(name), justify="left" if name == "method" else "right")
     for row in table.itertuples(index=False):
         view.add_row(*row, style="bold" if row[0] == "none" else None)
-    Console(width=None).print(view)
+    Console(width=None if sys.stdout.isatty() else 120).print(view)
 
 
 def write(records: Records, folder: Path) -> list[Path]:
@@ -101,7 +102,7 @@ def write(records: Records, folder: Path) -> list[Path]:
         "|" + "|".join("---" if name == "method" else "---:" for name in shown.columns) + "|",
         *("| " + " | ".join(row) + " |" for row in shown.itertuples(index=False)),
         "",
-        f"{len(records)} cells, commit {', '.join(commits)}. `tokens`: visual tokens kept a prompt, mean. "
+        f"{len(records)} cells, commit {', '.join(commits)}. `tokens`: visual tokens a prompt, mean over the layers. "
         "`relative %`: mean over tasks of the score as a share of the unpruned model's.",
         "",
     ]

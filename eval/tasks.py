@@ -1,11 +1,13 @@
 """lmms-eval's own task objects: definitions, prompts and scoring unmodified, data from the hub or from a local folder."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import datasets
 from lmms_eval.api.task import Task
 from lmms_eval.tasks import TaskManager
 from tenacity import RetryError
@@ -20,16 +22,33 @@ TASKS = {
     "mmstar": "Lin-Chen/MMStar",
 }
 
+_CACHE = "LMMS_EVAL_DATASETS_CACHE"  # where lmms-eval tells datasets to cache
+
 
 @contextlib.contextmanager
 def _inside(folder: Path | None) -> Iterator[None]:
-    """Work in `folder`: `load_dataset("org/name")` prefers a local folder of that name to the hub."""
-    before = Path.cwd()
-    os.chdir(folder or before)
+    """Work in `folder`, if any: `load_dataset("org/name")` prefers a local folder of that name to the hub.
+
+    The cache of `datasets` knows such a folder by its name alone and would answer for another folder, or for what the files
+    were before: every state of a folder gets a cache of its own.
+    """
+    if folder is None:
+        yield
+        return
+    files = sorted((str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*") if f.is_file())
+    state = hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()[:16]
+    before = Path.cwd(), datasets.config.HF_DATASETS_CACHE, os.environ.get(_CACHE)
+    own = Path(before[1]) / "secateur" / state
+    os.chdir(folder)
+    datasets.config.HF_DATASETS_CACHE, os.environ[_CACHE] = own, str(own)
     try:
         yield
     finally:
-        os.chdir(before)
+        os.chdir(before[0])
+        datasets.config.HF_DATASETS_CACHE = before[1]
+        os.environ.pop(_CACHE)
+        if before[2] is not None:
+            os.environ[_CACHE] = before[2]
 
 
 @cache

@@ -61,7 +61,9 @@ class PyramidDrop(InLLMPruner):
             if stages[0] == 1:
                 self.fail(f"cannot average {keep} of {tokens} tokens over {layers} layers, even with stages={stages}")
             stages = tuple(dict.fromkeys(max(1, stage // 2) for stage in stages))
-        x = _root([b - a for a, b in pairwise((0, *stages, layers))], layers * keep / tokens)
+        lengths = [b - a for a, b in pairwise((0, *stages, layers))]
+        # the root found for 1 lies just below it, where int() would drop a token
+        x = 1.0 if keep == tokens else _root(lengths, layers * keep / tokens)
         return {stage: max(1, int(tokens * x**power)) for power, stage in enumerate(stages, 1)}
 
     def select(self, tokens: LayerTokens, keep: int) -> Selection:

@@ -59,7 +59,9 @@ def tiny_llava(processor: LlavaProcessor, attention: str) -> LlavaForConditional
         image_seq_length=(SIDE // PATCH) ** 2,
         attn_implementation=attention,
     )
-    model = LlavaForConditionalGeneration(config).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the vectors, which are not drawn anew
+        model = LlavaForConditionalGeneration(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

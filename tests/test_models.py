@@ -11,6 +11,7 @@ from eval import cell
 from eval.budget import Budget
 from eval.metrics import image_id
 from eval.models import PrunedLlava
+from eval.shapes.datasets import SIZES
 from eval.shapes.datasets import build as build_shapes
 from eval.tasks import TASKS, load_tasks
 from pruners import build
@@ -58,6 +59,15 @@ def test_the_same_cell_twice_gives_the_same_answers(model, tasks):
     first, second = (run(model, tasks, "mmmu_val", 8)[1].drop(columns="seconds") for _ in range(2))
     pd.testing.assert_frame_equal(first, second)
     assert (first["kept_tokens"] == 16).all()
+
+
+def test_records_tell_the_kept_tokens_from_the_mean_over_the_layers(model, tasks):
+    for pruner, kept, layers in ((build("fastv", layer=1), 48, [144, 48, 48, 48]), (build("random"), 72, [72] * 4)):
+        model.use(pruner, Budget(tokens=72), "compact")
+        record, rows = run(model, tasks, "pope", 2)
+        assert (record["kept_tokens"], record["average_tokens"]) == (kept, 72)
+        assert rows["layer_tokens"].tolist() == [layers] * 2
+        assert [len(indices) for (indices,) in rows["kept_indices"]] == [kept] * 2
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
@@ -113,6 +123,15 @@ def test_unknown_tasks_and_missing_data_are_named(tmp_path):
         load_tasks(["vqav2"])
     with pytest.raises(FileNotFoundError, match=r"pope.*suite.data_root"):
         load_tasks(["pope"], tmp_path)
+
+
+def test_another_folder_of_the_same_data_sets_is_read_anew(tmp_path, monkeypatch):
+    """The cache of `datasets` goes by the data set's name and would give the first folder's documents again."""
+    seen = []
+    for name, count in (("one", 4), ("two", 6)):
+        monkeypatch.setattr("eval.shapes.datasets.SIZES", SIZES | {"pope": (count, 3)})
+        seen.append(len(load_tasks(["pope"], build_shapes(tmp_path / name))["pope"].eval_docs))
+    assert seen == [4, 6]
 
 
 def test_documents_of_one_image_share_an_id():

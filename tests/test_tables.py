@@ -21,7 +21,7 @@ def record(task: str, pruner: str, budget: str, tokens: float, metrics: dict, li
         "limit": limit,
         "seed": 0,
     }
-    return {"identity": identity, "metrics": metrics, "kept_tokens": tokens, "environment": {"commit": "abc"}}
+    return {"identity": identity, "metrics": metrics, "average_tokens": tokens, "environment": {"commit": "abc"}}
 
 
 UNPRUNED = [

@@ -1,5 +1,6 @@
 """Put a pruner into a Hugging Face vision-language model for the length of a `with` block."""
 
-from eval.inject.session import Sample, SampleRecord, Trace, inject
+from eval.inject.calls import Sample, SampleRecord, Trace
+from eval.inject.session import inject
 
 __all__ = ["Sample", "SampleRecord", "Trace", "inject"]

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+Rotary = tuple[Tensor, Tensor]  # cosines and sines as a family's layers get them; here [B or 1, L, d]
+
 
 class LlavaAdapter:
     """LLaVA-1.5: a CLIP tower with CLS, one crop an image, all patches in raster order."""
@@ -52,6 +54,11 @@ class LlavaAdapter:
             if name.endswith("encoder.layers"):
                 return module
         raise ValueError(f"no encoder blocks found in {type(self.core.vision_tower).__name__}")
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The language model's decoder layers."""
+        return self.language_model.layers
 
     @property
     def image_token_id(self) -> int:
@@ -127,6 +134,43 @@ class LlavaAdapter:
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids -> LLM embeddings."""
         return self.model.get_input_embeddings()(ids)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The language model's final norm of hidden states [B, L, D]."""
+        return self.language_model.norm(hidden)
+
+    def projections(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """The modules whose outputs are the queries and the keys of a layer, heads side by side, before the rotary embedding."""
+        attention: Any = self.layers[layer].self_attn
+        return attention.q_proj, attention.k_proj
+
+    def before_attention(self, layer: int, hidden: Tensor) -> Tensor:
+        """What the projections of a layer receive when `hidden` [B, L, D] enters it."""
+        block: Any = self.layers[layer]
+        return block.input_layernorm(hidden)
+
+    def rotary(self, hidden: Tensor, positions: Tensor) -> Rotary:
+        """The rotary embedding of positions [B, L] of running text; `hidden` gives the dtype."""
+        return self.language_model.rotary_emb(hidden, positions)
+
+    def rotary_rows(self, rotary: Rotary, index: Tensor) -> Rotary:
+        """The rotary embedding of the positions `index` [B, K] alone."""
+        row = torch.arange(len(index), device=index.device)[:, None]
+        cos, sin = (part.expand(len(index), -1, -1)[row, index] for part in rotary)
+        return cos, sin
+
+    def heads(self, layer: int, projected: Tensor, rotary: Rotary) -> Tensor:
+        """[B, L, H d] of one of the projections -> [B, H, L, d] behind the rotary embedding."""
+        attention: Any = self.layers[layer].self_attn
+        x = projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        cos, sin = (part[:, None] for part in rotary)
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    def scaling(self, layer: int) -> float:
+        """What a layer multiplies products of queries and keys with."""
+        attention: Any = self.layers[layer].self_attn
+        return attention.scaling
 
 
 _FAMILIES = {"llava": LlavaAdapter}

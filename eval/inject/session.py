@@ -1,9 +1,9 @@
-"""`inject`: hooks in, hooks out. Visual tokens are dropped at the entrance of the language model."""
+"""`inject`: hooks in, hooks out. Methods before the language model drop visual tokens at its entrance."""
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,80 +11,44 @@ from transformers import PreTrainedModel
 
 from eval.budget import Budget
 from eval.inject.adapters import LlavaAdapter, adapter_for
-from pruners import Pruner, PrunerError, Selection, VisualTokens
+from eval.inject.calls import Calls, Keywords, Sample, SampleRecord, Span, Trace
+from eval.inject.layers import Layers
+from pruners import InLLMPruner, Pruner, PrunerError, Selection, VisualTokens
 from pruners.base import EXTRA
 
 Positions = Literal["compact", "original"]
-Span = tuple[int, Tensor]  # row of the batch, positions of one image's placeholders
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a call's tensors do not tell: a name that seeds random choices, and the question without template words."""
-
-    id: str
-    question_ids: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class SampleRecord:
-    """The audit of one prompt: tokens before and after, one entry an image."""
-
-    id: str
-    visual_tokens: tuple[int, ...]
-    kept_tokens: tuple[int, ...]
-    kept_indices: tuple[tuple[int, ...], ...]
-    prompt_tokens: int  # positions the language model sees at prefill
-    diagnostics: dict[str, tuple[float, ...]]
-
-
-@dataclass
-class Trace:
-    """Handle of an open block: announce the samples of the next call, read the records of past ones."""
-
-    records: list[SampleRecord] = field(default_factory=list)
-    _announced: list[Sample] | None = None
-
-    def announce(self, samples: list[Sample]) -> None:
-        """Name the rows of the next call of the model."""
-        self._announced = samples
-
-    def take(self, rows: int) -> list[Sample]:
-        """The announced samples, used up; rows without announcement are numbered through."""
-        samples, self._announced = self._announced, None
-        if samples is None:
-            return [Sample(str(len(self.records) + row)) for row in range(rows)]
-        if len(samples) != rows:
-            raise ValueError(f"{len(samples)} samples were announced for a batch of {rows}")
-        return samples
 
 
 @contextlib.contextmanager
 def inject(
-    model: PreTrainedModel, pruner: Pruner, budget: Budget | int | float | str, positions: Positions = "compact"
+    model: PreTrainedModel,
+    pruner: Pruner | InLLMPruner,
+    budget: Budget | int | float | str,
+    positions: Positions = "compact",
 ) -> Iterator[Trace]:
     """Within the block every prefill of `model` goes on with the tokens `pruner` keeps; behind it the model is as before.
 
     Args:
         model: a supported image-text model of transformers; `generate` and the plain forward both work.
         pruner: from `pruners.build`.
-        budget: tokens per image (64), retention ("11.1%" or 0.111) or "full".
+        budget: tokens per image (64), retention ("11.1%" or 0.111) or "full". Methods inside the language model rank the images
+            of a prompt together, within the sum of their budgets.
         positions: `compact` numbers the shortened prompt through, as the official LLaVA codes do; `original` keeps the
-            positions of the unpruned prompt.
+            positions of the unpruned prompt. Not for methods inside the language model, which have a field of their own.
 
     Raises:
         ValueError: a model family, budget or option that is not supported. Errors of the pruner reach the caller of the model.
     """
     if positions not in ("compact", "original"):
         raise ValueError(f"positions={positions!r} is not one of 'compact', 'original'")
-    if not isinstance(pruner, Pruner):
-        raise ValueError(
-            f"pruner {pruner.name!r} acts inside the language model; only methods that act before it can be injected so far"
-        )
-    trace = Trace()
-    entrance = _Entrance(adapter_for(model), pruner, Budget.parse(budget), positions, trace)
+    adapter, budget, trace = adapter_for(model), Budget.parse(budget), Trace()
+    calls: Calls
+    if isinstance(pruner, Pruner):
+        calls = _Entrance(adapter, pruner, budget, positions, trace)
+    else:
+        calls = Layers(adapter, pruner, budget, trace)
     with contextlib.ExitStack() as stack:
-        for handle in entrance.hooks():
+        for handle in calls.hooks():
             stack.callback(handle.remove)
         yield trace
 
@@ -98,33 +62,18 @@ class _Prefill:
     removed: Tensor  # [B] positions taken out of each row
 
 
-class _Entrance:
-    """Two pre-hooks: the core's shows which positions are visual, the language model's takes tokens out."""
+class _Entrance(Calls):
+    """Takes tokens out of what enters the language model."""
 
     def __init__(self, adapter: LlavaAdapter, pruner: Pruner, budget: Budget, positions: Positions, trace: Trace) -> None:
-        self.adapter, self.pruner, self.budget, self.positions, self.trace = adapter, pruner, budget, positions, trace
-        self.captured: dict[str, Tensor] = {}
-        self.input_ids: Tensor | None = None
-        self.prefill: _Prefill | None = None
+        super().__init__(adapter, budget, trace)
+        self.pruner, self.positions = pruner, positions
+        self.prefill: _Prefill
 
-    def hooks(self) -> Iterator[Any]:
-        yield self.adapter.core.register_forward_pre_hook(self._see_ids, with_kwargs=True)
-        yield self.adapter.language_model.register_forward_pre_hook(self._enter, with_kwargs=True)
-        yield from self.adapter.hooks(self.pruner.needs - _NOT_ENCODED, self.captured)
+    def _encoded(self) -> frozenset[str]:
+        return self.pruner.needs - _NOT_ENCODED
 
-    def _see_ids(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
-
-    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
-        if past:
-            return args, self._decode(kwargs, past)
-        if self.input_ids is None:
-            raise ValueError("a pruned model needs input_ids: inputs_embeds do not tell which positions are visual")
-        return args, self._prune(kwargs, self.input_ids)
-
-    def _prune(self, kwargs: dict[str, Any], input_ids: Tensor) -> dict[str, Any]:
+    def _prompt(self, kwargs: Keywords, input_ids: Tensor) -> Keywords:
         embeds, attention_mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         batch, length, width = embeds.shape
         visual = input_ids == self.adapter.image_token_id
@@ -167,10 +116,8 @@ class _Entrance:
             new["cache_position"] = kwargs["cache_position"][:longest]
         return new
 
-    def _decode(self, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
+    def _step(self, kwargs: Keywords, past: int) -> Keywords:
         """Behind the prompt `generate` still counts the unpruned frame: cut masks, shift positions."""
-        if self.prefill is None:
-            raise ValueError("the cache was filled outside this block: start generation inside it")
         state, new = self.prefill, dict(kwargs)
         attention_mask, step = kwargs.get("attention_mask"), kwargs["inputs_embeds"].shape[1]
         generated = past + step - state.mask.shape[1]
@@ -183,19 +130,6 @@ class _Entrance:
         if kwargs.get("cache_position") is not None:
             new["cache_position"] = kwargs["cache_position"] - (state.length - state.mask.shape[1])
         return new
-
-    def _spans(self, visual: Tensor) -> list[Span]:
-        """The placeholders of every image of the call, in the order of the images."""
-        features = self.captured.get("features")
-        if features is None:
-            if bool(visual.any()):
-                raise ValueError("the prompt has image placeholders, but no image was encoded inside this block")
-            return []
-        rows, positions = visual.nonzero(as_tuple=True)
-        count, per_image = features.shape[:2]
-        if len(positions) != count * per_image:
-            raise ValueError(f"{len(positions)} image placeholders for {count} images of {per_image} tokens")
-        return list(zip(rows[::per_image].tolist(), positions.split(per_image), strict=True))
 
     def _select(self, spans: list[Span], samples: list[Sample]) -> tuple[Selection, Tensor | None]:
         """Run the pruner on all images of the call; also new features in LLM width, if it makes any."""
@@ -239,6 +173,7 @@ class _Entrance:
     def _record(self, samples: list[Sample], spans: list[Span], selection: Selection, mask: Tensor) -> None:
         counts, indices, prompts = _counts(selection), selection.indices.tolist(), mask.sum(1).tolist()
         notes = {name: values.tolist() for name, values in selection.diagnostics.items()}
+        layers = len(self.adapter.layers)
         for number, sample in enumerate(samples):
             mine = [row for row, (owner, _) in enumerate(spans) if owner == number]
             self.trace.records.append(
@@ -248,6 +183,7 @@ class _Entrance:
                     kept_tokens=tuple(counts[row] for row in mine),
                     kept_indices=tuple(tuple(indices[row][: counts[row]]) for row in mine),
                     prompt_tokens=prompts[number],
+                    layer_tokens=(sum(counts[row] for row in mine),) * layers,
                     diagnostics={name: tuple(values[row] for row in mine) for name, values in notes.items()},
                 )
             )

@@ -5,6 +5,7 @@ question without ambiguity. `DOCUMENTS` puts them into rows of POPE, GQA, Scienc
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -206,32 +207,62 @@ CLAIMS: dict[str, Callable[[Scene, Rng], Claim | None]] = {
 # --- rows of the six data sets; `key` makes identifiers unique and picks the category, so that any prefix is balanced
 
 POPE_CATEGORIES = ("random", "popular", "adversarial")
-GQA_ITEMS = ("color_of", "shape_of", "count", "side_of", "direction_of", "corners_of")
-GQA_CLAIMS = ("has_shape", "has_color", "color_is", "side_is")
-SQA_ITEMS = ("color_of", "shape_of", "which_object", "count", "side_of", "direction_of")
-MME_CLAIMS = {
-    "existence": "existence",
-    "count": "count_is",
-    "position": "side_is",
-    "color": "color_is",
-    "commonsense_reasoning": "has_corners",
-    "numerical_calculation": "count_plus_is",
-}
-MMMU_SUBJECTS = {
-    "Math": ("count_plus", "corners_of"),
-    "Art": ("color_of", "color_by_corners"),
-    "Design": ("shape_of", "which_object"),
-    "Geography": ("side_of", "direction_of"),
-}
-MMSTAR_CATEGORIES = (
-    ("coarse perception", "image scene and topic", "which_object"),
-    ("fine-grained perception", "recognition", "color_of"),
-    ("instance reasoning", "single-instance reasoning", "shape_of"),
-    ("logical reasoning", "common reasoning", "color_by_corners"),
-    ("science & technology", "geography & earth science & agriculture", "direction_of"),
-    ("math", "numeric commonsense and calculation", "count_plus"),
-    ("fine-grained perception", "object counting", "count"),
-    ("math", "geometry", "corners_of"),
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Which questions each data set asks: names of ITEMS and CLAIMS, for MME, MMMU and MMStar by category."""
+
+    gqa_items: tuple[str, ...]
+    gqa_claims: tuple[str, ...]
+    scienceqa: tuple[str, ...]
+    mme: dict[str, str]
+    mmmu: dict[str, tuple[str, ...]]
+    mmstar: tuple[tuple[str, str, str], ...]  # (category, l2 category, item)
+
+
+TRAINED = Mix(
+    gqa_items=("color_of", "shape_of", "count", "side_of", "direction_of", "corners_of"),
+    gqa_claims=("has_shape", "has_color", "color_is", "side_is"),
+    scienceqa=("color_of", "shape_of", "which_object", "count", "side_of", "direction_of"),
+    mme={
+        "existence": "existence",
+        "count": "count_is",
+        "position": "side_is",
+        "color": "color_is",
+        "commonsense_reasoning": "has_corners",
+        "numerical_calculation": "count_plus_is",
+    },
+    mmmu={
+        "Math": ("count_plus", "corners_of"),
+        "Art": ("color_of", "color_by_corners"),
+        "Design": ("shape_of", "which_object"),
+        "Geography": ("side_of", "direction_of"),
+    },
+    mmstar=(
+        ("coarse perception", "image scene and topic", "which_object"),
+        ("fine-grained perception", "recognition", "color_of"),
+        ("instance reasoning", "single-instance reasoning", "shape_of"),
+        ("logical reasoning", "common reasoning", "color_by_corners"),
+        ("science & technology", "geography & earth science & agriculture", "direction_of"),
+        ("math", "numeric commonsense and calculation", "count_plus"),
+        ("fine-grained perception", "object counting", "count"),
+        ("math", "geometry", "corners_of"),
+    ),
+)
+# The embedded model never learned to say where a thing is (its card has the numbers): the suite does not ask that.
+ASKED = Mix(
+    gqa_items=("color_of", "shape_of", "count", "corners_of"),
+    gqa_claims=("has_shape", "has_color", "color_is"),
+    scienceqa=("color_of", "shape_of", "which_object", "count"),
+    mme={category: claim for category, claim in TRAINED.mme.items() if claim != "side_is"},
+    mmmu={subject: items for subject, items in TRAINED.mmmu.items() if subject != "Geography"},
+    mmstar=tuple(
+        ("science & technology", "biology & chemistry & physics", "corners_of")
+        if item == "direction_of"
+        else (category, l2, item)
+        for category, l2, item in TRAINED.mmstar
+    ),
 )
 HINTS = {
     "color_of": "Every shape is painted in one color.",
@@ -248,7 +279,7 @@ def _options(rng: Rng, item: Item, most: int = 4) -> tuple[list[str], int]:
     return options, options.index(answer)
 
 
-def pope(scene: Scene, rng: Rng, key: int) -> list[Doc]:
+def pope(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     category = POPE_CATEGORIES[key % len(POPE_CATEGORIES)]
     rows = zip(existence(scene, rng, category), ("yes", "no"), strict=True)
     return [
@@ -257,12 +288,12 @@ def pope(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     ]
 
 
-def gqa(scene: Scene, rng: Rng, key: int) -> list[Doc]:
+def gqa(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     if key % 5 < 3:
-        item = ITEMS[GQA_ITEMS[(key // 5 * 3 + key % 5) % len(GQA_ITEMS)]](scene, rng)
+        item = ITEMS[mix.gqa_items[(key // 5 * 3 + key % 5) % len(mix.gqa_items)]](scene, rng)
         asked = item and item[:2]
     else:
-        claim = CLAIMS[GQA_CLAIMS[(key // 5 * 2 + key % 5 - 3) % len(GQA_CLAIMS)]](scene, rng)
+        claim = CLAIMS[mix.gqa_claims[(key // 5 * 2 + key % 5 - 3) % len(mix.gqa_claims)]](scene, rng)
         yes = bool(rng.integers(2))
         asked = claim and (claim[0], "yes") if yes else claim and (claim[1], "no")
     if not asked:
@@ -271,8 +302,8 @@ def gqa(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     return [{"id": f"{key}", "question": question, "answer": answer, "fullAnswer": f"{answer.capitalize()}.", "isBalanced": True}]
 
 
-def scienceqa(scene: Scene, rng: Rng, key: int) -> list[Doc]:
-    name = SQA_ITEMS[key % len(SQA_ITEMS)]
+def scienceqa(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+    name = mix.scienceqa[key % len(mix.scienceqa)]
     item = ITEMS[name](scene, rng)
     if item is None:
         return []
@@ -284,9 +315,9 @@ def scienceqa(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     ]
 
 
-def mme(scene: Scene, rng: Rng, key: int) -> list[Doc]:
-    category = list(MME_CLAIMS)[key % len(MME_CLAIMS)]
-    claim = CLAIMS[MME_CLAIMS[category]](scene, rng)
+def mme(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+    category = list(mix.mme)[key % len(mix.mme)]
+    claim = CLAIMS[mix.mme[category]](scene, rng)
     return [
         {
             "question_id": f"{category}/{key:06d}.png",
@@ -298,9 +329,9 @@ def mme(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     ]
 
 
-def mmmu(scene: Scene, rng: Rng, key: int) -> list[Doc]:
-    subject = list(MMMU_SUBJECTS)[key % len(MMMU_SUBJECTS)]
-    item = ITEMS[_pick(rng, list(MMMU_SUBJECTS[subject]))](scene, rng)
+def mmmu(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+    subject = list(mix.mmmu)[key % len(mix.mmmu)]
+    item = ITEMS[_pick(rng, list(mix.mmmu[subject]))](scene, rng)
     if item is None:
         return []
     question, answer, _ = item
@@ -313,8 +344,8 @@ def mmmu(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     ]
 
 
-def mmstar(scene: Scene, rng: Rng, key: int) -> list[Doc]:
-    category, l2_category, name = MMSTAR_CATEGORIES[key % len(MMSTAR_CATEGORIES)]
+def mmstar(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+    category, l2_category, name = mix.mmstar[key % len(mix.mmstar)]
     item = ITEMS[name](scene, rng)
     if item is None:
         return []
@@ -331,7 +362,7 @@ def mmstar(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     ]
 
 
-DOCUMENTS: dict[str, Callable[[Scene, Rng, int], list[Doc]]] = {
+DOCUMENTS: dict[str, Callable[..., list[Doc]]] = {
     "pope": pope,
     "gqa": gqa,
     "scienceqa_img": scienceqa,

@@ -36,7 +36,7 @@ from transformers import (
 
 from eval.prompts import LLAVA
 from eval.shapes.datasets import TRAIN
-from eval.shapes.questions import DOCUMENTS, Doc
+from eval.shapes.questions import DOCUMENTS, TRAINED, Doc
 from eval.shapes.scenes import KINDS, SIZE, Scene, coverage, make_scene, render
 
 log = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ def _turns(scene: Scene, rng: np.random.Generator, calls_of: dict[str, int] = TU
     docs = []
     for task, calls in calls_of.items():
         for _ in range(calls):
-            docs += [(task, doc) for doc in DOCUMENTS[task](scene, rng, int(rng.integers(10_000)))]
+            docs += [(task, doc) for doc in DOCUMENTS[task](scene, rng, int(rng.integers(10_000)), TRAINED)]
     return docs
 
 
