@@ -37,8 +37,8 @@ def main() -> None:
     kept: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for path in (results / "runs" / "shapes" / "shapes_llava" / "pope").glob("*/record.json"):
         identity = Store.read(path.parent)["identity"]
-        rows = Store.samples(path.parent).set_index("doc_id")
-        kept[label(identity["pruner"])][identity["budget"]] = tuple(rows.loc[DOCUMENT, "kept_indices"][0])
+        indices = Store.samples(path.parent).set_index("doc_id")["kept_indices"].to_dict()
+        kept[label(identity["pruner"])][identity["budget"]] = tuple(indices[DOCUMENT][0])
     repository, _, split, _ = SCHEMAS["pope"]
     image = datasets.load_dataset(str(results / "data" / "shapes" / repository), split=split)[DOCUMENT]["image"]
     figures = ROOT / "results" / "figures"
