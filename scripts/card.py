@@ -19,7 +19,7 @@ CARD = ROOT / "eval" / "shapes" / "model" / "README.md"
 
 def chance(rows: pd.DataFrame) -> float:
     """Accuracy of the best constant answer to each wording of a question (its first three words), all letters taken as one."""
-    answers = defaultdict(Counter)
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
     for question, target in zip(rows["question"], rows["target"], strict=True):
         letters = len(target) == 1 and target.isalpha()
         answers["letter" if letters else " ".join(question.split()[2:5])][target.lower()] += 1

@@ -24,7 +24,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sweep(results: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), f"results={results}", *overrides]
+    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), *overrides, f"results={results}"]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=280)
 
 
