@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import datasets
-from lmms_eval.api.task import Task
+from lmms_eval.api.task import Task, _resolve_hf_datasets_cache_dir
 from lmms_eval.tasks import TaskManager
 from tenacity import RetryError
 
@@ -41,6 +41,7 @@ def _inside(folder: Path | None) -> Iterator[None]:
     own = Path(before[1]) / "secateur" / state
     os.chdir(folder)
     datasets.config.HF_DATASETS_CACHE, os.environ[_CACHE] = own, str(own)
+    _resolve_hf_datasets_cache_dir.cache_clear()  # lmms-eval asks once a process
     try:
         yield
     finally:
@@ -49,6 +50,7 @@ def _inside(folder: Path | None) -> Iterator[None]:
         os.environ.pop(_CACHE)
         if before[2] is not None:
             os.environ[_CACHE] = before[2]
+        _resolve_hf_datasets_cache_dir.cache_clear()
 
 
 @cache

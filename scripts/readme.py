@@ -12,13 +12,13 @@ from pathlib import Path
 import datasets
 
 from eval.overlay import kept_tokens
-from eval.shapes.datasets import SCHEMAS
+from eval.shapes.datasets import EVAL, SCHEMAS, documents
+from eval.shapes.scenes import make_scene
 from eval.shapes.training import SIDE
 from eval.store import Store
 from eval.tables import label
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = 4  # of POPE: a scene of several things
 
 
 def main() -> None:
@@ -34,13 +34,15 @@ def main() -> None:
     readme.write_text(block.sub(lambda match: match[1] + tables[-1].read_text() + match[2], readme.read_text()))
     print(f"README.md: the table of {tables[-1]}")
 
+    # POPE's first document about a full scene
+    document = next(i for i, (seed, _) in enumerate(documents("pope", EVAL, 60)) if len(make_scene(*seed).things) == 4)
     kept: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for path in (results / "runs" / "shapes" / "shapes_llava" / "pope").glob("*/record.json"):
         identity = Store.read(path.parent)["identity"]
         indices = Store.samples(path.parent).set_index("doc_id")["kept_indices"].to_dict()
-        kept[label(identity["pruner"])][identity["budget"]] = tuple(indices[DOCUMENT][0])
+        kept[label(identity["pruner"])][identity["budget"]] = tuple(indices[document][0])
     repository, _, split, _ = SCHEMAS["pope"]
-    image = datasets.load_dataset(str(results / "data" / "shapes" / repository), split=split)[DOCUMENT]["image"]
+    image = datasets.load_dataset(str(results / "data" / "shapes" / repository), split=split)[document]["image"]
     figures = ROOT / "results" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     smallest = {name: kept[name]["16"] for name in ("random", "scope")}
