@@ -1,6 +1,7 @@
 """A sweep: the cells of every Hydra job, run where missing, counted, and summed up in tables."""
 
 import json
+import signal
 import sys
 import traceback
 from collections import Counter
@@ -77,6 +78,26 @@ class Job:
         return cell.identity(model, weights, pruner or self.pruner, self.budget, suite, task, self.limit, self.seed)
 
 
+class Interrupt:
+    """Ctrl-C that cannot get lost: some libraries swallow the exception in the middle of a load, so it is asked for again."""
+
+    _requested = False
+
+    @classmethod
+    def catch(cls) -> None:
+        signal.signal(signal.SIGINT, cls._handle)
+
+    @classmethod
+    def _handle(cls, _number: int, _frame: Any) -> None:
+        cls._requested = True
+        raise KeyboardInterrupt
+
+    @classmethod
+    def check(cls) -> None:
+        if cls._requested:
+            raise KeyboardInterrupt
+
+
 class Bar:
     """Progress over the cells of the whole sweep, shared by the jobs of this process."""
 
@@ -129,6 +150,7 @@ def run_job(config: DictConfig) -> None:
 
 def _run_cell(job: Job, task: str) -> dict[str, Any]:
     """Run, skip or fail one cell. Raises only what is wrong with the model or the data as a whole."""
+    Interrupt.check()
     identity = job.identity(task)
     outcome = {
         "cell": f"{task} {job.pruner.name} {identity['budget']}",
@@ -153,7 +175,12 @@ def _run_cell(job: Job, task: str) -> dict[str, Any]:
     model, loaded = _model(json.dumps(job.model)), _task(task, json.dumps(job.suite))
     model.use(job.pruner, job.budget, job.model["positions"])
     documents = min(job.limit or len(loaded.eval_docs), len(loaded.eval_docs))
-    model.on_answer = lambda: Bar.advance(1 / documents)
+
+    def answered() -> None:
+        Interrupt.check()
+        Bar.advance(1 / documents)
+
+    model.on_answer = answered
     environment = cell.environment(str(model.device))
     try:
         record, samples = cell.run(model, loaded, task, job.limit, job.seed)
@@ -223,12 +250,29 @@ def _complain(paragraph: str) -> None:
 
 
 def _sum_up(files: list[Path], results: Path) -> None:
-    """Print counts, errors and tables; exit 1 if any cell failed."""
+    """Print counts, errors and tables; exit 1 if any cell failed, or if this itself does: Hydra only warns of errors here."""
+    try:
+        failed = _report(files, results)
+    except Exception:
+        console.print_exception()
+        failed = True
+    if failed:
+        sys.exit(1)
+
+
+def _report(files: list[Path], results: Path) -> bool:
+    """Print tables, errors and counts; whether anything failed."""
     Bar.stop()
     outcomes = [outcome for file in files if file.exists() for outcome in json.loads(file.read_text())]
     finished = {o["folder"] for o in outcomes if o["state"] in ("done", "skipped")}
     finished |= {o["unpruned"] for o in outcomes if "unpruned" in o and (Path(o["unpruned"]) / "record.json").exists()}
-    for group in tables.by_setting([Store.read(Path(folder)) for folder in sorted(finished)]):
+    records = []
+    for folder in sorted(finished):
+        try:
+            records.append(Store.read(Path(folder)))
+        except DamagedRecord as error:
+            outcomes.append({"state": "failed", "cell": "table", "folder": folder, "message": str(error)})
+    for group in tables.by_setting(records):
         tables.show(group)
         for path in tables.write(group, results / "tables"):
             console.print(f"written: {path}", highlight=False)
@@ -238,5 +282,4 @@ def _sum_up(files: list[Path], results: Path) -> None:
     # the unpruned cell has no budget: a sweep over budgets meets it several times
     states = Counter({o.get("folder", o["cell"]): o["state"] for o in reversed(outcomes)}.values())
     console.print(", ".join(f"{states[state]} cells {state}" for state in ("done", "skipped", "failed")), style="bold")
-    if states["failed"] or not outcomes:
-        sys.exit(1)
+    return bool(states["failed"]) or not outcomes

@@ -10,8 +10,9 @@ from omegaconf import DictConfig
 
 @hydra.main(config_path="../configs", config_name="sweep", version_base="1.3")
 def main(config: DictConfig) -> None:
-    from eval.sweep import run_job
+    from eval.sweep import Interrupt, run_job
 
+    Interrupt.catch()
     run_job(config)
 
 
