@@ -13,6 +13,7 @@ from eval.metrics import image_id
 from eval.models import PrunedLlava
 from eval.shapes.datasets import SIZES
 from eval.shapes.datasets import build as build_shapes
+from eval.shapes.training import Recipe, train
 from eval.tasks import TASKS, load_tasks
 from pruners import build
 
@@ -86,6 +87,16 @@ def test_damaged_weights_are_named(tmp_path, damage):
 def test_an_unknown_prompt_is_refused():
     with pytest.raises(ValueError, match="prompt='llama_3' is not one of hub, vicuna_v1"):
         PrunedLlava(str(WEIGHTS), prompt="llama_3")
+
+
+def test_the_training_recipe_runs_and_its_model_answers(tasks, tmp_path):
+    """All stages, a few steps each: what they save loads and fits the repository."""
+    short = Recipe(scenes=80, tower_steps=2, tower_batch=8, align_steps=2, short_steps=1, steps=2, batch=2)
+    train(short, tasks, tmp_path / "model")
+    assert sum(file.stat().st_size for file in (tmp_path / "model").iterdir()) < 8 * 2**20
+    fresh = PrunedLlava(str(tmp_path / "model"), dtype="float32", device="cpu")
+    assert fresh.model.num_parameters() == 1_853_568
+    assert fresh.tokenizer.tokenize(" yes purple circle") == ["Ġyes", "Ġpurple", "Ġcircle"]
 
 
 def test_an_error_in_a_pruner_is_fatal(model, tasks):
