@@ -135,7 +135,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Pruner(Method):
-    """Base of every method that acts before the LLM. Subclasses write `select`; users call `prune`, which checks both ends."""
+    """Base of every method that acts before the LLM. Subclasses write `select`; users call `prune`, which checks both ends.
+
+    Images of several crops are pruned crop by crop, unless `packed`: then as one row, the sequence the LLM would receive.
+    """
+
+    packed: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:

@@ -10,20 +10,22 @@ from pruners.linalg import cosine_gram, farthest_point, most_isolated
 class DivPrune(Pruner):
     """Max-min diversity: the most isolated projected token, then the one farthest from all chosen, by cosine distance.
 
+    On LLaVA-NeXT once over the packed sequence, newline tokens included where the layout has them, as the released code.
+
     Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025, arXiv 2503.02175.
 
     Args:
         order: `spatial` as the released code, or `picked` for the greedy order.
 
     Deviations: scores in float32 (released: the model's dtype); a chosen token cannot be chosen again (released: it can
-    where nothing but duplicates is left); zero tokens have cosine 0 (released: NaN); on LLaVA-NeXT per crop like every
-    method here (released: once over the packed sequence with its newline tokens).
+    where nothing but duplicates is left); zero tokens have cosine 0 (released: NaN).
     """
 
     order: Literal["spatial", "picked"] = "spatial"
 
     paper = "arXiv 2503.02175"
     status = "official"
+    packed = True
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         distance = 1 - cosine_gram(tokens.features)

@@ -1,24 +1,31 @@
 """What every kind of injection shares: the calls of a model as hooks see them, and the audit that comes of them."""
 
-from collections.abc import Iterator
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from eval.budget import Budget
-from eval.inject.adapters import LlavaAdapter
-
-Span = tuple[int, Tensor]  # row of the batch, positions of one image's placeholders
-Keywords = dict[str, Any]
+from eval.inject.adapters import Adapter
+from eval.inject.layout import EncodedImage, PlacedImage, place
+from eval.inject.shorten import Keywords
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a call's tensors do not tell: a name that seeds random choices, and the question without template words."""
+    """What a call's tensors do not tell: a name that seeds random choices, and the question without template words.
+
+    Methods that compare in LLM space read `question_ids` (the model's tokens), those that compare in CLIP's space `question`.
+    """
 
     id: str
     question_ids: tuple[int, ...] | None = None
+    question: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,27 +67,53 @@ class Trace:
 
 
 class Calls:
-    """Two pre-hooks: the core's shows which positions are visual, the language model's tells a prompt from a step behind it.
+    """The hooks every kind of injection shares.
 
-    Subclasses write `_prompt` and `_step`: the keyword arguments that the language model gets instead of its own.
+    The core's method that encodes images is answered through `_encode`, which also keeps what the pruner needs of them; the
+    core's pre-hook shows which positions are visual, the language model's tells a prompt from a step behind it. Subclasses
+    write `_prompt` and `_step`: the keyword arguments that the language model gets instead of its own.
     """
 
-    def __init__(self, adapter: LlavaAdapter, budget: Budget, trace: Trace) -> None:
+    def __init__(self, adapter: Adapter, budget: Budget, trace: Trace) -> None:
         self.adapter, self.budget, self.trace = adapter, budget, trace
-        self.captured: dict[str, Tensor] = {}
+        self.images: list[EncodedImage] = []  # encoded, and not yet met in a prompt
         self.input_ids: Tensor | None = None
         self.length: int | None = None  # positions of the unpruned prompt, padding included; None before the first
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks in, hooks out."""
+        with contextlib.ExitStack() as stack:
+            for handle in self.hooks():
+                stack.callback(handle.remove)
+            core = self.adapter.core
+            encode = core.get_image_features
+            core.get_image_features = functools.wraps(encode)(functools.partial(self._encode, encode))
+            stack.callback(delattr, core, "get_image_features")
+            yield
 
     def hooks(self) -> Iterator[Any]:
         yield self.adapter.core.register_forward_pre_hook(self._see_ids, with_kwargs=True)
         yield self.adapter.language_model.register_forward_pre_hook(self._enter, with_kwargs=True)
-        yield from self.adapter.hooks(self._encoded(), self.captured)
+
+    def _encode(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Encode the images of a call and keep what is needed of them."""
+        needs = self._encoded()
+        raw: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as stack:
+            for handle in self.adapter.hooks(needs, raw):
+                stack.callback(handle.remove)
+            output = encode(*args, **kwargs)
+        arguments = inspect.signature(encode).bind(*args, **kwargs).arguments
+        with torch.no_grad():
+            self.images = self.adapter.encoded(needs, raw, arguments)
+        return output
 
     def _encoded(self) -> frozenset[str]:
-        """Captures of the image encoder that are wanted besides `features`."""
+        """Captures of the image encoder that are wanted."""
         return frozenset()
 
-    def _prompt(self, kwargs: Keywords, input_ids: Tensor) -> Keywords:
+    def _prompt(self, kwargs: Keywords, visual: Tensor, images: list[PlacedImage]) -> Keywords:
         raise NotImplementedError
 
     def _step(self, kwargs: Keywords, past: int) -> Keywords:
@@ -104,19 +137,14 @@ class Calls:
             return args, self._step(kwargs, past)
         if self.input_ids is None:
             raise ValueError("a pruned model needs input_ids: inputs_embeds do not tell which positions are visual")
-        new = self._prompt(kwargs, self.input_ids)
+        visual = self.input_ids == self.adapter.image_token_id
+        images, self.images = place(self.images, visual), []  # used up: the next prompt must encode its own
+        new = self._prompt(kwargs, visual, images)
         self.length = kwargs["inputs_embeds"].shape[1]
         return args, new
 
-    def _spans(self, visual: Tensor) -> list[Span]:
-        """The placeholders of every image of the call, in the order of the images."""
-        features = self.captured.get("features")
-        if features is None:
-            if bool(visual.any()):
-                raise ValueError("the prompt has image placeholders, but no image was encoded inside this block")
-            return []
-        rows, positions = visual.nonzero(as_tuple=True)
-        count, per_image = features.shape[:2]
-        if len(positions) != count * per_image:
-            raise ValueError(f"{len(positions)} image placeholders for {count} images of {per_image} tokens")
-        return list(zip(rows[::per_image].tolist(), positions.split(per_image), strict=True))
+
+def real_positions(kwargs: Keywords, visual: Tensor) -> Tensor:
+    """[B, L] False at padding."""
+    mask = kwargs.get("attention_mask")
+    return torch.ones_like(visual) if mask is None else mask.bool()

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from eval.budget import Budget
-from eval.inject.adapters import LlavaAdapter, Rotary
-from eval.inject.calls import Calls, Keywords, Sample, SampleRecord, Span, Trace
+from eval.inject.adapters import Adapter, Rotary
+from eval.inject.calls import Calls, Sample, SampleRecord, Trace, real_positions
+from eval.inject.layout import NEWLINE, PlacedImage
+from eval.inject.shorten import Edit, Keywords, Shortened
 from pruners import InLLMPruner, LayerTokens
 from pruners.base import EXTRA
 
@@ -65,14 +67,16 @@ class Layers(Calls):
     The language model goes on counting the unpruned prompt; the caches of its layers hold different numbers of positions.
     """
 
-    def __init__(self, adapter: LlavaAdapter, pruner: InLLMPruner, budget: Budget, trace: Trace) -> None:
+    def __init__(self, adapter: Adapter, pruner: InLLMPruner, budget: Budget, trace: Trace) -> None:
         super().__init__(adapter, budget, trace)
         self.pruner = pruner
         self.reindexes = getattr(pruner, "positions", "original") == "reindex"
         self.past = 0  # positions the first layer's cache holds, 0 during a prompt
         self.samples: list[Sample] = []
         self.prompts: list[int] = []  # real positions of every row
-        self.spans: list[Span] = []
+        self.shortened: Shortened | None = None  # without the newlines between tiles, where the layout has none
+        self.width = 0  # positions of the prompt as the layers meet it, padding included
+        self.spans: list[tuple[int, int]] = []  # row and visual tokens of every image
         self.plan: dict[int, int] = {}
         self.frames: dict[int, _Frame] = {}  # by the first layer that sees them
         self.diagnostics: list[dict[str, Tensor]] = []  # of every cut
@@ -90,27 +94,34 @@ class Layers(Calls):
             if attention or "keys" in self.pruner.needs:
                 yield keys.register_forward_hook(partial(self._store, "keys", number))
 
-    def _prompt(self, kwargs: Keywords, input_ids: Tensor) -> Keywords:
-        self.past, self.fitting, self.plan, self.frames, self.diagnostics = 0, {}, {}, {}, []
+    def _prompt(self, kwargs: Keywords, visual: Tensor, images: list[PlacedImage]) -> Keywords:
+        self.past, self.fitting, self.plan, self.frames, self.diagnostics, self.shortened = 0, {}, {}, {}, [], None
         self.projected.clear()
-        mask = kwargs.get("attention_mask")
-        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-        visual = input_ids == self.adapter.image_token_id
         self.samples = self.trace.take(len(visual))
-        self.spans = self._spans(visual)
-        self.captured.clear()  # used up: the next prompt must encode its own images
-        self.prompts = real.sum(1).tolist()
-        if self.spans:
-            self._schedule(visual, real, kwargs["inputs_embeds"])
+        real = real_positions(kwargs, visual)
+        if images and not self.adapter.keeps_newlines:
+            edits = [Edit(image.row, image.places, image.places[image.tokens != NEWLINE]) for image in images]
+            self.shortened = Shortened(kwargs, real, edits, compact=True)
+            kwargs, real = self.shortened.kwargs, self.shortened.mask.bool()
+            visual = torch.zeros_like(real)
+            for edit in edits:
+                visual[edit.row, self.shortened.moved(edit.places[: len(edit.sources)], edit.row)] = True
+        sizes = [int((image.tokens != NEWLINE).sum()) if self.shortened else len(image.places) for image in images]
+        self.spans = [(image.row, size) for image, size in zip(images, sizes, strict=True)]
+        self.prompts, self.width = real.sum(1).tolist(), real.shape[1]
+        if images:
+            budgets = [0] * len(visual)
+            for image, size in zip(images, sizes, strict=True):
+                budgets[image.row] += self.budget.of_sequence(size, image.crops, image.per_crop)
+            self._schedule(visual, real, kwargs["inputs_embeds"], budgets)
         if not self.plan:
             self._record()
         return kwargs
 
-    def _schedule(self, visual: Tensor, real: Tensor, embeddings: Tensor) -> None:
-        """Ask the pruner for its plan and its queries; both masks are [B, L]."""
+    def _schedule(self, visual: Tensor, real: Tensor, embeddings: Tensor, budgets: list[int]) -> None:
+        """Ask the pruner for its plan and its queries; both masks are [B, L], the budgets those of the rows."""
         batch, length = visual.shape
         counts = visual.sum(1).tolist()
-        budgets = [sum(self.budget.resolve(len(span)) for row, span in self.spans if row == number) for number in range(batch)]
         if len(set(counts)) > 1 or len(set(budgets)) > 1:
             raise ValueError(
                 f"budgets of {', '.join(map(str, budgets))} of {', '.join(map(str, counts))} visual tokens in the prompts of a "
@@ -135,7 +146,7 @@ class Layers(Calls):
 
     def _step(self, kwargs: Keywords, past: int) -> Keywords:
         self.past, self.fitting = past, {}
-        return kwargs
+        return self.shortened.step(kwargs, past) if self.shortened else kwargs
 
     def _store(self, what: str, number: int, _module: nn.Module, _args: Any, output: Tensor) -> None:
         if not self.past and number + 1 in self.plan:
@@ -222,14 +233,13 @@ class Layers(Calls):
 
     def _fit(self, frame: _Frame, hidden: Tensor, kwargs: Keywords) -> Keywords:
         """What layers of a frame get in place of the mask and the positions that the language model made for all its layers."""
-        assert self.length is not None
         batch, length = hidden.shape[:2]
-        positions, columns, width = frame.counted, frame.columns, self.length
+        positions, columns, width = frame.counted, frame.columns, self.width
         if self.past:
             width = self.past + length
-            behind = torch.arange(self.length, width, device=hidden.device).expand(batch, -1)
+            behind = torch.arange(self.width, width, device=hidden.device).expand(batch, -1)
             columns = torch.cat([columns, behind], 1)
-            positions = positions[:, -1:] + 1 + behind[:, -length:] - self.length
+            positions = positions[:, -1:] + 1 + behind[:, -length:] - self.width
         # numbered through whatever the rotary embedding says: FlashAttention takes gaps for borders of packed sequences
         fitting: Keywords = {"position_ids": positions}
         if kwargs.get("attention_mask") is not None:
@@ -266,7 +276,7 @@ class Layers(Calls):
         names = {name for notes in self.diagnostics for name in notes}
         for row, sample in enumerate(self.samples):
             tokens = self.frames[max(self.frames)].tokens[row].tolist() if self.frames else []
-            sizes = [len(span) for owner, span in self.spans if owner == row]
+            sizes = [size for owner, size in self.spans if owner == row]
             ends = list(accumulate(sizes))
             kept = [
                 tuple(token - end + size for token in tokens if end - size <= token < end)

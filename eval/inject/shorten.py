@@ -1,0 +1,97 @@
+"""A shorter prompt for the language model, and the steps behind it: embeddings, mask and positions stay consistent."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Keywords = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What becomes of one image's places [P] of a prompt: their first M hold what follows, the others leave."""
+
+    row: int
+    places: Tensor  # [P] ascending
+    sources: Tensor  # [M] position whose embedding goes on
+    vectors: Tensor | None = None  # [M, D] embeddings instead
+    replaced: Tensor | None = None  # [M] True where `vectors` count; None: everywhere
+
+
+class Shortened:
+    """The prompts of a call without the places that `edits` takes out, padded on the left.
+
+    Args:
+        kwargs: what the language model was called with; inputs_embeds [B, L, D].
+        real: [B, L] False at padding.
+        compact: number the shortened prompts through, instead of keeping every token's position. Positions of several axes
+            (M-RoPE) are always kept.
+    """
+
+    def __init__(self, kwargs: Keywords, real: Tensor, edits: list[Edit], compact: bool) -> None:
+        embeds, attention_mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        batch, self.length, width = embeds.shape
+        self.compact = compact
+        source = torch.arange(self.length, device=embeds.device).repeat(batch, 1)
+        alive = real.clone()
+        for edit in edits:
+            alive[edit.row, edit.places] = False
+            target = edit.places[: len(edit.sources)]
+            source[edit.row, target], alive[edit.row, target] = edit.sources, True
+        embeds = torch.gather(embeds, 1, source[..., None].expand(-1, -1, width))
+        for edit in edits:
+            if edit.vectors is not None:
+                new = slice(None) if edit.replaced is None else edit.replaced
+                embeds[edit.row, edit.places[: len(edit.sources)][new]] = edit.vectors[new].to(embeds.dtype)
+
+        # a stable sort moves dropped places to the left and keeps the order of the others: left padding of the longest row
+        longest = int(alive.sum(1).max())
+        self.order = torch.sort(alive.long(), dim=1, stable=True).indices[:, -longest:]
+        self.mask = torch.gather(alive, 1, self.order).long()  # [B, L'] 1 for real positions
+        self.removed = real.sum(1) - self.mask.sum(1)  # [B] positions taken out of each row
+        self.kwargs = dict(kwargs, inputs_embeds=torch.gather(embeds, 1, self.order[..., None].expand(-1, -1, width)))
+        # never None: without a mask transformers reads gaps between positions as borders of packed sequences
+        self.kwargs["attention_mask"] = self.mask if attention_mask is None else self.mask.to(attention_mask.dtype)
+        self.kwargs["position_ids"] = self._positions(kwargs.get("position_ids"), real, torch.gather(source, 1, self.order))
+        if kwargs.get("cache_position") is not None:
+            self.kwargs["cache_position"] = kwargs["cache_position"][:longest]
+
+    def _positions(self, before: Tensor | None, real: Tensor, source: Tensor) -> Tensor:
+        counted = (self.mask.cumsum(1) - 1).clamp_min(0)
+        if before is not None and before.dim() == 3:
+            kept = before.expand(-1, len(real), -1).gather(2, source.expand(len(before), -1, -1))
+            if len(kept) == 4:  # the first axis only tells masks where packed sequences end
+                kept = torch.cat([counted[None].to(kept.dtype), kept[1:]])
+            return kept
+        if self.compact:
+            return counted
+        before = (real.long().cumsum(1) - 1).clamp_min(0) if before is None else before.expand(len(real), -1)
+        return torch.gather(before, 1, source)
+
+    def moved(self, places: Tensor, row: int) -> Tensor:
+        """Where positions of the unpruned prompt that stayed stand now."""
+        where = torch.full((self.length,), -1, device=places.device)
+        where[self.order[row]] = torch.arange(self.order.shape[1], device=places.device)
+        return where[places]
+
+    def step(self, kwargs: Keywords, past: int) -> Keywords:
+        """Behind the prompt `generate` still counts the unpruned frame: cut masks, shift positions.
+
+        Args:
+            past: positions in the cache, those of the shortened prompt and of what was generated.
+        """
+        new = dict(kwargs)
+        attention_mask, step = kwargs.get("attention_mask"), kwargs["inputs_embeds"].shape[1]
+        generated = past + step - self.mask.shape[1]
+        if attention_mask is not None:
+            new["attention_mask"] = torch.cat([self.mask.to(attention_mask), attention_mask[:, self.length :]], 1)
+        elif bool((self.mask == 0).any()):
+            new["attention_mask"] = torch.cat([self.mask, self.mask.new_ones(len(self.mask), generated)], 1)
+        positions = kwargs.get("position_ids")
+        if self.compact and positions is not None and positions.dim() == 2:
+            new["position_ids"] = positions - self.removed[:, None]
+        if kwargs.get("cache_position") is not None:
+            new["cache_position"] = kwargs["cache_position"] - (self.length - self.mask.shape[1])
+        return new
