@@ -69,6 +69,12 @@ class Budget:
             raise ValueError(f"budget={self}: an image has {crops} crops, and at least 1 token of each must stay")
         return [share + (crop < left) for crop in range(crops)]
 
+    def most(self, available: int) -> int:
+        """About how much stays of an image with so many places, whatever its crops; rather too much than too little."""
+        if self.tokens is None:
+            return self.resolve(available)
+        return available if self.per_tile else min(self.tokens, available)
+
     def of_sequence(self, available: int, crops: int, size: int) -> int:
         """What to keep of the `available` places of an image of so many crops, ranked together."""
         return crops * self.resolve(size) if self.per_tile else self.resolve(available)

@@ -22,10 +22,14 @@ from pruners import InLLMPruner, Pruner, linalg
 if TYPE_CHECKING:  # importing lmms-eval takes seconds, which a sweep with nothing to do need not spend
     from lmms_eval.api.task import Task
 
-    from eval.models import PrunedLlava
+    from eval.models import PrunedModel
 
 PACKAGES = ("torch", "transformers", "lmms-eval", "secateur")
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class EmptyAnswers(RuntimeError):
+    """The model answered no document with any text."""
 
 
 def identity(
@@ -75,7 +79,7 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def run(model: "PrunedLlava", task: "Task", name: str, limit: int | None, seed: int) -> tuple[dict[str, Any], pd.DataFrame]:
+def run(model: "PrunedModel", task: "Task", name: str, limit: int | None, seed: int) -> tuple[dict[str, Any], pd.DataFrame]:
     """Answer and score the first `limit` documents of a task with the method `model` is set to.
 
     Returns:
@@ -83,7 +87,9 @@ def run(model: "PrunedLlava", task: "Task", name: str, limit: int | None, seed: 
 
     Raises:
         ValueError: an odd limit for MME, which scores pairs; a limit below 1.
-        RuntimeError: every answer is empty, or a metric is not a number.
+        EmptyAnswers: nothing was generated.
+        RuntimeError: a metric is not a number.
+        Unanswered: the model is set to a shard, and other documents have no answers yet.
     """
     from lmms_eval.evaluator import simple_evaluate
 
@@ -110,7 +116,7 @@ def run(model: "PrunedLlava", task: "Task", name: str, limit: int | None, seed: 
         "doc_id", ignore_index=True
     )
     if not rows["answer"].str.strip().any():
-        raise RuntimeError(
+        raise EmptyAnswers(
             f"all {len(rows)} answers of task {name} are empty: the model generates nothing with this method and budget"
         )
     wrong = [metric for metric, value in metrics.items() if value != value]
@@ -136,7 +142,7 @@ def check_limit(task: str, limit: int | None) -> None:
         raise ValueError(f"limit={limit} is odd, and MME scores pairs of questions; use limit={limit + 1}")
 
 
-def _row(task: str, sample: dict[str, Any], model: "PrunedLlava") -> dict[str, Any]:
+def _row(task: str, sample: dict[str, Any], model: "PrunedModel") -> dict[str, Any]:
     from eval.metrics import document_score, image_id
 
     answer = model.answers[task, sample["doc_id"]]

@@ -1,22 +1,36 @@
-"""lmms-eval's chat model class, running a pruned model; every error is fatal, every answer is on record."""
+"""The model class that lmms-eval asks: a pruned model, where every error is fatal and every answer on record."""
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import transformers
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
-from lmms_eval.models.chat.llava_hf import LlavaHf
+from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
+from transformers.models.auto import image_processing_auto
 
 from eval.budget import Budget
-from eval.checkpoints import locate, not_loaded
-from eval.inject import Sample, SampleRecord, inject
-from eval.inject.session import Positions
-from eval.prompts import PROMPTS
+from eval.cache import EncodeCache
+from eval.checkpoints import fingerprint, locate, not_loaded
+from eval.geometry import config_of, random_model, random_processor
+from eval.inject import Sample, SampleRecord, Trace, inject
+from eval.inject.clip import ClipRelevance
+from eval.inject.encoder import ImageCache
+from eval.inject.session import Layout, Positions
+from eval.inputs import Inputs, Prompt
+from eval.questions import Scope
 from pruners import InLLMPruner, Pruner, build
+
+log = logging.getLogger(__name__)
+VERSION = f"torch {torch.__version__} transformers {transformers.__version__}"  # of what computes the cached tensors
+# as lmms-eval's own chat classes do where a task says nothing
+_NEW_TOKENS = {"llava": 1024, "llava_next": 1024, "qwen2_5_vl": 128}
 
 
 @dataclass(frozen=True)
@@ -25,107 +39,250 @@ class Answer:
 
     text: str
     prompt: str
-    seconds: float
+    seconds: float  # of its batch, shared out evenly
     new_tokens: int
     audit: SampleRecord
 
 
-class PrunedLlava(LlavaHf):
-    """LLaVA through lmms-eval's own chat class, with a pruner before or inside the language model.
+@dataclass(frozen=True)
+class _Request:
+    """A document to be answered."""
+
+    task: str
+    doc_id: int
+    prompt: Prompt
+    inputs: BatchFeature
+    new_tokens: int
+
+
+class PrunedModel(lmms):
+    """A vision-language model with a pruner before or inside its language model, as lmms-eval's chat tasks ask it.
 
     Args:
         pretrained: hub id, or a folder (absolute, or relative to the working directory or the project).
+        name: of the configuration; with random weights it says which model's geometry.
+        family: what the checkpoint must be: llava, llava_next or qwen2_5_vl. None: what it is.
+        weights: `pretrained`, or `random` at the geometry of `name`, without a download and with a tokenizer of bytes.
         revision, dtype, attn_implementation: as in transformers.
         device: `auto` takes CUDA where there is one, else the CPU.
-        prompt: `hub`, the checkpoint's chat template, or `vicuna_v1`, with the system sentence of the original LLaVA.
+        resize: backend of the image processor; None: transformers' default.
+        min_pixels, max_pixels: Qwen2.5-VL's limits of an image's size; None: the checkpoint's.
+        prompt, geometry, layout, image_side, text_scope: see `eval.inputs.Inputs`.
+        max_new_tokens: at most so many tokens an answer; None: what the task says, and where it says nothing what lmms-eval's own
+            classes take.
+        clip: checkpoint whose text tower methods with relevance_space=clip ask; loaded when the first of them comes.
         pruner, budget, positions: the method to begin with; `use` changes it without loading again.
+
+        batch_tokens: positions of pruned prompts that are generated together; 0: one prompt at a time.
+        cache: of what the image encoder gives. In any case images are encoded one by one, so that neither batch nor cache
+            changes an answer.
 
     Raises:
         FileNotFoundError: the checkpoint is neither on disk nor reachable, or its files are damaged.
+        ValueError: a field that makes no sense for the family.
     """
+
+    is_simple = False
 
     def __init__(
         self,
         pretrained: str,
+        name: str = "",
+        family: Literal["llava", "llava_next", "qwen2_5_vl"] | None = None,
+        weights: Literal["pretrained", "random"] = "pretrained",
         revision: str = "main",
         dtype: str = "auto",
         attn_implementation: str | None = "sdpa",
         device: str = "auto",
-        prompt: Literal["hub", "vicuna_v1"] = "hub",
+        prompt: str = "hub",
+        geometry: Literal["processor", "pad"] = "processor",
+        resize: Literal["pil", "torchvision"] | None = None,
+        layout: Layout | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        image_side: int | None = None,
+        text_scope: Scope = "question",
+        max_new_tokens: int | None = None,
+        clip: str | None = None,
         pruner: str = "none",
         budget: str | int = "full",
-        positions: Positions = "compact",
+        positions: Positions | None = None,
+        batch_tokens: int = 0,
+        cache: EncodeCache | None = None,
     ) -> None:
-        if prompt != "hub" and prompt not in PROMPTS:
-            raise ValueError(f"prompt={prompt!r} is not one of hub, {', '.join(PROMPTS)}")
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        try:
-            super().__init__(
-                pretrained=str(locate(pretrained)),
-                revision=revision,
-                device=device,
-                device_map=device,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-            )
-        except (OSError, SafetensorError) as error:
-            raise FileNotFoundError(not_loaded(pretrained, revision, error)) from error
-        self._model.eval()
-        if prompt != "hub":
-            self._image_processor.chat_template = PROMPTS[prompt]
+        super().__init__()
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        if weights == "random":
+            config = config_of(name)
+            processor = random_processor(config)
+            self.model: Any = random_model(config, self.device, getattr(torch, dtype), attn_implementation or "sdpa")
+        elif weights == "pretrained":
+            try:
+                processor = AutoProcessor.from_pretrained(str(locate(pretrained)), revision=revision, **_backend(resize))
+                self.model = AutoModelForImageTextToText.from_pretrained(
+                    str(locate(pretrained)),
+                    revision=revision,
+                    dtype=dtype,
+                    device_map=str(self.device),
+                    attn_implementation=attn_implementation,
+                ).eval()
+            except (OSError, SafetensorError) as error:
+                raise FileNotFoundError(not_loaded(pretrained, revision, error)) from error
+        else:
+            raise ValueError(f"weights={weights!r} is not one of pretrained, random")
+        self.family = self.model.config.model_type
+        if family not in (None, self.family):
+            raise ValueError(f"model.family={family} but {pretrained} holds a model of type {self.family!r}")
+        _limit_pixels(processor, self.family, min_pixels, max_pixels)
+        self.inputs = Inputs(processor, self.model.config, prompt, geometry, layout, image_side, text_scope)
+        self.tokenizer = self.inputs.processor.tokenizer
+        self._layout, self._clip_name, self._most = layout, clip, max_new_tokens
+        self._clip: ClipRelevance | None = None
+        self.batch_tokens = batch_tokens
+        identity = f"{fingerprint(pretrained, revision)} {name} {weights} {dtype} {attn_implementation} {self.device} {VERSION}"
+        self.images = ImageCache(cache or EncodeCache(0), f"{identity} {layout}")
         self.answers: dict[tuple[str, int], Answer] = {}
         self.on_answer: Callable[[], None] = lambda: None
         self.use(build(pruner), Budget.parse(budget), positions)
 
-    def use(self, pruner: Pruner | InLLMPruner, budget: Budget, positions: Positions) -> None:
+    def use(self, pruner: Pruner | InLLMPruner, budget: Budget, positions: Positions | None) -> None:
         """Answer with this method from now on; forgets the answers so far."""
-        self._method = (pruner, budget, positions)
+        self._method: dict[str, Any] = {
+            "pruner": pruner,
+            "budget": budget,
+            "positions": positions,
+            "layout": self._layout,
+            "clip": self._relevance(pruner),
+        }
         self.answers.clear()
+
+    def _relevance(self, pruner: Pruner | InLLMPruner) -> ClipRelevance | None:
+        if self._clip_name is None or not pruner.needs & {"clip_patches", "clip_text"}:
+            return None
+        if self._clip is None:
+            self._clip = ClipRelevance.from_pretrained(self._clip_name, device=self.device)
+        return self._clip
 
     def clean(self) -> None:
         """Keep the model: lmms-eval calls this behind every evaluation, and the next cell needs it again."""
 
-    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer every request greedily, one at a time, in order."""
-        results = []
-        with inject(self.model, *self._method) as trace:
-            for request in requests:
-                _, doc_to_messages, options, doc_id, task, split = request.args
-                chat = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
-                answer = self._answer(chat, options, f"{task}/{doc_id}", trace)
-                self.answers[task, doc_id] = answer
-                results.append(GenerationResult(text=answer.text, token_counts=TokenCounts(output_tokens=answer.new_tokens)))
-                self.on_answer()
-        return results
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("pruned models answer tasks of type generate_until only")
 
-    def _answer(self, chat: ChatMessages, options: dict[str, Any], sample: str, trace: Any) -> Answer:
-        images, videos, _ = chat.extract_media()
-        if videos:
-            raise ValueError(f"{sample}: videos are not supported")
-        processor = self._image_processor
-        prompt = processor.apply_chat_template(chat.model_dump()["messages"], tokenize=False, add_generation_prompt=True)
-        inputs = processor(images=images or None, text=prompt, return_tensors="pt").to(self._device, self.model.dtype)
-        question = "\n".join(part.text for message in chat.messages for part in message.content if part.type == "text")
-        question_ids = self.tokenizer(question, add_special_tokens=False)["input_ids"]
-        trace.announce([Sample(sample, tuple(question_ids))])
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError("pruned models answer tasks of type generate_until only")
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answer every request greedily that has no answer yet.
+
+        Raises:
+            ValueError: sampling or beam search; whatever goes wrong with a document.
+        """
+        wanted = [(task, doc_id) for *_, doc_id, task, _ in (request.args for request in requests)]
+        missing = [request for request, key in zip(requests, wanted, strict=True) if key not in self.answers]
+        with inject(self.model, **self._method, cache=self.images) as trace:
+            for batch in self._batches(map(self._request, missing)):
+                self._answer(batch, trace)
+        done = [self.answers[key] for key in wanted]
+        return [GenerationResult(text=a.text, token_counts=TokenCounts(output_tokens=a.new_tokens)) for a in done]
+
+    def _request(self, request: Instance) -> _Request:
+        _, doc_to_messages, options, doc_id, task, split = request.args
+        if options.get("num_beams", 1) != 1 or (options.get("temperature") or 0) > 0:
+            raise ValueError(f"task {task} asks for {options}; pruned models generate greedily")
+        chat = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
+        prompt = self.inputs.prompt(chat, f"{task}/{doc_id}")
+        new_tokens = self._most or options.get("max_new_tokens", _NEW_TOKENS[self.family])
+        return _Request(task, doc_id, prompt, self.inputs(prompt), new_tokens)
+
+    def _batches(self, requests: Iterable[_Request]) -> Iterator[list[_Request]]:
+        """Requests with one limit of new tokens together, as many as `batch_tokens` positions of pruned prompts hold.
+
+        Inside the language model the rows of a batch must have equally many visual tokens.
+        """
+        waiting: dict[tuple[int, int], list[_Request]] = {}
+        for request in requests:
+            visual = int((request.inputs["input_ids"] == self.model.config.image_token_id).sum())
+            kind = (request.new_tokens, visual if isinstance(self._method["pruner"], InLLMPruner) else 0)
+            batch = waiting.setdefault(kind, [])
+            if batch and (len(batch) + 1) * max(map(self._positions, [*batch, request])) > self.batch_tokens:
+                yield waiting.pop(kind)
+                batch = waiting.setdefault(kind, [])
+            batch.append(request)
+        yield from waiting.values()
+
+    def _positions(self, request: _Request) -> int:
+        """How long the prompt is behind the pruner, at most."""
+        ids, budget = request.inputs["input_ids"], self._method["budget"]
+        visual, images = int((ids == self.model.config.image_token_id).sum()), len(request.prompt.images)
+        pruned = isinstance(self._method["pruner"], Pruner) and self._method["pruner"].name != "none" and images > 0
+        return ids.shape[1] - visual + (images * budget.most(visual // images) if pruned else visual)
+
+    def _answer(self, batch: list[_Request], trace: Trace) -> None:
+        """Answer a batch; where the accelerator's memory does not hold it, in halves, and the rest in batches of that size."""
+        try:
+            self._generate(batch, trace)
+        except torch.cuda.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            torch.cuda.empty_cache()
+            self.batch_tokens //= 2
+            log.warning("out of memory at a batch of %d: batch_tokens is now %d", len(batch), self.batch_tokens)
+            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                self._answer(half, trace)
+
+    def _generate(self, batch: list[_Request], trace: Trace) -> None:
+        inputs = self.inputs.collate([request.inputs for request in batch]).to(self.device, self.model.dtype)
+        trace.records.clear()
+        trace.announce([self._sample(request) for request in batch])
         started = self._now()
         output = self.model.generate(
             **inputs,
             do_sample=False,
             temperature=None,
             top_p=None,
-            num_beams=options.get("num_beams", 1),
-            max_new_tokens=options.get("max_new_tokens", 1024),
-            use_cache=self.use_cache,
-            pad_token_id=self.eot_token_id,
-            eos_token_id=self.eot_token_id,
+            top_k=None,
+            max_new_tokens=batch[0].new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
         )
-        seconds = self._now() - started
-        new = output[0, inputs["input_ids"].shape[1] :]
-        text = self.tokenizer.decode(new, skip_special_tokens=True)
-        return Answer(text, prompt, seconds, len(new), trace.records[-1])
+        seconds = (self._now() - started) / len(batch)
+        for request, row, audit in zip(batch, output[:, inputs["input_ids"].shape[1] :], trace.records, strict=True):
+            ends = (row == self.tokenizer.eos_token_id).nonzero()
+            new = row[: int(ends[0]) + 1] if len(ends) else row  # behind its end a row is filled up for the others
+            text = self.tokenizer.decode(new, skip_special_tokens=True)
+            self.answers[request.task, request.doc_id] = Answer(text, request.prompt.text, seconds, len(new), audit)
+            self.on_answer()
+
+    def _sample(self, request: _Request) -> Sample:
+        question = request.prompt.question
+        ids = self.tokenizer(question, add_special_tokens=False)["input_ids"]
+        return Sample(f"{request.task}/{request.doc_id}", tuple(ids), question)
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _backend(resize: str | None) -> dict[str, Any]:
+    """What makes transformers take this backend of its image processors; early releases of 5.x have another name for it."""
+    if resize not in (None, "pil", "torchvision"):
+        raise ValueError(f"model.resize={resize!r} is not one of pil, torchvision")
+    if resize is None:
+        return {}
+    known = hasattr(image_processing_auto, "_resolve_backend")
+    return {"backend": resize} if known else {"use_fast": resize == "torchvision"}
+
+
+def _limit_pixels(processor: Any, family: str, least: int | None, most: int | None) -> None:
+    """Set the smallest and largest number of pixels Qwen2.5-VL resizes images to."""
+    if least is None and most is None:
+        return
+    if family != "qwen2_5_vl":
+        raise ValueError(f"model.min_pixels and model.max_pixels are for Qwen2.5-VL, not for the family {family!r}")
+    size = processor.image_processor.size
+    processor.image_processor.size = {
+        "shortest_edge": size["shortest_edge"] if least is None else least,
+        "longest_edge": size["longest_edge"] if most is None else most,
+    }

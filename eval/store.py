@@ -5,10 +5,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 
 class DamagedRecord(RuntimeError):
@@ -21,7 +24,9 @@ def digest(value: Any) -> str:
 
 
 class Store:
-    """The cells under one results folder.
+    """The cells under one results folder, which several processes may share.
+
+    Beside the place of an unfinished cell lie the answers so far (`.answers*.jsonl`) and why it failed (`.failed.json`).
 
     Raises:
         PermissionError: the folder cannot be written.
@@ -43,13 +48,58 @@ class Store:
         name = f"{identity['pruner']['name']}_{identity['budget']}_{digest(identity)[:12]}"
         return self.runs / identity["suite"]["name"] / identity["model"]["name"] / identity["task"] / name.replace("%", "pct")
 
+    @contextmanager
+    def claim(self, identity: dict[str, Any], part: str = "", wait: bool = False) -> Iterator[bool]:
+        """Hold a cell (or a part of it) against other processes while it runs; False where another one holds it.
+
+        With `wait`, wait for it. The lock is the operating system's (flock) and ends with its process, however that ends. NFS
+        and Lustre pass it on to the other nodes unless they are mounted without (`nolock`, `localflock`): then two nodes may
+        run the same cell, and the first record stays. A file system without flock gets a lock file, of which only a process
+        on the same node can tell that its owner is dead: delete `runs/.locks` when none is running.
+        """
+        locks = self.runs / ".locks"
+        locks.mkdir(exist_ok=True)
+        lock = FileLock(locks / (digest(identity)[:12] + part))
+        try:
+            lock.acquire(blocking=wait)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def answers(self, identity: dict[str, Any], part: str = "") -> Path:
+        """Where a running cell (or a part of it) keeps its answers."""
+        folder = self.folder(identity)
+        return folder.with_name(f"{folder.name}.answers{part}.jsonl")
+
+    def all_answers(self, identity: dict[str, Any]) -> list[Path]:
+        """The files of answers of an unfinished cell, of all its parts."""
+        folder = self.folder(identity)
+        return sorted(folder.parent.glob(f"{folder.name}.answers*.jsonl"))
+
+    def forget_answers(self, identity: dict[str, Any]) -> None:
+        for path in self.all_answers(identity):
+            path.unlink(missing_ok=True)
+
     def has(self, identity: dict[str, Any]) -> bool:
         return (self.folder(identity) / "record.json").exists()
 
-    def failure(self, identity: dict[str, Any]) -> str | None:
-        """The stored traceback of a cell that failed, if it did."""
+    def failure(self, identity: dict[str, Any], since: float = 0) -> str | None:
+        """The stored traceback of a cell that failed, if it did so after a moment (seconds since the epoch).
+
+        Raises:
+            DamagedRecord: the file is truncated or edited.
+        """
         path = self._failure_path(identity)
-        return json.loads(path.read_text())["traceback"] if path.exists() else None
+        try:
+            return json.loads(path.read_text())["traceback"] if path.stat().st_mtime >= since else None
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedRecord(f"{path} is damaged ({error}); delete it to run the cell again") from error
 
     def load(self, identity: dict[str, Any]) -> dict[str, Any]:
         return self.read(self.folder(identity))
@@ -86,10 +136,12 @@ class Store:
         return [self.read(path.parent) for path in sorted(self.runs.glob("*/*/*/*/record.json"))]
 
     def write(self, identity: dict[str, Any], record: dict[str, Any], samples: pd.DataFrame) -> Path:
-        """Store a finished cell; an earlier failure of it is forgotten."""
-        folder = self.folder(identity)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+        """Store a finished cell; an earlier failure of it is forgotten, and its file of answers is no longer needed."""
+        folder, name = self.folder(identity), digest(identity)[:12]
+        writing = self.runs / ".writing"
+        for place in (folder.parent, writing):
+            place.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=name, dir=writing))
         try:
             samples.to_parquet(scratch / "samples.parquet", index=False)
             content = record | {
@@ -99,23 +151,29 @@ class Store:
             (scratch / "record.json").write_text(json.dumps(content | {"seal": digest(content)}, indent=1) + "\n")
             for path in (scratch / "samples.parquet", scratch / "record.json", scratch):
                 _flush(path)
-            if folder.exists():
-                shutil.rmtree(folder)
-            scratch.rename(folder)
-            _flush(folder.parent)
+            if not self.has(identity):
+                shutil.rmtree(folder, ignore_errors=True)
+                scratch.rename(folder)
+                _flush(folder.parent)
+        except OSError:
+            if not self.has(identity):  # by another process, which then cleared ours away
+                raise
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            for left in writing.glob(f"{name}*"):  # also by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
         self._failure_path(identity).unlink(missing_ok=True)
+        self.forget_answers(identity)
         return folder
 
-    def write_failure(self, identity: dict[str, Any], traceback: str, environment: dict[str, Any]) -> Path:
-        """Keep why a cell failed, beside its place."""
+    def write_failure(
+        self, identity: dict[str, Any], traceback: str, environment: dict[str, Any], config: dict[str, Any]
+    ) -> Path:
+        """Keep why a cell failed, and with which settings, beside its place."""
         path = self._failure_path(identity)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".writing")
-        scratch.write_text(
-            json.dumps({"identity": identity, "traceback": traceback, "environment": environment}, indent=1) + "\n"
-        )
+        content = {"identity": identity, "traceback": traceback, "environment": environment, "config": config}
+        scratch.write_text(json.dumps(content, indent=1) + "\n")
         _flush(scratch)
         scratch.rename(path)
         return path

@@ -1,30 +1,33 @@
-"""A sweep: the cells of every Hydra job, run where missing, counted, and summed up in tables."""
+"""A sweep: the cells of every Hydra job, run where missing, each on its own: what fails is recorded, the others go on."""
 
+import errno
 import json
-import signal
+import re
 import sys
+import time
 import traceback
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import pandas as pd
+from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from eval import cell, tables
+from eval import cell
+from eval.answers import Answers, Unanswered
 from eval.budget import Budget
 from eval.checkpoints import fingerprint
+from eval.progress import KEPT, Bar, Interrupt, complain
 from eval.store import DamagedRecord, Store
 from pruners import InLLMPruner, Pruner, build
 
 OUTCOMES = "cells.json"  # what a job leaves in its Hydra folder for the summary
-console = Console(file=sys.stderr)  # the real one, also while a task's own output is caught
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NOT_OF_THE_MODEL = ("budgets", "relevance_space", "pruner_fields")  # what its config holds for grids and pruners
+Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class Job:
     tasks: list[str]
     limit: int | None
     seed: int
+    shard: tuple[int, int]  # number and count
     store: Store
     retry_failed: bool
+    config: dict[str, Any]  # what all this came from
 
     @classmethod
     def of(cls, config: DictConfig) -> "Job":
@@ -66,90 +71,101 @@ class Job:
             tasks=tasks,
             limit=limit,
             seed=settings["seed"],
+            shard=_shard(settings["shard"]),
             store=Store(Path(settings["results"])),
             retry_failed=settings["retry_failed"],
+            config=settings,
         )
 
     def identity(self, task: str, pruner: Pruner | InLLMPruner | None = None) -> dict[str, Any]:
         """The identity of this job's cell of a task, or of the same cell under another method."""
-        model = {key: value for key, value in self.model.items() if key not in ("budgets", "device", "relevance_space")}
+        model = {key: value for key, value in self.model.items() if key not in ("device", *_NOT_OF_THE_MODEL)}
         suite = {key: self.suite[key] for key in ("name", "revision")}
         weights = fingerprint(self.model["pretrained"], self.model["revision"])
         return cell.identity(model, weights, pruner or self.pruner, self.budget, suite, task, self.limit, self.seed)
 
 
-class Interrupt:
-    """Ctrl-C that cannot get lost: some libraries swallow the exception in the middle of a load, so it is asked for again."""
-
-    _requested = False
-
-    @classmethod
-    def catch(cls) -> None:
-        signal.signal(signal.SIGINT, cls._handle)
-
-    @classmethod
-    def _handle(cls, _number: int, _frame: Any) -> None:
-        cls._requested = True
-        raise KeyboardInterrupt
-
-    @classmethod
-    def check(cls) -> None:
-        if cls._requested:
-            raise KeyboardInterrupt
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", str(text))
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if number >= count:
+        raise ValueError(f"shard={text}: write number/count, with numbers from 0: 0/4, 1/4, 2/4, 3/4")
+    return number, count
 
 
-class Bar:
-    """Progress over the cells of the whole sweep, shared by the jobs of this process."""
+class _Sweep:
+    """What the jobs of one sweep in this process share."""
 
-    jobs = 1
-    _progress: Progress | None = None
-    _task: TaskID
+    started = time.time()
+    waiting: ClassVar[list[tuple[Job, str, Path]]] = []  # cells others held, with the file of their outcome
 
-    @classmethod
-    def show(cls, cells_a_job: int, text: str) -> None:
-        if cls._progress is None:
-            count = TextColumn("{task.completed:.1f} of {task.total:.0f} cells")
-            columns = [
-                BarColumn(),
-                count,
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            ]
-            cls._progress = Progress(*columns, console=console)
-            cls._progress.start()
-            cls._task = cls._progress.add_task(text, total=cls.jobs * cells_a_job)
-        cls._progress.update(cls._task, description=text)
 
-    @classmethod
-    def advance(cls, cells: float) -> None:
-        if cls._progress:
-            cls._progress.advance(cls._task, cells)
-
-    @classmethod
-    def stop(cls) -> None:
-        if cls._progress:
-            cls._progress.stop()
-            cls._progress = None
+def begin() -> None:
+    """A new sweep: failures from here on are its own, and are not tried again by `retry_failed`."""
+    _Sweep.started = time.time()
+    _Sweep.waiting.clear()
 
 
 def run_job(config: DictConfig) -> None:
-    """Run the missing cells of one Hydra job and leave their outcomes in its output folder."""
-    outcomes: list[dict[str, Any]] = []
+    """Run the missing cells of one Hydra job and leave their outcomes in its output folder.
+
+    Cells that another process is running are left for `finish`.
+    """
+    path = Path(HydraConfig.get().runtime.output_dir) / OUTCOMES
+    outcomes: list[Outcome] = []
+    cells = [f"pruner={config.pruner.name} budget={config.budget}"]
     try:
         job = Job.of(config)
+        cells = [f"{task} {job.pruner.name} {job.budget}" for task in job.tasks]
         for task in job.tasks:
             Bar.show(len(job.tasks), f"{job.pruner.name} {job.budget} {task}")
             outcomes.append(_run_cell(job, task))
-    except (ValueError, OSError) as error:  # nothing in this job can run
-        what = f"pruner={config.pruner.name} budget={config.budget}"
-        outcomes.append({"state": "failed", "cell": what, "message": str(error)})
-    (Path(HydraConfig.get().runtime.output_dir) / OUTCOMES).write_text(json.dumps(outcomes, indent=1))
+            if outcomes[-1]["state"] == "locked":
+                _Sweep.waiting.append((job, task, path))
+    except Exception as error:  # nothing more of this job can run
+        _stop_if_unwritable(error)
+        message = str(error)
+        if not isinstance(error, ValueError | OSError):  # not one of ours, which name the fix
+            place = path.with_name("traceback.txt")
+            place.write_text(traceback.format_exc())
+            message = f"{type(error).__name__}: {error} (traceback in {place})"
+        outcomes += [{"state": "failed", "cell": name, "message": message} for name in cells[len(outcomes) :]]
+    _leave(path, outcomes)
 
 
-def _run_cell(job: Job, task: str) -> dict[str, Any]:
-    """Run, skip or fail one cell. Raises only what is wrong with the model or the data as a whole."""
+def finish() -> None:
+    """Wait for the cells that other processes held when their turn came; run those that were given up."""
+    while _Sweep.waiting:
+        job, task, path = _Sweep.waiting.pop(0)
+        Bar.show(1, f"waiting for another process: {job.pruner.name} {job.budget} {task}")
+        try:
+            outcome = _run_cell(job, task, wait=True)
+        except (ValueError, OSError) as error:
+            _stop_if_unwritable(error)
+            outcome = {"state": "failed", "cell": f"{task} {job.pruner.name} {job.budget}", "message": str(error)}
+        outcomes = json.loads(path.read_text())
+        outcomes[job.tasks.index(task)] = outcome
+        _leave(path, outcomes)
+
+
+def _leave(path: Path, outcomes: list[Outcome]) -> None:
+    try:
+        path.write_text(json.dumps(outcomes, indent=1))
+    except OSError as error:
+        _stop_if_unwritable(error)
+        raise
+
+
+def _stop_if_unwritable(error: Exception) -> None:
+    """End the sweep on a full disk: nothing that follows could be stored."""
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        Bar.stop()
+        complain(f"the results folder cannot be written any more ({error}), so the sweep ends here. {KEPT}")
+        sys.exit(1)
+
+
+def _run_cell(job: Job, task: str, wait: bool = False) -> Outcome:
+    """Run, skip or fail one cell, or leave it to the process that holds it. Raises what concerns the job as a whole."""
     Interrupt.check()
     identity = job.identity(task)
     outcome = {
@@ -157,51 +173,78 @@ def _run_cell(job: Job, task: str) -> dict[str, Any]:
         "folder": str(job.store.folder(identity)),
         "unpruned": str(job.store.folder(job.identity(task, build("none")))),
     }
+    number, count = job.shard
+    part = f"-{number}of{count}" if count > 1 else ""
+    with job.store.claim(identity, part, wait) as mine:
+        if not mine:
+            return outcome | {"state": "locked", "message": "another process is running it"}
+        result = _settle(job, task, identity, part)
+    if result["state"] == "partial":  # was that the last shard? Whoever comes here last sees the answers of all
+        with job.store.claim(identity, wait=True):
+            result = _settle(job, task, identity, part)
+    return outcome | result
+
+
+def _settle(job: Job, task: str, identity: dict[str, Any], part: str) -> Outcome:
+    """Run, skip or fail a cell that is held."""
+    store = job.store
     try:
-        if job.store.has(identity):
-            job.store.load(identity)
+        if store.has(identity):
+            store.load(identity)
             Bar.advance(1)
-            return outcome | {"state": "skipped"}
+            return {"state": "skipped"}
+        earlier = store.failure(identity, since=_Sweep.started if job.retry_failed else 0)
     except DamagedRecord as error:
-        return outcome | {"state": "failed", "message": str(error)}
-    earlier = job.store.failure(identity)
-    if earlier and not job.retry_failed:
+        return {"state": "failed", "message": str(error)}
+    if earlier:
         cause = earlier.strip().splitlines()[-1]
-        return outcome | {
-            "state": "failed",
-            "message": f"failed in an earlier run ({cause}); set retry_failed=true to run it again",
-        }
+        return {"state": "failed", "message": f"failed earlier ({cause}); set retry_failed=true to run it again"}
 
-    model, loaded = _model(json.dumps(job.model)), _task(task, json.dumps(job.suite))
-    model.use(job.pruner, job.budget, job.model["positions"])
-    documents = min(job.limit or len(loaded.eval_docs), len(loaded.eval_docs))
-
-    def answered() -> None:
-        Interrupt.check()
-        Bar.advance(1 / documents)
-
-    model.on_answer = answered
+    model = _model(json.dumps(job.model))
+    try:
+        loaded = _task(task, json.dumps(job.suite))
+    except (ValueError, OSError) as error:  # of the data, which the other tasks do not need
+        _stop_if_unwritable(error)
+        return {"state": "failed", "message": str(error)}
     environment = cell.environment(str(model.device))
     try:
-        record, samples = cell.run(model, loaded, task, job.limit, job.seed)
+        record, samples = _answer(job, task, model, loaded, store.answers(identity, part), store.all_answers(identity))
+        store.write(identity, record | {"environment": environment}, samples)
+    except Unanswered:
+        return {"state": "partial"}
     except Exception as error:
-        path = job.store.write_failure(identity, traceback.format_exc(), environment)
-        return outcome | {"state": "failed", "message": f"{type(error).__name__}: {error} (traceback in {path})"}
-    job.store.write(identity, record | {"environment": environment}, samples)
-    return outcome | {"state": "done"}
+        _stop_if_unwritable(error)
+        if isinstance(error, cell.EmptyAnswers):  # nothing worth going on from
+            store.forget_answers(identity)
+        path = store.write_failure(identity, traceback.format_exc(), environment, job.config)
+        return {"state": "failed", "message": f"{type(error).__name__}: {error} (traceback in {path})"}
+    return {"state": "done"}
+
+
+def _answer(job: Job, task: str, model: Any, loaded: Any, own: Path, others: list[Path]) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Run a cell from where its files of answers end."""
+    from eval.models import Answer
+
+    documents = min(job.limit or len(loaded.eval_docs), len(loaded.eval_docs))
+    with Answers(own, Answer, others) as answers:
+        Bar.advance(len(answers) / documents)
+
+        def answered() -> None:
+            Interrupt.check()
+            Bar.advance(1 / documents)
+
+        model.use(job.pruner, job.budget, job.model["positions"])
+        model.answers, model.shard, model.on_answer = answers, job.shard, answered
+        return cell.run(model, loaded, task, job.limit, job.seed)
 
 
 @lru_cache(maxsize=1)
 def _model(settings: str) -> Any:
     """The model of a job; the last one stays loaded for the jobs that follow."""
-    from eval.models import PrunedLlava
+    from eval.models import PrunedModel
 
-    options = {
-        key: value
-        for key, value in json.loads(settings).items()
-        if key not in ("name", "budgets", "positions", "relevance_space")
-    }
-    return PrunedLlava(**options)
+    options = {key: value for key, value in json.loads(settings).items() if key not in ("positions", *_NOT_OF_THE_MODEL)}
+    return PrunedModel(**options)
 
 
 @lru_cache
@@ -215,71 +258,7 @@ def _task(name: str, suite: str) -> Any:
         from eval.shapes.datasets import build as build_shapes
 
         assert root is not None
-        root = build_shapes(root)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(root.with_suffix(".lock")):
+            root = build_shapes(root)
     return load_tasks([name], root)[name]
-
-
-class Summary(Callback):
-    """Hydra callback: counts the jobs ahead for the progress bar, and sums the sweep up behind them."""
-
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        try:  # before Hydra writes there
-            Store(Path(config.results))
-        except OSError as error:
-            _complain(str(error))
-            sys.exit(1)
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        self.on_run_start(config)
-        params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-        overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
-        swept = {o.get_key_element(): len(list(o.sweep_string_iterator())) for o in overrides if o.is_sweep_override()}
-        Bar.jobs = 1
-        for override in overrides:
-            Bar.jobs *= swept.pop(override.get_key_element(), 1)
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        _sum_up(sorted(Path(config.hydra.sweep.dir).glob(f"*/{OUTCOMES}")), Path(config.results))
-
-    def on_run_end(self, config: DictConfig, **result: Any) -> None:
-        _sum_up([Path(result["job_return"].hydra_cfg.hydra.runtime.output_dir) / OUTCOMES], Path(config.results))
-
-
-def _complain(paragraph: str) -> None:
-    console.print(paragraph, style="red", highlight=False, markup=False)
-
-
-def _sum_up(files: list[Path], results: Path) -> None:
-    """Print counts, errors and tables; exit 1 if any cell failed, or if this itself does: Hydra only warns of errors here."""
-    try:
-        failed = _report(files, results)
-    except Exception:
-        console.print_exception()
-        failed = True
-    if failed:
-        sys.exit(1)
-
-
-def _report(files: list[Path], results: Path) -> bool:
-    """Print tables, errors and counts; whether anything failed."""
-    Bar.stop()
-    outcomes = [outcome for file in files if file.exists() for outcome in json.loads(file.read_text())]
-    finished = {o["folder"] for o in outcomes if o["state"] in ("done", "skipped")}
-    finished |= {o["unpruned"] for o in outcomes if "unpruned" in o and (Path(o["unpruned"]) / "record.json").exists()}
-    records = []
-    for folder in sorted(finished):
-        try:
-            records.append(Store.read(Path(folder)))
-        except DamagedRecord as error:
-            outcomes.append({"state": "failed", "cell": "table", "folder": folder, "message": str(error)})
-    for group in tables.by_setting(records):
-        tables.show(group)
-        for path in tables.write(group, results / "tables"):
-            console.print(f"written: {path}", highlight=False)
-    messages = {o["message"]: o["cell"] for o in reversed(outcomes) if o["state"] == "failed"}
-    for message, where in messages.items():
-        _complain(f"FAILED {where}: {message}")
-    # the unpruned cell has no budget: a sweep over budgets meets it several times
-    states = Counter({o.get("folder", o["cell"]): o["state"] for o in reversed(outcomes)}.values())
-    console.print(", ".join(f"{states[state]} cells {state}" for state in ("done", "skipped", "failed")), style="bold")
-    return bool(states["failed"]) or not outcomes

@@ -31,7 +31,7 @@ class VisualTokens:
     saliency: Tensor | None = None  # [B, H, N] per head: softmax attention CLS -> patch, CLS column dropped, not renormalised
     object_attention: Tensor | None = None  # [B, N] attention received in a middle block, mean over heads and all queries
     output_attention: Tensor | None = None  # [B, N] the same in the block of encoder_features
-    encoder_keys: Tensor | None = None  # [B, 1+N, C] k_proj output in the block of encoder_features, CLS row first
+    encoder_keys: Tensor | None = None  # [B, 1+N, C] k_proj output in the block of encoder_features, first CLS if there is one
     last_queries: Tensor | None = None  # [B, 1+N, C] q_proj output of the encoder's last block
     last_keys: Tensor | None = None  # [B, 1+N, C] k_proj output of the encoder's last block
     text_embeddings: Tensor | None = None  # [B, M, D] question tokens in LLM space, rows padded at the end
@@ -305,7 +305,7 @@ _AXES = {
     "saliency": ("B", "H", "N"),
     "object_attention": ("B", "N"),
     "output_attention": ("B", "N"),
-    "encoder_keys": ("B", "1+N", "E"),
+    "encoder_keys": ("B", "N or 1+N", "E"),
     "last_queries": ("B", "1+N", "F"),
     "last_keys": ("B", "1+N", "F"),
     "text_embeddings": ("B", "M", "D"),

@@ -28,6 +28,6 @@ class DivPrune(Pruner):
     packed = True
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        distance = 1 - cosine_gram(tokens.features)
+        distance = cosine_gram(tokens.features).neg_().add_(1)
         picks = farthest_point(distance, most_isolated(distance)[:, None], keep)
         return Selection(picks if self.order == "picked" else picks.sort(1).values, in_order=self.order == "picked")

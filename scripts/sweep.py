@@ -7,10 +7,12 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from eval.progress import KEPT, Interrupt
+
 
 @hydra.main(config_path="../configs", config_name="sweep", version_base="1.3")
 def main(config: DictConfig) -> None:
-    from eval.sweep import Interrupt, run_job
+    from eval.sweep import run_job
 
     Interrupt.catch()
     run_job(config)
@@ -25,5 +27,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\nInterrupted. Finished cells are kept; the same command goes on from there.", file=sys.stderr)
+        print(f"\nInterrupted. {KEPT}", file=sys.stderr)
         sys.exit(130)

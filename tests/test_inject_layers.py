@@ -93,18 +93,25 @@ def causal(length: int) -> Tensor:
 
 
 @torch.no_grad()
-def reference(eager, inputs, pruner: InLLMPruner, budget: int, new: Tensor) -> tuple[Tensor, list[list[int]]]:
+def prompts(model, inputs) -> list[tuple[Tensor, Tensor]]:
+    """Every row's prompt as the language model gets it, [L, D] without padding, and where it is visual, [L]."""
+    visual = inputs["input_ids"] == model.config.image_token_id
+    images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    features = torch.cat(list(model.model.get_image_features(**images).pooler_output))
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(visual[..., None], features)
+    reals = inputs["attention_mask"].bool()
+    return [(row[real], place[real]) for row, place, real in zip(embeds, visual, reals, strict=True)]
+
+
+@torch.no_grad()
+def reference(eager, rows_in, pruner: InLLMPruner, budget: int, new: Tensor) -> tuple[Tensor, list[list[int]]]:
     """Logits of every row and its surviving tokens: one row at a time, all layers over prompt and generated tokens at once."""
-    core, image = eager.model, eager.config.image_token_id
-    language, lookup = core.language_model, eager.get_input_embeddings()
-    features = torch.cat(core.get_image_features(inputs["pixel_values"]).pooler_output)
-    embeds = lookup(inputs["input_ids"]).masked_scatter((inputs["input_ids"] == image)[..., None], features)
+    language, lookup = eager.model.language_model, eager.get_input_embeddings()
     rows, survivors = [], []
-    for b in range(len(new)):
-        real = inputs["attention_mask"][b].bool()
-        hidden = torch.cat([embeds[b, real], lookup(new[b, :-1])])[None]
-        prompt = int(real.sum())
-        visual = (inputs["input_ids"][b, real] == image).nonzero()[:, 0].tolist()
+    for b, (embeds, places_seen) in enumerate(rows_in):
+        hidden = torch.cat([embeds, lookup(new[b, :-1])])[None]
+        prompt = len(embeds)
+        visual = places_seen.nonzero()[:, 0].tolist()
         tokens, text = list(range(len(visual))), set(range(visual[-1] + 1, prompt))
         position = list(range(hidden.shape[1]))
         plan = pruner.schedule(len(visual), len(language.layers), budget)
@@ -173,7 +180,7 @@ def test_a_schedule_equals_the_layer_by_layer_reference(model, eager, processor,
     with inject(model, pruner, budget) as trace:
         pruned = model.generate(**inputs, **STEPS)
     length = inputs["input_ids"].shape[1]
-    want, survivors = reference(eager, inputs, pruner, budget, pruned.sequences[:, length:])
+    want, survivors = reference(eager, prompts(eager, inputs), pruner, budget, pruned.sequences[:, length:])
     assert (logits(pruned) - want).abs().max() < 1e-4
     assert (logits(pruned) - logits(model.generate(**inputs, **STEPS))).abs().max() > 0.1  # it does matter
     cache = pruned.past_key_values
@@ -300,7 +307,7 @@ def test_images_of_a_prompt_are_ranked_together(model, eager, processor, method)
     with inject(model, pruner, "50%") as trace:
         pruned = model.generate(**inputs, **STEPS)
     new = pruned.sequences[:, inputs["input_ids"].shape[1] :]
-    want, ((*survivors,),) = reference(eager, inputs, pruner, N, new)
+    want, ((*survivors,),) = reference(eager, prompts(eager, inputs), pruner, N, new)
     assert (logits(pruned) - want).abs().max() < 1e-4
     (record,) = trace.records
     assert record.visual_tokens == (N, N)

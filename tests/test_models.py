@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import picture
 from lmms_eval.models.chat.llava_hf import LlavaHf
+from lmms_eval.protocol import ChatMessages
 
 from eval import cell
 from eval.budget import Budget
 from eval.metrics import image_id
-from eval.models import PrunedLlava
+from eval.models import PrunedModel
 from eval.shapes.datasets import SIZES
 from eval.shapes.datasets import build as build_shapes
 from eval.shapes.training import Recipe, train
@@ -28,7 +30,7 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    return PrunedLlava(str(WEIGHTS), dtype="float32", device="cpu")
+    return PrunedModel(str(WEIGHTS), dtype="float32", device="cpu")
 
 
 def run(model, tasks, name, limit):
@@ -81,12 +83,12 @@ def test_damaged_weights_are_named(tmp_path, damage):
     else:
         weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     with pytest.raises(FileNotFoundError, match="could not be loaded: a file is missing or damaged"):
-        PrunedLlava(str(folder), dtype="float32", device="cpu")
+        PrunedModel(str(folder), dtype="float32", device="cpu")
 
 
 def test_an_unknown_prompt_is_refused():
-    with pytest.raises(ValueError, match="prompt='llama_3' is not one of hub, vicuna_v1"):
-        PrunedLlava(str(WEIGHTS), prompt="llama_3")
+    with pytest.raises(ValueError, match="model.prompt='llama_3' is not one of hub, vicuna_v1"):
+        PrunedModel(str(WEIGHTS), prompt="llama_3")
 
 
 def test_the_training_recipe_runs_and_its_model_answers(tasks, tmp_path):
@@ -94,7 +96,7 @@ def test_the_training_recipe_runs_and_its_model_answers(tasks, tmp_path):
     short = Recipe(scenes=80, tower_steps=2, tower_batch=8, align_steps=2, short_steps=1, steps=2, batch=2)
     train(short, tasks, tmp_path / "model")
     assert sum(file.stat().st_size for file in (tmp_path / "model").iterdir()) < 8 * 2**20
-    fresh = PrunedLlava(str(tmp_path / "model"), dtype="float32", device="cpu")
+    fresh = PrunedModel(str(tmp_path / "model"), dtype="float32", device="cpu")
     assert fresh.model.num_parameters() == 1_853_568
     assert fresh.tokenizer.tokenize(" yes purple circle") == ["Ġyes", "Ġpurple", "Ġcircle"]
 
@@ -118,11 +120,9 @@ def test_the_model_survives_lmms_evals_clean_up(model):
 
 
 def test_the_vicuna_prompt_is_the_original_llavas():
-    model = PrunedLlava(str(WEIGHTS), dtype="float32", device="cpu", prompt="vicuna_v1")
-    content = [{"type": "image"}, {"type": "text", "text": "Why?"}]
-    text = model._image_processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    model = PrunedModel(str(WEIGHTS), dtype="float32", device="cpu", prompt="vicuna_v1")
+    content = [{"type": "image", "url": picture(0)}, {"type": "text", "text": "Why?"}]
+    text = model.inputs.prompt(ChatMessages(messages=[{"role": "user", "content": content}]), "x").text
     assert text == (
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: <image>\nWhy? ASSISTANT:"

@@ -25,7 +25,7 @@ def test_a_cell_comes_back_as_it_was_written(tmp_path):
     assert store.load(IDENTITY)["metrics"] == {"x": 0.5}
     assert store.samples(folder)["score"].tolist() == [1.0, 0.0]
     assert [record["identity"] for record in store.records()] == [IDENTITY]
-    assert not list(tmp_path.rglob(".writing*"))
+    assert not list(tmp_path.rglob(".writing/*"))
 
 
 def test_every_field_counts_for_the_place(tmp_path):
@@ -53,7 +53,7 @@ def test_an_edited_or_truncated_record_is_refused(tmp_path):
 
 def test_a_failure_is_kept_and_forgotten_on_success(tmp_path):
     store = Store(tmp_path)
-    path = store.write_failure(IDENTITY, "Traceback ...\nValueError: no", {"device": "cpu"})
+    path = store.write_failure(IDENTITY, "Traceback ...\nValueError: no", {"device": "cpu"}, {"seed": 0})
     assert store.failure(IDENTITY).endswith("ValueError: no")
     assert json.loads(path.read_text())["identity"] == IDENTITY
     store.write(IDENTITY, {"metrics": {}}, ROWS)

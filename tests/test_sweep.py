@@ -132,7 +132,7 @@ def test_an_interrupt_keeps_what_is_finished(results, swept, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Finished cells are kept" in errors
+    assert "Finished cells and answers are kept" in errors
     finished = cells(tmp_path)
     assert finished
     assert all(Store.read(folder)["documents"] == 40 for folder in finished.values())

@@ -57,6 +57,10 @@ class Adapter:
         """
         raise NotImplementedError
 
+    def one_by_one(self, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The arguments of the core's `get_image_features`, an image at a time."""
+        raise NotImplementedError
+
     def project(self, features: Tensor) -> Tensor:
         """Encoder features [..., C] -> LLM width [..., D], in the model's dtype."""
         raise NotImplementedError
@@ -213,6 +217,11 @@ class LlavaAdapter(Adapter):
         """[I, N] attention each patch gets, mean over heads and all queries, CLS's among them."""
         return self._attention(queries, keys).mean((1, 2))[:, 1:]
 
+    def one_by_one(self, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        per_image = {name for name in ("pixel_values", "image_sizes") if arguments.get(name) is not None}
+        for number in range(len(arguments["pixel_values"])):
+            yield arguments | {name: arguments[name][number : number + 1] for name in per_image}
+
     def project(self, features: Tensor) -> Tensor:
         return self.projector(features.to(next(self.projector.parameters()).dtype))
 
@@ -269,14 +278,14 @@ def adapter_for(model: PreTrainedModel, layout: str | None = None) -> Adapter:
     Raises:
         ValueError: a family that is not supported, or a layout for a family that has none.
     """
+    from eval.inject.qwen import Qwen25VLAdapter  # here, since it builds on this module
+
+    families: dict[str, type[Adapter]] = {"llava": LlavaAdapter, "qwen2_5_vl": Qwen25VLAdapter}
     family = getattr(model.config, "model_type", "?")
     if family == "llava_next":
         return LlavaNextAdapter(model, layout or "anyres")
     if layout is not None:
         raise ValueError(f"layout={layout!r} is for LLaVA-NeXT; model type {family!r} has one layout only")
-    if family not in _FAMILIES:
-        raise ValueError(f"model type {family!r} is not supported; supported: {', '.join(_FAMILIES)}, llava_next")
-    return _FAMILIES[family](model)
-
-
-_FAMILIES: dict[str, type[Adapter]] = {"llava": LlavaAdapter}
+    if family not in families:
+        raise ValueError(f"model type {family!r} is not supported; supported: {', '.join(families)}, llava_next")
+    return families[family](model)

@@ -2,8 +2,7 @@
 
 import contextlib
 import functools
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from eval.budget import Budget
 from eval.inject.adapters import Adapter
-from eval.inject.layout import EncodedImage, PlacedImage, place
+from eval.inject.encoder import Encoder, ImageCache
+from eval.inject.layout import PlacedImage, place
 from eval.inject.shorten import Keywords
 
 
@@ -69,14 +69,14 @@ class Trace:
 class Calls:
     """The hooks every kind of injection shares.
 
-    The core's method that encodes images is answered through `_encode`, which also keeps what the pruner needs of them; the
-    core's pre-hook shows which positions are visual, the language model's tells a prompt from a step behind it. Subclasses
-    write `_prompt` and `_step`: the keyword arguments that the language model gets instead of its own.
+    An encoder in place of the core's own keeps what the pruner needs of images; the core's pre-hook shows which positions are
+    visual, the language model's tells a prompt from a step behind it. Subclasses write `_prompt` and `_step`: the keyword
+    arguments that the language model gets instead of its own.
     """
 
-    def __init__(self, adapter: Adapter, budget: Budget, trace: Trace) -> None:
+    def __init__(self, adapter: Adapter, budget: Budget, trace: Trace, cache: ImageCache | None) -> None:
         self.adapter, self.budget, self.trace = adapter, budget, trace
-        self.images: list[EncodedImage] = []  # encoded, and not yet met in a prompt
+        self.encoder = Encoder(adapter, self._encoded(), cache, adapter.core.get_image_features)
         self.input_ids: Tensor | None = None
         self.length: int | None = None  # positions of the unpruned prompt, padding included; None before the first
 
@@ -87,27 +87,13 @@ class Calls:
             for handle in self.hooks():
                 stack.callback(handle.remove)
             core = self.adapter.core
-            encode = core.get_image_features
-            core.get_image_features = functools.wraps(encode)(functools.partial(self._encode, encode))
+            core.get_image_features = functools.wraps(self.encoder.encode)(functools.partial(self.encoder))
             stack.callback(delattr, core, "get_image_features")
             yield
 
     def hooks(self) -> Iterator[Any]:
         yield self.adapter.core.register_forward_pre_hook(self._see_ids, with_kwargs=True)
         yield self.adapter.language_model.register_forward_pre_hook(self._enter, with_kwargs=True)
-
-    def _encode(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Encode the images of a call and keep what is needed of them."""
-        needs = self._encoded()
-        raw: dict[str, Tensor] = {}
-        with contextlib.ExitStack() as stack:
-            for handle in self.adapter.hooks(needs, raw):
-                stack.callback(handle.remove)
-            output = encode(*args, **kwargs)
-        arguments = inspect.signature(encode).bind(*args, **kwargs).arguments
-        with torch.no_grad():
-            self.images = self.adapter.encoded(needs, raw, arguments)
-        return output
 
     def _encoded(self) -> frozenset[str]:
         """Captures of the image encoder that are wanted."""
@@ -138,7 +124,7 @@ class Calls:
         if self.input_ids is None:
             raise ValueError("a pruned model needs input_ids: inputs_embeds do not tell which positions are visual")
         visual = self.input_ids == self.adapter.image_token_id
-        images, self.images = place(self.images, visual), []  # used up: the next prompt must encode its own
+        images, self.encoder.images = place(self.encoder.images, visual), []  # used up: the next prompt must encode its own
         new = self._prompt(kwargs, visual, images)
         self.length = kwargs["inputs_embeds"].shape[1]
         return args, new

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from eval.budget import Budget
 from eval.inject.adapters import Adapter
 from eval.inject.calls import Calls, Sample, SampleRecord, Trace, real_positions
+from eval.inject.encoder import ImageCache
 from eval.inject.layout import NEWLINE, PlacedImage
 from eval.inject.shorten import Edit, Keywords, Shortened
 from pruners import Pruner, PrunerError, Selection, VisualTokens
@@ -37,10 +38,17 @@ class Entrance(Calls):
     """Takes tokens out of what enters the language model."""
 
     def __init__(
-        self, adapter: Adapter, pruner: Pruner, budget: Budget, trace: Trace, compact: bool, clip: "ClipRelevance | None"
+        self,
+        adapter: Adapter,
+        pruner: Pruner,
+        budget: Budget,
+        trace: Trace,
+        cache: ImageCache | None,
+        compact: bool,
+        clip: "ClipRelevance | None",
     ) -> None:
-        super().__init__(adapter, budget, trace)
         self.pruner, self.compact, self.clip = pruner, compact, clip
+        super().__init__(adapter, budget, trace, cache)
         self.shortened: Shortened
         if pruner.needs & _CLIP and clip is None:
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from eval.budget import Budget
 from eval.inject.adapters import Adapter, Rotary
 from eval.inject.calls import Calls, Sample, SampleRecord, Trace, real_positions
+from eval.inject.encoder import ImageCache
 from eval.inject.layout import NEWLINE, PlacedImage
 from eval.inject.shorten import Edit, Keywords, Shortened
 from pruners import InLLMPruner, LayerTokens
@@ -67,8 +68,8 @@ class Layers(Calls):
     The language model goes on counting the unpruned prompt; the caches of its layers hold different numbers of positions.
     """
 
-    def __init__(self, adapter: Adapter, pruner: InLLMPruner, budget: Budget, trace: Trace) -> None:
-        super().__init__(adapter, budget, trace)
+    def __init__(self, adapter: Adapter, pruner: InLLMPruner, budget: Budget, trace: Trace, cache: ImageCache | None) -> None:
+        super().__init__(adapter, budget, trace, cache)
         self.pruner = pruner
         self.reindexes = getattr(pruner, "positions", "original") == "reindex"
         self.past = 0  # positions the first layer's cache holds, 0 during a prompt

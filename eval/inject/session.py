@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from eval.budget import Budget
 from eval.inject.adapters import adapter_for
 from eval.inject.calls import Calls, Trace
+from eval.inject.encoder import ImageCache
 from eval.inject.entrance import Entrance
 from eval.inject.layers import Layers
 from pruners import InLLMPruner, Pruner
@@ -28,6 +29,7 @@ def inject(
     positions: Positions | None = None,
     layout: Layout | None = None,
     clip: "ClipRelevance | None" = None,
+    cache: ImageCache | None = None,
 ) -> Iterator[Trace]:
     """Within the block every prefill of `model` goes on with the tokens `pruner` keeps; behind it the model is as before.
 
@@ -41,6 +43,7 @@ def inject(
             methods inside the language model, which have a field of their own.
         layout: of LLaVA-NeXT: `anyres`, as Hugging Face packs crops (default), or `fixed2880`, as the papers' codes do.
         clip: for methods that compare with the question in CLIP's space.
+        cache: for blocks that meet the same images again; without one every call encodes its own.
 
     Raises:
         ValueError: a model family, budget or option that is not supported. Errors of the pruner reach the caller of the model.
@@ -51,8 +54,8 @@ def inject(
         raise ValueError(f"positions={positions!r} is not possible here; this model takes {', '.join(adapter.POSITIONS)}")
     calls: Calls
     if isinstance(pruner, Pruner):
-        calls = Entrance(adapter, pruner, budget, trace, compact=policy == "compact", clip=clip)
+        calls = Entrance(adapter, pruner, budget, trace, cache, compact=policy == "compact", clip=clip)
     else:
-        calls = Layers(adapter, pruner, budget, trace)
+        calls = Layers(adapter, pruner, budget, trace, cache)
     with calls.attached():
         yield trace

@@ -1,0 +1,157 @@
+"""The encode cache: what the image encoder gave for an image, kept in memory and on disk, each within a limit of bytes."""
+
+import hashlib
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+log = logging.getLogger(__name__)
+
+
+def image_key(pixels: Tensor | Iterable[Tensor], identity: str) -> str:
+    """Content hash of an image's pixel tensors (values, shapes, dtypes) and of what encodes them."""
+    tensors = [pixels] if isinstance(pixels, Tensor) else list(pixels)
+    return _digest({str(number): tensor for number, tensor in enumerate(tensors)}, identity)
+
+
+@dataclass
+class Counts:
+    """What the cache did so far; a damaged entry counts as a miss too."""
+
+    memory_hits: int = 0
+    disk_hits: int = 0
+    misses: int = 0
+    memory_evictions: int = 0
+    disk_evictions: int = 0
+    damaged: int = 0
+
+
+@dataclass
+class EncodeCache:
+    """Least recently used entries leave first, in both tiers. Several processes may share the folder.
+
+    Args:
+        limit_bytes: of the tensors in memory; 0 keeps none there.
+        folder: of the disk tier; None is none.
+        disk_limit_bytes: of the files in it.
+        device: where the tensors in memory are, and all that are returned.
+    """
+
+    limit_bytes: int
+    folder: Path | None = None
+    disk_limit_bytes: int = 0
+    device: torch.device | str = "cpu"
+    counts: Counts = field(default_factory=Counts, init=False)
+    bytes: int = field(default=0, init=False)  # of the tensors in memory
+    _entries: OrderedDict[str, Tensors] = field(default_factory=OrderedDict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.limit_bytes < 0 or self.disk_limit_bytes < 0:
+            raise ValueError(f"limits of the cache are bytes, at least 0: {self.limit_bytes}, {self.disk_limit_bytes}")
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def fetch(self, key: str, encode: Callable[[], Tensors]) -> Tensors:
+        """The tensors of a key (hexadecimal, as `image_key` gives it), encoded if they are in neither tier.
+
+        Hit or miss, the same bits in the same layout (contiguous). The tensors are shared: do not write into them.
+
+        Raises:
+            OSError: the folder cannot be written, or its disk is full.
+        """
+        if key in self._entries:
+            self.counts.memory_hits += 1
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        tensors = self._read(key)
+        if tensors is None:
+            self.counts.misses += 1
+            # copies, which hold no larger storage alive
+            tensors = {
+                name: tensor.detach().to(self.device).clone(memory_format=torch.contiguous_format)
+                for name, tensor in encode().items()
+            }
+            self._write(key, tensors)
+        else:
+            self.counts.disk_hits += 1
+        self._remember(key, tensors)
+        return tensors
+
+    def _remember(self, key: str, tensors: Tensors) -> None:
+        size = _size(tensors)
+        if size > self.limit_bytes:
+            return
+        while self.bytes + size > self.limit_bytes:
+            self.bytes -= _size(self._entries.popitem(last=False)[1])
+            self.counts.memory_evictions += 1
+        self._entries[key] = tensors
+        self.bytes += size
+
+    def _read(self, key: str) -> Tensors | None:
+        if self.folder is None:
+            return None
+        path = self.folder / f"{key}.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+                intact = (file.metadata() or {}).get("sha256") == _digest(tensors)
+            if not intact:
+                raise SafetensorError("its content is not what was written")
+            os.utime(path)  # used now
+        except FileNotFoundError:
+            return None
+        except SafetensorError as error:
+            self.counts.damaged += 1
+            log.warning("the cache entry %s is damaged (%s) and encoded again", path, error)
+            return None
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+    def _write(self, key: str, tensors: Tensors) -> None:
+        """Publish an entry whole; the oldest make room for it first."""
+        if self.folder is None:
+            return
+        content = save({name: tensor.cpu() for name, tensor in tensors.items()}, {"sha256": _digest(tensors)})
+        if len(content) > self.disk_limit_bytes:
+            return
+        scratch = self.folder / f"{key}.writing"
+        with FileLock(self.folder / "lock"):
+            self._make_room(len(content))
+            scratch.write_bytes(content)
+            scratch.rename(self.folder / f"{key}.safetensors")
+
+    def _make_room(self, size: int) -> None:
+        """Delete what killed processes left half-written, and what was used longest ago, until `size` bytes are free."""
+        assert self.folder is not None
+        for left in self.folder.glob("*.writing"):
+            left.unlink()
+        entries = [(entry.stat(), entry) for entry in self.folder.glob("*.safetensors")]
+        excess = sum(stat.st_size for stat, _ in entries) + size - self.disk_limit_bytes
+        for stat, entry in sorted(entries, key=lambda entry: entry[0].st_mtime_ns):
+            if excess <= 0:
+                break
+            entry.unlink()
+            excess -= stat.st_size
+            self.counts.disk_evictions += 1
+
+
+def _size(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _digest(tensors: Tensors, *words: str) -> str:
+    digest = hashlib.sha256(repr(words).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,77 @@
+"""Finished cells with known effects, as a sweep would have stored them."""
+
+import dataclasses
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from eval.comparison import Cell
+from eval.stats import METRICS
+from pruners import build
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CATEGORIES = ["OCR", "count", "color", "code_reasoning", "text_translation"]
+PER_IMAGE = {"pope": 10, "gqa": 10, "mme": 2}
+
+
+def identity(model: str, method: str, budget: str, task: str, suite: str = "hub", limit: int | None = None, **fields: Any):
+    settings = yaml.safe_load((CONFIGS / "model" / f"{model}.yaml").read_text())
+    overrides = settings.get("pruner_fields", {}).get(method, {})
+    for name in ("budgets", "device", "relevance_space", "pruner_fields"):
+        settings.pop(name, None)
+    pruner = build(method, **overrides, **fields)
+    return {
+        "model": settings | {"weights": "w"},
+        "pruner": {"name": method, "status": pruner.status, **dataclasses.asdict(pruner), "source": "s"},
+        "budget": budget,
+        "suite": {"name": suite, "revision": "main"},
+        "task": task,
+        "limit": limit,
+        "seed": 0,
+        "versions": {"secateur": "0.1.0"},
+    }
+
+
+def rows(task: str, share: float, documents: int = 2000, shift: int = 0) -> pd.DataFrame:
+    """Documents of which `share` are answered right: the easiest first, so that a weaker method fails where a stronger does.
+
+    For MME whole pairs are right or wrong. Of POPE's right answers as many are yes as no. `shift` makes other documents easy.
+    """
+    docs = np.arange(documents)
+    images = docs // PER_IMAGE.get(task, 1)
+    unit = images if task == "mme" else docs // 2 if task == "pope" else docs
+    order = np.random.default_rng(zlib.crc32(task.encode()) + shift).permutation(unit.max() + 1)
+    right = order[unit] < round(share * len(order))
+    targets = np.where(docs % 2, "no", "yes")
+    frame = pd.DataFrame(
+        {
+            "doc_id": docs,
+            "image_id": [f"{CATEGORIES[image % 5]}/{image}" for image in images] if task == "mme" else images.astype(str),
+            "target": targets,
+            "answer": np.where(right, targets, np.where(docs % 2, "yes", "no")),
+            "score": right.astype(float),
+        }
+    )
+    return frame.assign(category=[f"c{doc % 18}" for doc in docs]) if task == "mmstar" else frame
+
+
+def cell(
+    model: str, method: str, budget: str, task: str, samples: pd.DataFrame, tokens: float, full: int = 576, **options: Any
+) -> Cell:
+    """A cell whose record says what its samples give."""
+    record = {
+        "identity": identity(model, method, budget, task, **options),
+        "metrics": {},
+        "visual_tokens": float(full),
+        "average_tokens": tokens,
+        "environment": {"commit": "abc"},
+    }
+    for metric in METRICS[task].values():
+        named = samples.assign(category=samples["image_id"].str.split("/").str[0]) if task == "mme" else samples
+        if not metric.stratified or "category" in named:
+            record["metrics"][metric.stored] = float(metric.value(metric.terms(named).sum(axis=0))) / metric.factor
+    return Cell(record, samples)

@@ -1,0 +1,279 @@
+"""Every family through lmms-eval: all six tasks, all methods, tiny real models loaded from their folders as a user's would be."""
+
+import pytest
+import torch
+from conftest import picture
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.models.chat.llava_hf import LlavaHf
+from lmms_eval.models.chat.qwen2_5_vl import Qwen2_5_VL
+from lmms_eval.protocol import ChatMessages
+from PIL import Image
+
+from eval.budget import Budget
+from eval.cache import EncodeCache
+from eval.geometry import config_of, random_model, random_processor, tiny
+from eval.inject import inject
+from eval.models import PrunedModel
+from eval.shapes.datasets import build as build_shapes
+from eval.tasks import TASKS, load_tasks, task_manager
+from pruners import InLLMPruner, build
+from pruners.base import REGISTRY
+
+FAMILIES = {"llava": {}, "llava_next": {"layout": "fixed2880"}, "qwen2_5_vl": {}}
+# fields that a tiny model needs, and those that a family without CLS and CLIP needs
+OPTIONS = {
+    "cdpruner": {"relevance_space": "llm_embed"},
+    "sppruner": {"relevance_space": "llm_embed"},
+    "fsr": {"relevance_space": "none"},
+    "fastv": {"layer": 1},
+    "dart": {"layer": 1, "image_pivots": 2, "text_pivots": 2},
+    "pyramiddrop": {"stages": (1, 2, 3)},
+    "sparsevlm": {"stages": (1, 2, 3), "kept": (9, 5, 3)},
+}
+WITHOUT_CLS = {
+    "prunesid": {"variant": "qwen"},
+    "prunesid_dyn": {"variant": "qwen"},
+    "visionzip": {"keep_cls": False},
+}
+NEED_CLS = {"prumerge", "prumerge_plus"}  # their scores are a CLS row's
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.shapes.datasets.SIZES", dict.fromkeys(TASKS, (4, 2)))
+        root = build_shapes(tmp_path_factory.mktemp("data") / "shapes")
+    return load_tasks(list(TASKS), root)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for family in FAMILIES:
+        made[family], config = tmp_path_factory.mktemp(family), tiny(family)
+        random_model(config, "cpu", torch.float32, "sdpa", seed=0, std=0.2).save_pretrained(made[family])
+        random_processor(config).save_pretrained(made[family])
+    return made
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, folders):
+    return PrunedModel(str(folders[request.param]), dtype="float32", device="cpu", max_new_tokens=4, **FAMILIES[request.param])
+
+
+@pytest.fixture(scope="module")
+def requests(model, tasks):
+    """One document of every task, once lmms-eval has put the tasks to the model: all six scored with the unpruned one."""
+    model.use(build("none"), Budget(), None)
+    results = simple_evaluate(
+        model=model, tasks=list(tasks.values()), limit=2, task_manager=task_manager(), bootstrap_iters=0, process_docs_parallel=1
+    )
+    assert set(results["results"]) == set(TASKS)
+    return [task.instances[0] for task in tasks.values()]
+
+
+@pytest.mark.parametrize("method", sorted(REGISTRY))
+def test_every_method_answers_every_task(model, requests, method):
+    options = OPTIONS.get(method, {}) | (WITHOUT_CLS.get(method, {}) if model.family == "qwen2_5_vl" else {})
+    budget = Budget.parse("25%" if method == "pooling" else "50%")
+    model.use(build(method, **options), budget, None)
+    if model.family == "qwen2_5_vl" and method in NEED_CLS:
+        with pytest.raises(ValueError, match="do not provide"):
+            model.generate_until(requests)
+        return
+    answers = model.generate_until(requests)
+    assert len(answers) == len(TASKS)
+    for answer in model.answers.values():
+        assert answer.new_tokens
+        before, kept, *between = sum(answer.audit.visual_tokens), answer.audit.layer_tokens[-1], answer.audit.layer_tokens[0]
+        assert before
+        if method == "none":
+            assert kept == before
+        elif isinstance(build(method, **options), InLLMPruner):
+            assert kept < between[0] == before
+        elif not build(method, **options).adaptive:
+            assert abs(kept - before * budget.retention) <= len(answer.audit.visual_tokens)
+
+
+def test_an_unknown_layout_and_fields_of_other_families_are_refused(folders):
+    for family, fields, message in [
+        ("llava", {"layout": "anyres"}, "model.layout='anyres' is not one of null"),
+        ("llava_next", {"geometry": "pad"}, "model.geometry='pad' is not one of processor"),
+        ("llava", {"image_side": 112}, "model.image_side=112"),
+        ("llava", {"max_pixels": 10_000}, "are for Qwen2.5-VL"),
+        ("qwen2_5_vl", {"prompt": "vicuna_v1"}, "model.prompt='vicuna_v1' is not one of hub"),
+        ("qwen2_5_vl", {"family": "llava"}, "model.family=llava but"),
+        ("llava", {"resize": "cv2"}, "model.resize='cv2' is not one of pil, torchvision"),
+        ("llava", {"text_scope": "words"}, "model.text_scope='words' is not one of question, question_stripped, all_text"),
+        ("llava", {"weights": "tiny"}, "weights='tiny'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            PrunedModel(str(folders[family]), dtype="float32", device="cpu", **fields)
+
+
+class TestInputs:
+    """The fields of the input change what the model sees, as the original codes did it."""
+
+    def chat(self, image: Image.Image, text: str = "Why?") -> ChatMessages:
+        return ChatMessages(
+            messages=[{"role": "user", "content": [{"type": "image", "url": image}, {"type": "text", "text": text}]}]
+        )
+
+    def made(self, folders, family, **fields):
+        return PrunedModel(str(folders[family]), dtype="float32", device="cpu", **fields).inputs
+
+    def test_pad_puts_the_image_into_a_square_of_the_mean_colour(self, folders):
+        inputs, white = self.made(folders, "llava", geometry="pad", resize="pil"), Image.new("RGB", (56, 28), "white")
+        prompt = inputs.prompt(self.chat(white), "x")
+        assert prompt.images[0].size == (56, 56)
+        pixels = inputs(prompt)["pixel_values"][0]
+        assert pixels[:, :13].abs().max() < 0.02  # the mean colour, rounded down, is about 0 once normalised
+        assert pixels[:, 20:36].min() > 1.5
+        cropped = self.made(folders, "llava")
+        assert cropped(cropped.prompt(self.chat(white), "x"))["pixel_values"].min() > 1.5
+
+    def test_backends_of_the_resize_are_not_quite_the_same(self, folders):
+        tensors = []
+        for resize in ("pil", "torchvision"):
+            inputs = self.made(folders, "llava", resize=resize)
+            tensors.append(inputs(inputs.prompt(self.chat(picture(0)), "x"))["pixel_values"])
+        assert tensors[0].shape == tensors[1].shape
+        assert 0 < (tensors[0] - tensors[1]).abs().max() < 0.5
+
+    def test_qwen_images_get_a_fixed_side(self, folders):
+        inputs = self.made(folders, "qwen2_5_vl", image_side=112)
+        for image in (picture(0), picture(1).resize((90, 31))):
+            assert inputs(inputs.prompt(self.chat(image), "x"))["image_grid_thw"].tolist() == [[1, 8, 8]]
+
+    def test_qwen_images_keep_to_the_limits_of_pixels(self, folders):
+        inputs = self.made(folders, "qwen2_5_vl", max_pixels=56 * 56, min_pixels=28 * 28)
+        batch = inputs(inputs.prompt(self.chat(picture(0).resize((300, 300))), "x"))
+        assert int(batch["image_grid_thw"].prod()) * 14 * 14 <= 56 * 56
+
+    def test_the_question_is_what_the_scope_says(self, folders):
+        text = "Is it red?\nAnswer the question using a single word or phrase."
+        for scope, question in [("question", text), ("question_stripped", "Is it red?")]:
+            inputs = self.made(folders, "llava", text_scope=scope)
+            assert inputs.prompt(self.chat(picture(0), text), "x").question == question
+        whole = self.made(folders, "llava", text_scope="all_text").prompt(self.chat(picture(0), text), "x").question
+        assert "USER" in whole
+        assert "<image>" not in whole
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_text_of_a_placeholder_in_a_question_is_refused(self, folders, family):
+        inputs = self.made(folders, family)
+        with pytest.raises(ValueError, match=r"pope/3: the question contains the literal text '<"):
+            inputs.prompt(self.chat(picture(0), f"What is {inputs.processor.image_token}?"), "pope/3")
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("size", [(1, 1), (1, 150), (150, 1), (3, 40), (1, 201)])
+    def test_tiny_and_narrow_images_are_answered_or_named(self, folders, family, size):
+        model = PrunedModel(str(folders[family]), dtype="float32", device="cpu", **FAMILIES[family])
+        prompt = self.chat(Image.new("RGB", size, "red"))
+        if family == "qwen2_5_vl" and max(size) / min(size) > 200:  # what its own processor refuses
+            with pytest.raises(ValueError, match="aspect ratio"):
+                model.inputs.prompt(prompt, "x")
+            return
+        batch = model.inputs(model.inputs.prompt(prompt, "x"))
+        for method in ("none", "scope"):
+            with inject(model.model, build(method), "50%", layout=FAMILIES[family].get("layout")):
+                assert len(model.model.generate(**batch, max_new_tokens=2)[0]) > batch["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+def test_the_unpruned_answers_are_those_of_lmms_evals_own_classes(folders, tasks, family):
+    options = {"pretrained": str(folders[family]), "device": "cpu", "device_map": "cpu", "attn_implementation": "sdpa"}
+    fields = {}
+    if family == "qwen2_5_vl":  # its class knows bfloat16 alone, and limits of its own
+        theirs = Qwen2_5_VL(**options)
+        fields = {"dtype": "bfloat16", "min_pixels": 256 * 28 * 28, "max_pixels": 1605632}
+    else:
+        theirs = LlavaHf(**options, dtype="float32")
+        fields = {"dtype": "float32"}
+    ours = PrunedModel(str(folders[family]), device="cpu", **fields)
+    task = tasks["scienceqa_img"]
+    simple_evaluate(model=ours, tasks=[task], limit=2, task_manager=task_manager(), bootstrap_iters=0, process_docs_parallel=1)
+    theirs.task_dict["scienceqa_img"] = ours.task_dict["scienceqa_img"]
+    expected = [answer.text for answer in theirs.generate_until(task.instances)]
+    assert [ours.answers["scienceqa_img", i].text for i in range(2)] == expected
+    if family == "qwen2_5_vl":
+        return
+    # and their class runs pruned, within the same block
+    ours.use(build("scope"), Budget.parse("50%"), None)
+    mine = [answer.text for answer in ours.generate_until(task.instances)]
+    with inject(theirs.model, build("scope"), "50%") as trace:
+        assert [answer.text for answer in theirs.generate_until(task.instances)] == mine
+    assert len(trace.records) == 2
+
+
+def test_random_weights_need_no_checkpoint(monkeypatch):
+    monkeypatch.setattr("eval.models.config_of", lambda name: tiny(name))
+    model = PrunedModel("nowhere/at-all", name="llava", weights="random", dtype="float32", device="cpu")
+    assert model.family == "llava"
+    assert config_of("llava_1_5_7b").text_config.hidden_size == 4096
+
+
+class TestBatches:
+    """Batches and the cache change no answer, no audit and no order."""
+
+    def made(self, family, folders, tasks, **engine):
+        """A model that lmms-eval has put two tasks to."""
+        fields = {"dtype": "float32", "device": "cpu", "max_new_tokens": 6} | FAMILIES[family]
+        model = PrunedModel(str(folders[family]), **fields, **engine)
+        some, manager = [tasks["pope"], tasks["mmmu_val"]], task_manager()
+        simple_evaluate(model=model, tasks=some, limit=4, task_manager=manager, bootstrap_iters=0, process_docs_parallel=1)
+        return model
+
+    @pytest.fixture(scope="class", params=FAMILIES)
+    def plain(self, request, folders, tasks):
+        return self.made(request.param, folders, tasks)
+
+    @pytest.fixture(scope="class")
+    def quick(self, plain, folders, tasks):
+        """The same in batches of all that fit, with a cache that has to evict."""
+        return self.made(plain.family, folders, tasks, batch_tokens=2000, cache=EncodeCache(300_000))
+
+    def answers(self, model, tasks, method, **options):
+        """Every document of two tasks, one of them with several images a prompt, told apart by task and document."""
+        model.use(build(method, **options), Budget.parse("50%"), None)
+        requests = [request for name in ("pope", "mmmu_val") for request in tasks[name].instances]
+        given = [result.text for result in model.generate_until(requests)]
+        audits = {key: answer.audit for key, answer in model.answers.items()}
+        return given, audits, {key: answer.new_tokens for key, answer in model.answers.items()}
+
+    @pytest.mark.parametrize("method", ["none", "scope", "random", "zspaprune", "fastv"])
+    def test_they_equal_one_prompt_at_a_time(self, plain, quick, tasks, method):
+        options = {"layer": 1} if method == "fastv" else {}
+        assert self.answers(plain, tasks, method, **options) == self.answers(quick, tasks, method, **options)
+        assert quick.images.cache.counts.memory_hits
+        assert quick.images.cache.bytes <= 300_000
+
+    def test_what_is_answered_is_not_asked_again(self, plain, tasks, monkeypatch):
+        first = self.answers(plain, tasks, "none")
+        monkeypatch.setattr(plain.model, "generate", None)
+        requests = [request for name in ("pope", "mmmu_val") for request in tasks[name].instances]
+        assert [result.text for result in plain.generate_until(requests)] == first[0]
+
+    def test_a_batch_that_does_not_fit_is_halved(self, quick, tasks, monkeypatch):
+        expected, generate, sizes = self.answers(quick, tasks, "none"), quick.model.generate, []
+
+        def short_of_memory(**inputs):
+            sizes.append(len(inputs["input_ids"]))
+            if sizes[-1] > 1:
+                raise torch.cuda.OutOfMemoryError("no room")
+            return generate(**inputs)
+
+        monkeypatch.setattr(quick.model, "generate", short_of_memory)
+        monkeypatch.setattr(quick, "batch_tokens", 2000)
+        assert self.answers(quick, tasks, "none") == expected
+        assert max(sizes) > 1
+        assert quick.batch_tokens < 2000
+
+    def test_sampling_and_beams_are_refused(self, plain, tasks, monkeypatch):
+        request = tasks["pope"].instances[0]
+        for option in ({"temperature": 0.7}, {"num_beams": 2}):
+            monkeypatch.setitem(request.args[2], *next(iter(option.items())))
+            plain.use(build("none"), Budget(), None)
+            with pytest.raises(ValueError, match="generate greedily"):
+                plain.generate_until([request])
+            monkeypatch.undo()

@@ -1,0 +1,263 @@
+"""LLaVA-NeXT in both layouts, on tiny real models: what the pruned model computes from crops, tiles and newlines."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from conftest import picture
+from PIL import Image
+from test_inject import STEPS, Fixed, logits
+from test_inject_layers import prompts, reference
+from torch import Tensor
+from transformers import BatchFeature
+
+from eval.geometry import random_model, random_processor, tiny
+from eval.inject import Sample, inject
+from eval.inputs import Inputs, Prompt
+from pruners import VisualTokens, build
+
+N, SIDE = 16, 4  # tokens of a crop
+SIZES = [(90, 60), (60, 150), (112, 112)]  # width, height: other numbers of crops each
+TEXT = "USER: <image>\n{} ASSISTANT:"
+QUESTIONS = ["what is this, and why?", "short", "another length"]
+
+
+@functools.cache
+def setting(layout: str, attention: str):
+    config = tiny("llava_next")
+    model = random_model(config, "cpu", torch.float32, attention, seed=0, std=0.2)
+    return model, Inputs(random_processor(config), model.config, layout=layout)
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def attention(request):
+    return request.param
+
+
+@pytest.fixture
+def anyres(attention):
+    return setting("anyres", attention)
+
+
+@pytest.fixture
+def fixed(attention):
+    return setting("fixed2880", attention)
+
+
+@pytest.fixture(params=["anyres", "fixed2880"])
+def either(request, attention):
+    return setting(request.param, attention)
+
+
+def image(seed: int) -> Image.Image:
+    return picture(seed).resize(SIZES[seed % 3])
+
+
+def encode(inputs: Inputs, batch: int, first: int = 0) -> BatchFeature:
+    return inputs.collate([inputs(Prompt(TEXT.format(QUESTIONS[i]), [image(i)], "")) for i in range(first, first + batch)])
+
+
+@torch.no_grad()
+def crops_of(model, inputs) -> list[Tensor]:
+    """Projected crops of every image, [crops, N, D], from the tower itself."""
+    core = model.model
+    pixels = inputs["pixel_values"]
+    real = [int(p.flatten(1).any(1).sum()) for p in pixels]  # behind an image's crops the batch is padded with zeros
+    found = []
+    for crops, number in zip(pixels, real, strict=True):
+        hidden = core.vision_tower(crops[:number], output_hidden_states=True).hidden_states[-2][:, 1:]
+        found.append(core.multi_modal_projector(hidden))
+    return found
+
+
+def mosaic() -> Tensor:
+    """[2 SIDE, 2 SIDE] numbers of the tokens of 2 x 2 tiles, as they lie in the image."""
+    tiles = torch.arange(N, 5 * N).view(2, 2, SIDE, SIDE)
+    return tiles.permute(0, 2, 1, 3).reshape(2 * SIDE, 2 * SIDE)
+
+
+@torch.no_grad()
+def language(model, embeds: Tensor, new: Tensor) -> Tensor:
+    """Logits of the language model fed a prompt [L, D] and what was generated, without cache or hooks."""
+    sequence = torch.cat([embeds, model.get_input_embeddings()(new[:-1])])[None]
+    ones = torch.ones(sequence.shape[:2], dtype=torch.long)
+    hidden = model.model.language_model(inputs_embeds=sequence, attention_mask=ones, use_cache=False).last_hidden_state
+    return model.lm_head(hidden[0, len(embeds) - 1 :])
+
+
+@torch.no_grad()
+def around(model, inputs, row: int, visual: Tensor) -> Tensor:
+    """A row's prompt with `visual` [K, D] in place of its image."""
+    ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+    places = (ids == model.config.image_token_id).nonzero()[:, 0]
+    text = model.get_input_embeddings()(ids)
+    return torch.cat([text[: places[0]], visual, text[places[-1] + 1 :]])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_keeping_all_of_anyres_changes_no_bit(anyres, batch, positions):
+    model, inputs = anyres[0], encode(anyres[1], batch)
+    plain = model.generate(**inputs, **STEPS)
+    with inject(model, build("none"), "full", positions) as trace:
+        kept = model.generate(**inputs, **STEPS)
+    assert torch.equal(logits(kept), logits(plain))
+    places = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
+    assert [record.kept_tokens for record in trace.records] == [(count,) for count in places]
+
+
+@pytest.mark.parametrize(
+    "method", ["fastervlm", "scope", "divprune", "visionzip", "prumerge", "promprune", "prunesid", "hiprune"]
+)
+def test_methods_run_and_rows_equal_the_rows_alone(either, method):
+    model, inputs = either
+    with inject(model, build(method), "50%", layout=inputs.layout) as trace:
+        together = model.generate(**encode(inputs, 2), **STEPS)
+        for row in range(2):
+            alone = model.generate(**encode(inputs, 1, row), **STEPS)
+            assert (logits(alone)[0] - logits(together)[row]).abs().max() < 1e-4
+    if inputs.layout == "fixed2880":
+        assert all(record.visual_tokens == (5 * N,) for record in trace.records)
+        assert all(record.kept_tokens == (5 * N // 2,) for record in trace.records)
+    first, second, *alone = trace.records
+    assert [first.kept_indices, second.kept_indices] == [record.kept_indices for record in alone]
+
+
+def test_the_fixed_layout_is_every_token_of_every_crop_without_newlines(fixed):
+    model, inputs = fixed[0], encode(fixed[1], 2)
+    with inject(model, build("none"), "full", layout="fixed2880") as trace:
+        kept = model.generate(**inputs, **STEPS)
+    for row, crops in enumerate(crops_of(model, inputs)):
+        assert len(crops) == 5
+        tokens = crops.flatten(0, 1)
+        visual = torch.cat([tokens[:N], tokens[mosaic().flatten()]])
+        want = language(model, around(model, inputs, row, visual), kept.sequences[row, inputs["input_ids"].shape[1] :])
+        assert (logits(kept)[row] - want).abs().max() < 1e-4
+        assert trace.records[row].visual_tokens == trace.records[row].kept_tokens == (5 * N,)
+
+
+def test_kept_tokens_stand_in_the_raster_of_the_mosaic(fixed):
+    model, inputs = fixed[0], encode(fixed[1], 1)
+    rows = ((3, 15), (5, 6), (0, 4), (2, 7), (1, 9))
+    with inject(model, Fixed(rows), 10, layout="fixed2880") as trace:
+        kept = model.generate(**inputs, **STEPS)
+    (crops,) = crops_of(model, inputs)
+    chosen = {N * crop + index for crop, row in enumerate(rows) if crop for index in row}
+    numbers = [3, 15] + [number for number in mosaic().flatten().tolist() if number in chosen]
+    assert trace.records[0].kept_indices == (tuple(numbers),)
+    visual = crops.flatten(0, 1)[numbers]
+    want = language(model, around(model, inputs, 0, visual), kept.sequences[0, inputs["input_ids"].shape[1] :])
+    assert (logits(kept)[0] - want).abs().max() < 1e-4
+
+
+def test_anyres_drops_padding_and_newlines_of_empty_rows(anyres):
+    model = anyres[0]
+    inputs = encode(anyres[1], 1, first=1)  # 60 x 150, which fills no pinpoint: its sides are padding
+    (crops,) = crops_of(model, inputs)
+    with inject(model, Fixed(((0, 5),) * len(crops)), 2 * len(crops)) as trace:
+        kept = model.generate(**inputs, **STEPS)
+    features = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output[0]
+    newline, tokens = model.model.image_newline, crops.flatten(0, 1)
+    # every packed row that holds one of the chosen tokens, found by value
+    chosen = torch.cat([tokens[crop * N + torch.tensor([0, 5])] for crop in range(1, len(crops))])
+    want, line = [tokens[0], tokens[5]], []
+    for feature in features[N:]:
+        if torch.equal(feature, newline):
+            want += [*line, newline] if line else []
+            line = []
+        elif bool((chosen == feature).all(1).any()):
+            line.append(feature)
+    assert trace.records[0].kept_tokens == (len(want),)
+    assert len(want) < len(chosen) + 2 + len(features)
+    logits_of = language(model, around(model, inputs, 0, torch.stack(want)), kept.sequences[0, inputs["input_ids"].shape[1] :])
+    assert (logits(kept)[0] - logits_of).abs().max() < 1e-4
+
+
+def test_divprune_ranks_the_packed_sequence(anyres, fixed):
+    for (model, inputs), places in ((anyres, None), (fixed, 5 * N)):
+        batch = encode(inputs, 1)
+        with inject(model, build("divprune"), 12, layout=inputs.layout) as trace:
+            kept = model.generate(**batch, **STEPS)
+        (record,) = trace.records
+        assert record.kept_tokens == (12,)
+        if places:
+            packed = crops_of(model, batch)[0].flatten(0, 1)[list(range(N)) + mosaic().flatten().tolist()]
+        else:
+            packed = model.model.get_image_features(batch["pixel_values"], batch["image_sizes"]).pooler_output[0]
+        index = build("divprune").prune(VisualTokens(packed[None].detach()), 12).indices[0]
+        new = kept.sequences[0, batch["input_ids"].shape[1] :]
+        want = language(model, around(model, batch, 0, packed[index]), new)
+        assert (logits(kept)[0] - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("budget", "each"), [(12, [3, 3, 2, 2, 2]), ("3/tile", [3] * 5), ("12.5%/tile", [2] * 5), (10, [2] * 5)])
+def test_budgets_per_image_and_per_tile(fixed, budget, each):
+    model, inputs = fixed
+    with inject(model, build("fastervlm"), budget, layout="fixed2880") as trace:
+        model.generate(**encode(inputs, 1), **STEPS)
+    kept = torch.tensor(trace.records[0].kept_indices[0])
+    assert torch.bincount(kept // N, minlength=5).tolist() == each
+
+
+def test_fewer_tokens_than_crops_are_refused(fixed):
+    model, inputs = fixed
+    with pytest.raises(ValueError, match="5 crops"), inject(model, build("fastervlm"), 4, layout="fixed2880"):
+        model.generate(**encode(inputs, 1), **STEPS)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_fixed_layout_needs_inputs_without_padding(fixed, batch):
+    model, inputs = fixed
+    given = inputs.processor(text=[TEXT.format("a")] * batch, images=[image(0)] * batch, padding=True, return_tensors="pt")
+    with pytest.raises(ValueError, match="fixed2880"), inject(model, build("none"), "full", layout="fixed2880"):
+        model.generate(**given, **STEPS)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "budget"),
+    [
+        ("fastv", {"layer": 1}, "50%"),
+        ("pyramiddrop", {"stages": (1, 2, 3)}, "50%"),
+        ("dart", {"layer": 1, "image_pivots": 2, "text_pivots": 2}, "50%"),
+        ("sparsevlm", {"stages": (1, 3), "kept": (40, 11), "positions": "original"}, "50%"),
+    ],
+)
+def test_methods_inside_the_language_model_equal_the_reference(either, method, options, budget):
+    model, inputs = either
+    pruner, batch = build(method, **options), encode(inputs, 1)
+    with inject(model, pruner, budget, layout=inputs.layout) as trace:
+        pruned = model.generate(**batch, **STEPS)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    rows = prompts(eager, batch)
+    if inputs.layout == "fixed2880":
+        (crops,) = crops_of(model, batch)
+        visual = torch.cat([crops[0], crops.flatten(0, 1)[mosaic().flatten()]])
+        embeds = around(model, batch, 0, visual)
+        start = int((batch["input_ids"][0] == model.config.image_token_id).nonzero()[0])
+        place = torch.zeros(len(embeds), dtype=torch.bool)
+        place[start : start + 5 * N] = True
+        rows = [(embeds, place)]
+    count = int(rows[0][1].sum())
+    keep = count // 2 + count % 2
+    want, _ = reference(eager, rows, pruner, keep, pruned.sequences[:, batch["input_ids"].shape[1] :])
+    assert (logits(pruned) - want).abs().max() < 1e-4
+    assert trace.records[0].visual_tokens == (count,)
+
+
+def test_random_choices_differ_between_crops(fixed):
+    model, inputs = fixed
+    with inject(model, build("random"), 20, layout="fixed2880") as trace:
+        trace.announce([Sample("pope/1")])
+        model.generate(**encode(inputs, 1), **STEPS)
+    kept = torch.tensor(trace.records[0].kept_indices[0])
+    crops = [tuple((kept[kept // N == crop] % N).tolist()) for crop in range(5)]
+    assert len(set(crops)) > 1
+
+
+def test_layouts_are_for_llava_next(anyres, model):
+    with pytest.raises(ValueError, match="not one of"), inject(anyres[0], build("none"), "full", layout="fixed576"):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(ValueError, match="one layout"), inject(model, build("none"), "full", layout="anyres"):
+        pass
