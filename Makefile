@@ -7,7 +7,7 @@ PYTHON ?= .venv/bin/python
 OVERRIDES = $(foreach word,$(filter-out EXPERIMENT=% PYTHON=% OUT=%,$(MAKEOVERRIDES)),'$(word)')
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep test lint golden bench-select methods readme train-shapes clean
+.PHONY: help sweep test test-matrix lint golden bench-select methods readme train-shapes clean
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -31,6 +31,18 @@ sweep: $(READY)  ## run the grid of EXPERIMENT (default: shapes); Hydra override
 test: $(READY)  ## run the tests
 	$(PYTHON) -m pytest
 
+# oldest, middle and newest transformers that injection is tested on; eval/inject/adapters.py, TESTED
+MATRIX := 5.0.0 5.17.0 newest
+INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry.py tests/test_families.py
+
+test-matrix: $(READY)  ## run the injection tests on three releases of transformers, in environments of their own
+	set -e; for release in $(MATRIX); do \
+	  echo "== transformers $$release"; home=.venv-matrix/$$release; pin=transformers$${release:+==$$release}; \
+	  test -x $$home/bin/python || $(PYTHON) -m venv $$home; \
+	  .venv/bin/uv pip install --quiet --python $$home/bin/python --editable '.[dev]' $${pin%==newest}; \
+	  $$home/bin/python -m pytest $(INJECTION); \
+	done
+
 lint: $(READY)  ## check style and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -52,4 +64,4 @@ readme: $(READY)  ## put the newest sweep's table and pictures into the README
 	$(PYTHON) scripts/readme.py
 
 clean:  ## remove the environment and all results that were generated here
-	rm -rf .venv results/runs results/hydra results/data build *.egg-info
+	rm -rf .venv .venv-matrix results/runs results/hydra results/data build *.egg-info

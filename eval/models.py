@@ -58,6 +58,8 @@ class _Request:
 class PrunedModel(lmms):
     """A vision-language model with a pruner before or inside its language model, as lmms-eval's chat tasks ask it.
 
+    Unpruned until `use` names a method; changing it does not load the model again.
+
     Args:
         pretrained: hub id, or a folder (absolute, or relative to the working directory or the project).
         name: of the configuration; with random weights it says which model's geometry.
@@ -71,7 +73,6 @@ class PrunedModel(lmms):
         max_new_tokens: at most so many tokens an answer; None: what the task says, and where it says nothing what lmms-eval's own
             classes take.
         clip: checkpoint whose text tower methods with relevance_space=clip ask; loaded when the first of them comes.
-        pruner, budget, positions: the method to begin with; `use` changes it without loading again.
 
         batch_tokens: positions of pruned prompts that are generated together; 0: one prompt at a time.
         cache: of what the image encoder gives. In any case images are encoded one by one, so that neither batch nor cache
@@ -104,9 +105,6 @@ class PrunedModel(lmms):
         text_scope: Scope = "question",
         max_new_tokens: int | None = None,
         clip: str | None = None,
-        pruner: str = "none",
-        budget: str | int = "full",
-        positions: Positions | None = None,
         batch_tokens: int = 0,
         cache: EncodeCache | None = None,
     ) -> None:
@@ -143,7 +141,7 @@ class PrunedModel(lmms):
         self.images = ImageCache(cache or EncodeCache(0), f"{identity} {layout}")
         self.answers: dict[tuple[str, int], Answer] = {}
         self.on_answer: Callable[[], None] = lambda: None
-        self.use(build(pruner), Budget.parse(budget), positions)
+        self.use(build("none"), Budget(), None)
 
     def use(self, pruner: Pruner | InLLMPruner, budget: Budget, positions: Positions | None) -> None:
         """Answer with this method from now on; forgets the answers so far."""

@@ -1,0 +1,50 @@
+"""The model `secateur` of lmms-eval's own command line."""
+
+import os
+from typing import Any
+
+from eval.budget import Budget
+from eval.cache import EncodeCache
+from eval.models import PrunedModel
+from pruners import build
+
+_FIELD = "pruner."  # in front of a pruner's own fields: pruner.order=picked
+
+
+class Secateur(PrunedModel):
+    """A pruned model whose every setting stands in `model_args`, so that lmms-eval's response cache never mixes methods.
+
+    `lmms-eval --model secateur --model_args pretrained=...,pruner=scope,budget=64,pruner.alpha=1.5 --tasks pope`
+
+    Args:
+        pruner, budget: the method, and tokens per image or a retention.
+        batch_size: 1; prompts are batched by `batch_tokens`.
+        cache_gb: of what the image encoder gives, kept in memory.
+        fields: `pruner.<field>` of the method, all others of `PrunedModel`.
+
+    Raises:
+        ValueError: an unknown field, a batch size, several processes.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        pruner: str = "none",
+        budget: str | int | float = "full",
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        cache_gb: float = 4,
+        **fields: Any,
+    ) -> None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("secateur runs in one process here; its own sweep spreads over several (README, more machines)")
+        if str(batch_size) != "1" or max_batch_size:
+            raise ValueError(f"batch_size={batch_size}: secateur batches by positions; set batch_tokens=8192 in --model_args")
+        options = {name.removeprefix(_FIELD): fields.pop(name) for name in list(fields) if name.startswith(_FIELD)}
+        method, positions = build(pruner, **options), fields.pop("positions", None)
+        try:
+            super().__init__(pretrained, device=device or "auto", cache=EncodeCache(int(cache_gb * 2**30)), **fields)
+        except TypeError as error:  # an unknown keyword
+            raise ValueError(f"--model_args: {error}; a pruner's own fields are written {_FIELD}name=value") from error
+        self.use(method, Budget.parse(budget), positions)
