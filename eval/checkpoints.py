@@ -30,7 +30,7 @@ def fingerprint(pretrained: str, revision: str) -> str:
     return digest.hexdigest()
 
 
-def not_loaded(pretrained: str, revision: str, error: Exception) -> str:
+def not_loaded(pretrained: str, revision: str, error: Exception, option: str = "model.pretrained") -> str:
     """One paragraph on a model that could not be loaded: what was looked for, where, and how to point elsewhere."""
     place = locate(pretrained)
     cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -38,5 +38,5 @@ def not_loaded(pretrained: str, revision: str, error: Exception) -> str:
         return f"the model in {place} could not be loaded: a file is missing or damaged ({cause}). Restore the folder."
     return (
         f"the model {pretrained!r} (revision {revision!r}) is no folder here, not in the local Hugging Face cache, and could "
-        f"not be fetched from the hub ({cause}). Go online, or download it elsewhere and set model.pretrained=/its/folder."
+        f"not be fetched from the hub ({cause}). Go online, or download it elsewhere and set {option}=/its/folder."
     )

@@ -1,5 +1,6 @@
 """From chat messages to the tensors a model takes: prompt template, image geometry and layout, as fields."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -97,7 +98,9 @@ class Inputs:
             text = self.processor.apply_chat_template(chat.model_dump()["messages"], chat_template=self.template, **options)
         if self.geometry == "pad":
             images = [self._padded(image) for image in images]
-        return Prompt(text, images, question_text(words, self.text_scope, text.replace(placeholder, "")))
+        markers = (placeholder, "<|vision_start|>", "<|vision_end|>") if self.family == "qwen2_5_vl" else (placeholder,)
+        bare = functools.reduce(lambda left, marker: left.replace(marker, ""), markers, text)
+        return Prompt(text, images, question_text(words, self.text_scope, bare))
 
     def __call__(self, prompt: Prompt) -> BatchFeature:
         """The tensors of one prompt."""

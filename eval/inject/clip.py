@@ -45,7 +45,7 @@ class ClipRelevance(nn.Module):
             loaded: Any = CLIPModel.from_pretrained(place, revision=revision, dtype=torch.float32, output_loading_info=True)
             tokenizer = CLIPTokenizer.from_pretrained(place, revision=revision)
         except (OSError, SafetensorError) as error:
-            raise FileNotFoundError(not_loaded(pretrained, revision, error).replace("model.pretrained", "model.clip")) from error
+            raise FileNotFoundError(not_loaded(pretrained, revision, error, "model.clip")) from error
         model, report = loaded
         # transformers draws missing weights at random, and makes up an empty tokenizer, without an error
         if missing := report["missing_keys"]:
