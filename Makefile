@@ -7,7 +7,7 @@ PYTHON ?= .venv/bin/python
 OVERRIDES = $(foreach word,$(filter-out EXPERIMENT=% PYTHON=% OUT=%,$(MAKEOVERRIDES)),'$(word)')
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep test test-matrix lint golden bench-select methods readme train-shapes clean
+.PHONY: help sweep tables test test-faults test-matrix bench-sweep lint golden bench-select methods readme train-shapes clean
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -34,6 +34,12 @@ test: $(READY)  ## run the tests
 # oldest, middle and newest transformers that injection is tested on; eval/inject/adapters.py, TESTED
 MATRIX := 5.0.0 5.17.0 newest
 INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry.py tests/test_families.py
+
+tables: $(READY)  ## print every published table beside what was reproduced, from the records in OUT (default: results)
+	$(PYTHON) scripts/tables.py --results $(or $(OUT),results)
+
+bench-sweep: $(READY)  ## documents per second of a sweep, beside lmms-eval's own model class
+	$(PYTHON) scripts/bench_sweep.py
 
 test-matrix: $(READY)  ## run the injection tests on three releases of transformers, in environments of their own
 	set -e; for release in $(MATRIX); do \

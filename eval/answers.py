@@ -62,7 +62,7 @@ class Answers(dict[Key, A], Generic[A]):
                     raise ValueError
                 self.update({(content["task"], content["doc_id"]): self._adapter.validate_python(content["answer"])})
                 whole.append(line)
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 damaged += 1
         return whole, damaged
 

@@ -32,6 +32,13 @@ def document_score(task: str, sample: dict[str, Any]) -> float:
     return float(sample["exact_match"])
 
 
+def category(task: str, sample: dict[str, Any]) -> str:
+    """The group a document's score is averaged in first: MME's subtask, MMStar's finer category; empty elsewhere."""
+    if task == "mme":
+        return (sample.get("mme_perception_score") or sample["mme_cognition_score"])["category"]
+    return sample["average"]["l2_category"] if task == "mmstar" else ""
+
+
 def image_id(task: str, sample: dict[str, Any]) -> str:
     """Documents with the same id share an image."""
     key = _IMAGE_KEY.get(task)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 from transformers.models.auto import image_processing_auto
 
+from eval.answers import Unanswered
 from eval.budget import Budget
 from eval.cache import EncodeCache
 from eval.checkpoints import fingerprint, locate, not_loaded
@@ -139,12 +140,11 @@ class PrunedModel(lmms):
         self.batch_tokens = batch_tokens
         identity = f"{fingerprint(pretrained, revision)} {name} {weights} {dtype} {attn_implementation} {self.device} {VERSION}"
         self.images = ImageCache(cache or EncodeCache(0), f"{identity} {layout}")
-        self.answers: dict[tuple[str, int], Answer] = {}
         self.on_answer: Callable[[], None] = lambda: None
         self.use(build("none"), Budget(), None)
 
     def use(self, pruner: Pruner | InLLMPruner, budget: Budget, positions: Positions | None) -> None:
-        """Answer with this method from now on; forgets the answers so far."""
+        """Answer with this method from now on, all documents; forgets the answers so far."""
         self._method: dict[str, Any] = {
             "pruner": pruner,
             "budget": budget,
@@ -152,7 +152,8 @@ class PrunedModel(lmms):
             "layout": self._layout,
             "clip": self._relevance(pruner),
         }
-        self.answers.clear()
+        self.answers: dict[tuple[str, int], Answer] = {}
+        self.shard = (0, 1)  # number and count: documents whose number leaves this rest
 
     def _relevance(self, pruner: Pruner | InLLMPruner) -> ClipRelevance | None:
         if self._clip_name is None or not pruner.needs & {"clip_patches", "clip_text"}:
@@ -171,16 +172,21 @@ class PrunedModel(lmms):
         raise NotImplementedError("pruned models answer tasks of type generate_until only")
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer every request greedily that has no answer yet.
+        """Answer every request of the shard greedily that has no answer yet.
 
         Raises:
             ValueError: sampling or beam search; whatever goes wrong with a document.
+            Unanswered: documents of other shards have no answers yet.
         """
+        number, count = self.shard
         wanted = [(task, doc_id) for *_, doc_id, task, _ in (request.args for request in requests)]
-        missing = [request for request, key in zip(requests, wanted, strict=True) if key not in self.answers]
+        pairs = zip(requests, wanted, strict=True)
+        missing = [request for request, key in pairs if key not in self.answers and key[1] % count == number]
         with inject(self.model, **self._method, cache=self.images) as trace:
             for batch in self._batches(map(self._request, missing)):
                 self._answer(batch, trace)
+        if others := sum(key not in self.answers for key in wanted):
+            raise Unanswered(f"{others} of {len(wanted)} documents wait for the other shards")
         done = [self.answers[key] for key in wanted]
         return [GenerationResult(text=a.text, token_counts=TokenCounts(output_tokens=a.new_tokens)) for a in done]
 
@@ -190,8 +196,8 @@ class PrunedModel(lmms):
             raise ValueError(f"task {task} asks for {options}; pruned models generate greedily")
         chat = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
         prompt = self.inputs.prompt(chat, f"{task}/{doc_id}")
-        new_tokens = self._most or options.get("max_new_tokens", _NEW_TOKENS[self.family])
-        return _Request(task, doc_id, prompt, self.inputs(prompt), new_tokens)
+        new_tokens = options.get("max_new_tokens", _NEW_TOKENS[self.family])
+        return _Request(task, doc_id, prompt, self.inputs(prompt), min(new_tokens, self._most or new_tokens))
 
     def _batches(self, requests: Iterable[_Request]) -> Iterator[list[_Request]]:
         """Requests with one limit of new tokens together, as many as `batch_tokens` positions of pruned prompts hold.

@@ -81,7 +81,8 @@ class Job:
         """The identity of this job's cell of a task, or of the same cell under another method."""
         model = {key: value for key, value in self.model.items() if key not in ("device", *_NOT_OF_THE_MODEL)}
         suite = {key: self.suite[key] for key in ("name", "revision")}
-        weights = fingerprint(self.model["pretrained"], self.model["revision"])
+        pretrained = self.model["weights"] == "pretrained"
+        weights = fingerprint(self.model["pretrained"], self.model["revision"]) if pretrained else "random"
         return cell.identity(model, weights, pruner or self.pruner, self.budget, suite, task, self.limit, self.seed)
 
 

@@ -37,7 +37,7 @@ def by_setting(records: Records) -> list[Records]:
 
 def label(pruner: dict[str, Any]) -> str:
     """Method name, options that differ from their defaults, and the mark of a reconstruction."""
-    defaults = {f.name: f.default for f in dataclasses.fields(REGISTRY[pruner["name"]])}
+    defaults = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in dataclasses.fields(REGISTRY[pruner["name"]])}
     changed = [f"{name}={pruner[name]}" for name, default in defaults.items() if pruner[name] != default]
     mark = " (reconstruction)" if pruner["status"] == "reconstruction" else ""
     return " ".join([pruner["name"], *changed]) + mark

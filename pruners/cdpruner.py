@@ -45,7 +45,7 @@ class CDPruner(Pruner):
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         relevance = self.relevance(tokens)
         weights = relevance if self.theta is None else (self.theta / (2 * (1 - self.theta)) * relevance).exp()
-        kernel = weights[:, :, None] * cosine_gram(tokens.features) * weights[:, None]
+        kernel = cosine_gram(tokens.features).mul_(weights[:, :, None]).mul_(weights[:, None])
         picks = greedy_map(kernel, keep, fallback=relevance)
         return Selection(picks if self.order == "picked" else picks.sort(1).values, in_order=self.order == "picked")
 

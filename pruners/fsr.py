@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.linalg import cosine_gram, farthest_point, merge_into_anchors, min_max, top_k
+from pruners.linalg import cosine_gram, farthest_point, merge_into_anchors, min_max, take, top_k
 from pruners.relevance import clip_relevance
 
 
@@ -80,8 +80,7 @@ class FSR(Pruner):
         indices, place = picks.sort(1)
         scanned = place >= focus_count[:, None]
         dropped = torch.ones_like(phi, dtype=torch.bool).scatter_(1, indices, False)
-        affinity = similarity.gather(1, indices[..., None].expand(-1, -1, phi.shape[1]))
-        affinity = affinity.masked_fill(~(scanned[:, :, None] & dropped[:, None]), -torch.inf)
+        affinity = take(similarity, indices).masked_fill_(~(scanned[:, :, None] & dropped[:, None]), -torch.inf)
         limit = (self.kappa * (keep - focus_count)).floor().long()
         most = min(floor(self.kappa * (keep - 1)), phi.shape[1])
         features, merged, slot = merge_into_anchors(x, indices, affinity, phi + 1e-12, limit, most)

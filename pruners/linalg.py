@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-GRAM_BLOCK = 144  # rows per product of the blocked Gram matrix; 96..192 measure alike
+GRAM_BLOCK = 128  # tokens from which a Gram matrix is divided; 80..192 measure alike
+CACHED = 2_000_000  # values of a temporary; larger ones come from the system anew each time, page by page
 RANK_TOLERANCE = 1e-6  # float32 rounding of a Cholesky residual, relative to the diagonal
 
 
@@ -18,18 +19,30 @@ def normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
 
 
 def cosine_gram(x: Tensor, eps: float = 1e-12) -> Tensor:
-    """[..., N, D] -> cosine similarity of every pair of rows, [..., N, N], exactly symmetric."""
-    return symmetric_gram(normalize(x, eps))
+    """[B, N, D] -> cosine similarity of every pair of rows, [B, N, N], exactly symmetric."""
+    gram = x.new_empty(*x.shape[:2], x.shape[1])
+    together = len(x) if x.is_cuda else max(1, CACHED // x[0].numel())
+    for images, part in zip(x.split(together), gram.split(together), strict=True):
+        symmetric_gram(normalize(images, eps), part)
+    return gram
 
 
-def symmetric_gram(x: Tensor) -> Tensor:
-    """x x^T for x [..., N, D]: blocks on and below the diagonal are computed, the others mirrored."""
-    count = x.shape[-2]
-    gram = x.new_empty(*x.shape[:-1], count)
-    for low in range(0, count, GRAM_BLOCK):
-        high = min(low + GRAM_BLOCK, count)
-        gram[..., low:high, :high] = x[..., low:high, :] @ x[..., :high, :].transpose(-1, -2)
-        gram[..., :low, low:high] = gram[..., low:high, :low].transpose(-1, -2)
+def symmetric_gram(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x x^T for x [B, N, D], exactly symmetric: each half with itself, both halves with one another only once."""
+    batch, count = x.shape[:2]
+    gram = x.new_empty(batch, count, count) if out is None else out
+    if count < GRAM_BLOCK:
+        torch.bmm(x, x.transpose(1, 2), out=gram)
+        return gram.tril_().add_(gram.tril(-1).transpose(1, 2))
+    half = count // 2
+    low, high = slice(half), slice(half, 2 * half)
+    halves = symmetric_gram(x[:, : 2 * half].reshape(2 * batch, half, -1)).view(batch, 2, half, half)
+    gram[:, low, low], gram[:, high, high] = halves.unbind(1)
+    gram[:, high, low] = across = x[:, high] @ x[:, low].transpose(1, 2)
+    gram[:, low, high] = across.transpose(1, 2)
+    if count % 2:
+        gram[:, :, -1:] = last = x @ x[:, -1:].transpose(1, 2)
+        gram[:, -1:] = last.transpose(1, 2)
     return gram
 
 
@@ -69,8 +82,8 @@ def facility_location(similarity: Tensor, weights: Tensor, k: int, additive: boo
     gain_v = sum_u max(0, similarity_uv - cover_u) and cover_u = max(0, similarity to the picks so far).
 
     A pick changes the terms of those u alone that it covers better, N / t of them on average at step t. On the CPU only
-    these are exchanged, in float64, so that the sum stays that of the float32 terms; on a GPU, where reading which they
-    are would stall every step, all terms are summed anew.
+    these are exchanged, in float64; on a GPU, where reading which they are would stall every step, all terms are summed
+    anew.
 
     Args:
         similarity: [B, N, N], symmetric.
@@ -80,31 +93,36 @@ def facility_location(similarity: Tensor, weights: Tensor, k: int, additive: boo
     rows = similarity.flatten(0, 1)
     start = torch.arange(batch, device=rows.device) * count
     cover = torch.zeros(batch * count, device=rows.device)
-    taken = torch.zeros_like(weights, dtype=torch.bool)
-    gain = torch.zeros_like(weights, dtype=torch.float64)
-    if not rows.is_cuda:
-        _exchange_terms(gain, rows, torch.arange(batch * count), torch.full_like(cover, torch.inf), cover)
+    taken = torch.zeros_like(weights)  # 0, -inf where taken
+    gain = similarity.clamp_min(0).sum(2, dtype=torch.float64)
     picks = []
     for _ in range(k):
-        if rows.is_cuda:
-            gain = (similarity - cover.view(batch, 1, count)).clamp_min_(0).sum(2, dtype=torch.float64)
-        score = gain.float() + weights if additive else gain.float() * weights
-        pick = score.masked_fill_(taken, -torch.inf).argmax(1)
+        score = gain.float() + weights + taken if additive else torch.addcmul(taken, gain.float(), weights)
+        pick = score.argmax(1) + start
         picks.append(pick)
-        taken.scatter_(1, pick[:, None], True)
-        closer = torch.maximum(cover, rows.index_select(0, pick + start).flatten())
-        if not rows.is_cuda:
-            _exchange_terms(gain, rows, (closer > cover).nonzero()[:, 0], cover, closer)
-        cover = closer
-    return torch.stack(picks, 1)
+        taken.view(-1).index_fill_(0, pick, -torch.inf)
+        near = rows.index_select(0, pick).view(-1)
+        if rows.is_cuda:
+            cover = torch.maximum(cover, near)
+            gain = (similarity - cover.view(batch, 1, count)).clamp_min_(0).sum(2, dtype=torch.float64)
+        else:
+            _cover_better(gain, rows, cover, near)
+    return torch.stack(picks, 1) - start[:, None]
 
 
-def _exchange_terms(gain: Tensor, rows: Tensor, changed: Tensor, old: Tensor, new: Tensor) -> None:
-    """Put max(0, rows_u - new_u) in the place of max(0, rows_u - old_u) in the sums `gain` [B, N], for the `changed` u."""
-    for part in changed.split(256):  # few enough for the temporaries to stay in the cache
-        terms = rows.index_select(0, part)
-        lost = (terms - old[part, None]).clamp_min_(0).sub_(terms.sub_(new[part, None]).clamp_min_(0))
-        gain.index_add_(0, part // gain.shape[1], lost.double(), alpha=-1)
+def _cover_better(gain: Tensor, rows: Tensor, cover: Tensor, near: Tensor) -> None:
+    """Raise `cover` to `near` where that is larger, and take what this costs out of the sums `gain` [B, N]."""
+    batch, count = gain.shape
+    changed = (near > cover).nonzero()[:, 0]
+    # few enough at a time for the temporaries to stay in the cache
+    for part in changed.split(256) if len(changed) > 256 else (changed,):
+        old, new = cover.index_select(0, part)[:, None], near.index_select(0, part)[:, None]
+        lost = torch.clamp(rows.index_select(0, part), old, new).sub_(old).double()
+        if batch == 1:
+            gain -= lost.sum(0)
+        else:
+            gain.index_add_(0, part // count, lost, alpha=-1)
+    torch.maximum(cover, near, out=cover)
 
 
 def greedy_map(
@@ -129,29 +147,35 @@ def greedy_map(
     batch, count = kernel.shape[:2]
     rows = kernel.flatten(0, 1)
     start = torch.arange(batch, device=rows.device) * count
-    free = torch.ones(batch, count, dtype=torch.bool, device=rows.device) if free is None else free
-    residual = kernel.diagonal(dim1=1, dim2=2).masked_fill(~free, -torch.inf)
+    residual = kernel.diagonal(dim1=1, dim2=2).clone()
     rounding = RANK_TOLERANCE * residual.clamp_min(0)
-    factor = kernel.new_zeros(batch, k, count)  # row t: column t of the Cholesky factor
+    if free is not None:
+        residual.masked_fill_(~free, -torch.inf)
+    factor = kernel.new_zeros(k, batch * count)  # row t: column t of the Cholesky factors
     picks, pivots = [], []
     for t in range(k):
-        score = residual.where(residual > rounding, -1.0)
-        pick = first if t == 0 and first is not None else score.argmax(1)
-        pivot = score.gather(1, pick[:, None])
+        residual.masked_fill_(residual <= rounding, -1.0)
+        pivot, pick = residual.max(1)
+        if t == 0 and first is not None:
+            pick, pivot = first, residual.gather(1, first[:, None])[:, 0]
+        pick = pick + start
         picks.append(pick)
         pivots.append(pivot)
-        past = factor[:, :t]
-        known = past.gather(2, pick[:, None, None].expand(-1, t, 1)).transpose(1, 2)
-        row = torch.baddbmm(rows.index_select(0, pick + start)[:, None], known, past, alpha=-1)[:, 0]
-        column = row / pivot.where(pivot > 0, torch.inf).sqrt()
-        factor[:, t] = column
-        residual = residual.addcmul(column, column, value=-1).scatter_(1, pick[:, None], -torch.inf)
-    order, alive = torch.stack(picks, 1), torch.cat(pivots, 1) > 0
+        row = rows.index_select(0, pick)
+        if t > 0:
+            past = factor[:t]
+            known = past.index_select(1, pick).t()[:, None]
+            row = torch.baddbmm(row[:, None], known, past.view(t, batch, count).transpose(0, 1), alpha=-1)[:, 0]
+        column = factor[t].view(batch, count)
+        torch.mul(row, pivot.abs().rsqrt_()[:, None], out=column)  # below 0 nothing is left to divide by
+        residual.addcmul_(column, column, value=-1).view(-1).index_fill_(0, pick, -torch.inf)
+    order, alive = torch.stack(picks, 1) - start[:, None], torch.stack(pivots, 1) > 0
     if first is not None:
         alive[:, 0] = True
     taken = torch.zeros_like(residual).scatter_add_(1, order, alive.to(residual.dtype)) > 0
+    blocked = taken if free is None else taken | ~free
     fallback = torch.zeros_like(residual) if fallback is None else fallback
-    rest = top_k(fallback.masked_fill(taken | ~free, -torch.inf), k)
+    rest = top_k(fallback.masked_fill(blocked, -torch.inf), k)
     return concatenate_rows(order, alive.sum(1), rest)
 
 
@@ -161,38 +185,43 @@ def farthest_point(
     k: int,
     seed_count: Tensor | None = None,
     update: Callable[[Tensor, Tensor], Tensor] = torch.minimum,
-    weights: Tensor | None = None,
 ) -> Tensor:
     """Greedy dispersion: the seeds, then the farthest token from all picks so far; k picks [B, k], ties to the lower index.
 
     Args:
-        distance: [B, N, N], symmetric.
+        distance: [B, N, N], from a pick (row) to a candidate (column).
         seeds: [B, S] first picks, 1 <= S <= k.
         seed_count: [B] how many of its seeds (at least 1) a row uses; None: all.
         update: how distances to several picks combine: `torch.minimum` is the max-min rule, `torch.add` maximises the mean.
-        weights: [B, N] factor on the combined distance.
     """
     batch, count = distance.shape[:2]
     rows = distance.flatten(0, 1)
     start = torch.arange(batch, device=rows.device) * count
-    pick = seeds[:, 0]
-    picks, gap = [pick], rows.index_select(0, pick + start)
-    taken = torch.zeros(batch, count, dtype=torch.bool, device=rows.device).scatter_(1, pick[:, None], True)
-    for t in range(1, k):
-        score = gap if weights is None else gap * weights
-        pick = score.masked_fill(taken, -torch.inf).argmax(1)
-        if t < seeds.shape[1]:
-            pick = seeds[:, t] if seed_count is None else torch.where(t < seed_count, seeds[:, t], pick)
+    seeds = seeds + start[:, None]
+    taken = distance.new_zeros(batch, count)  # 0, -inf where taken
+    gap, picks = distance, []
+    for t in range(k):
+        if t < seeds.shape[1] and (t == 0 or seed_count is None):
+            pick = seeds[:, t]
+        else:
+            pick = (gap + taken).argmax(1) + start
+            if seed_count is not None and t < seeds.shape[1]:
+                pick = torch.where(seed_count > t, seeds[:, t], pick)
         picks.append(pick)
-        taken.scatter_(1, pick[:, None], True)
-        gap = update(gap, rows.index_select(0, pick + start))
-    return torch.stack(picks, 1)
+        taken.view(-1).index_fill_(0, pick, -torch.inf)
+        near = rows.index_select(0, pick)
+        gap = near if t == 0 else update(gap, near)
+    return torch.stack(picks, 1) - start[:, None]
 
 
 def most_isolated(distance: Tensor) -> Tensor:
     """[B] the token whose nearest neighbour is farthest away, for distance [B, N, N]; ties to the lower index."""
-    own = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
-    return distance.masked_fill(own, torch.inf).amin(2).argmax(1)
+    own = distance.diagonal(dim1=1, dim2=2)
+    before = own.clone()
+    own.fill_(torch.inf)
+    nearest = distance.amin(2)
+    own.copy_(before)
+    return nearest.argmax(1)
 
 
 def non_maximum_suppression(suppresses: Tensor, candidates: Tensor) -> Tensor:
@@ -234,13 +263,13 @@ def principal_axes(x: Tensor, k: int, seed: int | None = None) -> Tensor:
     if seed is None:
         return torch.linalg.eigh(symmetric_gram(x.transpose(1, 2))).eigenvectors[..., -k:].flip(-1)
     wide = x.shape[1] < x.shape[2]
-    tall = x.transpose(1, 2) if wide else x
-    test = torch.randn(tall.shape[2], k, generator=torch.Generator().manual_seed(seed)).to(x.device)
-    basis = torch.linalg.qr(tall @ test).Q
+    flat = x if wide else x.transpose(1, 2)
+    test = torch.randn(flat.shape[1], k, generator=torch.Generator().manual_seed(seed)).to(x.device)
+    basis = torch.linalg.qr((test.t() @ flat).transpose(1, 2)).Q
     for _ in range(2):
-        basis = torch.linalg.qr(tall.transpose(1, 2) @ basis).Q
-        basis = torch.linalg.qr(tall @ basis).Q
-    left, _, right = torch.linalg.svd(basis.transpose(1, 2) @ tall, full_matrices=False)
+        basis = torch.linalg.qr(flat @ basis).Q
+        basis = torch.linalg.qr((basis.transpose(1, 2) @ flat).transpose(1, 2)).Q
+    left, _, right = torch.linalg.svd((flat @ basis).transpose(1, 2), full_matrices=False)
     return basis @ left if wide else right.transpose(1, 2)
 
 

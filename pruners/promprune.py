@@ -77,8 +77,8 @@ def spectral_entropy(features: Tensor, similarity: Tensor) -> Tensor:
     """
     count, width = features.shape[1:]
     if count <= width:
-        gram = similarity - similarity.mean(1, keepdim=True) - similarity.mean(2, keepdim=True)
-        gram = gram + similarity.mean((1, 2), keepdim=True)
+        gram = (similarity - similarity.mean(1, keepdim=True)).sub_(similarity.mean(2, keepdim=True))
+        gram.add_(similarity.mean((1, 2), keepdim=True))
     else:
         unit = normalize(features, eps=1e-8)
         centred = unit - unit.mean(1, keepdim=True)

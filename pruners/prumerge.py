@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
-from pruners.linalg import complement, cosine_gram, take, top_k
+from pruners.linalg import complement, normalize, take, top_k
 
 
 @register("prumerge")
@@ -42,17 +42,20 @@ class PruMerge(Pruner):
             width = int(counts.max())
         else:
             order, counts, width = self.fixed(attention, keep - 1), None, keep - 1
-        features = take(tokens.encoder_features, order)
-        weights = attention.gather(1, order)
+        features, centres = tokens.encoder_features, order[:, :width]
         inside = torch.arange(order.shape[1], device=order.device) < (width if counts is None else counts[:, None])
+        keys = normalize(tokens.last_keys[:, 1:])
         # columns in the order of the candidates: other centres first, then the rest ascending
-        similarity = cosine_gram(take(tokens.last_keys[:, 1:], order))[:, :width]
+        columns = order[:, None].expand(-1, width, -1)
+        similarity = (take(keys, centres) @ keys.transpose(1, 2)).gather(2, columns)
         itself = torch.eye(order.shape[1], dtype=torch.bool, device=order.device)[:width]
-        near = top_k(similarity.masked_fill(itself, -torch.inf), min(self.neighbours, order.shape[1] - 1))
-        spread = torch.zeros_like(similarity).scatter(2, near, weights[:, None].expand_as(similarity).gather(2, near))
-        merged = features[:, :width] + spread @ features
-        extra = (weights * ~inside)[:, None] @ features
-        places = torch.cat([order[:, :width], torch.full_like(order[:, :1], EXTRA)], 1)
+        near = top_k(similarity.masked_fill_(itself, -torch.inf), min(self.neighbours, order.shape[1] - 1))
+        near = columns.gather(2, near)
+        spread = torch.zeros_like(similarity).scatter_(2, near, attention[:, None].expand_as(similarity).gather(2, near))
+        merged = take(features, centres) + spread @ features
+        loose = torch.zeros_like(attention).scatter_(1, order, attention.gather(1, order) * ~inside)
+        extra = loose[:, None] @ features
+        places = torch.cat([centres, torch.full_like(order[:, :1], EXTRA)], 1)
         merged = torch.cat([merged, extra], 1)
         if counts is None:
             return Selection(places, merged, "encoder", in_order=True)

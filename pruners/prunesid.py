@@ -89,8 +89,8 @@ class PruneSID(Pruner):
     def loadings(self, x: Tensor, keep: int) -> Tensor:
         """[B, N, groups] absolute loadings of the tokens x [B, N, C] on the leading components of their sigmoid."""
         groups = max(keep // 4, 1 if self.variant == "llava" else 4)
-        squashed = x.sigmoid()
-        centred = squashed - squashed.mean(2 if self.centring == "channels" else 1, keepdim=True)
+        centred = x.sigmoid()
+        centred -= centred.mean(2 if self.centring == "channels" else 1, keepdim=True)
         axes = min(groups, *x.shape[1:])
         return principal_axes(centred.transpose(1, 2), axes, self.seed if self.pca == "randomized" else None).abs()
 

@@ -34,7 +34,9 @@ def text_mask(tokens: VisualTokens) -> Tensor:
 
 def embedding_relevance(tokens: VisualTokens) -> Tensor:
     """Cosine of token and mean question embedding in LLM space, [B, N]; 0 without text."""
-    return (normalize(tokens.features) @ normalize(mean_text(tokens))[..., None])[..., 0]
+    text = mean_text(tokens)
+    dot = (tokens.features @ text[..., None])[..., 0]
+    return dot / (tokens.features.norm(dim=2).clamp_min(1e-12) * text.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def range_over_image(x: Tensor, image_of_row: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.linalg import complement, cosine_gram, evenly_spaced, farthest_point, merge_into_anchors, min_max, top_k
+from pruners.linalg import complement, cosine_gram, evenly_spaced, farthest_point, merge_into_anchors, min_max, take, top_k
 from pruners.relevance import clip_relevance, embedding_relevance, range_over_image
 
 PRODUCT_EXPONENTS = 3, 1  # of relevance and saliency, as in FSR (arXiv 2602.05809)
@@ -88,7 +88,7 @@ class SPpruner(Pruner):
         similarity = cosine_gram(tokens.features)
         if self.anchors == "scan":
             worth = 1 + self.scan_weight * min_max(neighbourhood_mean(phi, tokens.grid, self.window))
-            picks = farthest_point((1 - similarity).clamp_min(0), focus, keep, weights=worth)
+            picks = farthest_point((1 - similarity).clamp_min_(0).mul_(worth[:, None]), focus, keep)
             context = picks[:, focus.shape[1] :]
         else:
             rest = complement(focus, phi.shape[1])
@@ -98,9 +98,8 @@ class SPpruner(Pruner):
         none = torch.zeros_like(phi, dtype=torch.bool)
         receives = none.scatter(1, context, True).gather(1, indices)
         dropped = ~none.scatter(1, indices, True)
-        affinity = similarity.gather(1, indices[..., None].expand(-1, -1, phi.shape[1]))
         near = within_radius(indices, tokens.grid, self.merge_radius)
-        affinity = affinity.masked_fill(~(receives[..., None] & dropped[:, None] & near), -torch.inf)
+        affinity = take(similarity, indices).masked_fill_(~(receives[..., None] & dropped[:, None] & near), -torch.inf)
         limit = min(floor(self.merge_factor * context.shape[1]), phi.shape[1])
         features, merged, slot = merge_into_anchors(tokens.features, indices, affinity, phi + 1e-6, limit, limit)
         return Stages(phi, focus, context, indices, features, merged, indices.gather(1, slot))

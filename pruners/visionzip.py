@@ -20,7 +20,7 @@ class VisionZip(Pruner):
         contextual: how many contextual tokens; None takes 5 of every 32 (54 + 10 of the README, and the pairs 108 + 20 and
             162 + 30 quoted from the paper).
         keep_cls: the CLS token goes on first and counts in the budget (released code); False is our extension for encoders
-            without one, whose row of `encoder_keys` is never looked at.
+            without one (Qwen), where the budget holds patches and contextual tokens only.
 
     Deviations: float32 (released: float16); a key of length zero has cosine 0 (released: NaN).
     """
@@ -73,8 +73,11 @@ class VisionZip(Pruner):
         """Step 4: number of the target each other patch joins, by cosine of keys averaged over heads, [B, R - context]."""
         assert tokens.encoder_keys is not None
         assert tokens.saliency is not None
-        heads = tokens.saliency.shape[1]
-        if tokens.encoder_keys.shape[2] % heads:
-            self.fail(f"encoder_keys have shape {tuple(tokens.encoder_keys.shape)}, expected a width that {heads} heads divide")
-        metric = normalize(tokens.encoder_keys[:, 1:].unflatten(2, (heads, -1)).mean(2))
+        (_, heads, count), keys = tokens.saliency.shape, tokens.encoder_keys
+        if keys.shape[1] - count not in (0, 1) or keys.shape[2] % heads:
+            self.fail(
+                f"encoder_keys have shape {tuple(keys.shape)}, expected [B, N or 1+N, E] with N = {count} and E a multiple of "
+                f"the {heads} heads"
+            )
+        metric = normalize(keys[:, -count:].unflatten(2, (heads, -1)).mean(2))
         return (take(metric, others) @ take(metric, targets).transpose(1, 2)).argmax(2)

@@ -2,6 +2,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pruners.base import Pruner, Selection, VisualTokens, register
 from pruners.linalg import cosine_gram, take, top_k
@@ -42,16 +43,23 @@ class VisPruner(Pruner):
         assert tokens.saliency is not None
         ranking = top_k(tokens.saliency.mean(1), tokens.saliency.shape[2])
         important = int(keep * self.important_ratio)
-        rest, diverse = ranking[:, important:], keep - important
-        if diverse == 0:
-            rest = rest[:, :0]
-        similarity = cosine_gram(tokens.encoder_features)
-        while diverse and (drop := min(self.step, rest.shape[1] - diverse, (rest.shape[1] + 1) // 2)) > 0:
-            even, odd = rest[:, 0::2], rest[:, 1::2]
-            pairs = take(take(similarity, even).transpose(1, 2), odd)  # [B, odd, even]
-            survivors = top_k(pairs.amax(1), even.shape[1])[:, drop:]
-            rest = torch.cat([even.gather(1, survivors), odd], 1)
-        picks = torch.cat([ranking[:, :important], rest], 1)
+        picks = ranking[:, :important]
+        if keep > important:
+            rest = ranking[:, important:]
+            picks = torch.cat([picks, rest.gather(1, self.thin_out(take(tokens.encoder_features, rest), keep - important))], 1)
         if self.order == "picked":
             return Selection(picks, in_order=True)
         return Selection(picks.sort(1).values)
+
+    def thin_out(self, x: Tensor, keep: int) -> Tensor:
+        """The rounds: [B, keep] of the tokens x [B, R, C], numbered as they come, in the order the last round leaves."""
+        batch, count = x.shape[:2]
+        rows = cosine_gram(x).flatten(0, 1)
+        start = torch.arange(batch, device=x.device)[:, None] * count
+        rest = torch.arange(count, device=x.device).expand(batch, -1)
+        while (drop := min(self.step, rest.shape[1] - keep, (rest.shape[1] + 1) // 2)) > 0:
+            even, odd = rest[:, 0::2], rest[:, 1::2]
+            others = x.new_full((batch, 1, count), -torch.inf).scatter_(2, odd[:, None], 0.0)
+            repeated = rows.index_select(0, (even + start).flatten()).view(batch, -1, count).add_(others).amax(2)
+            rest = torch.cat([even.gather(1, top_k(repeated, even.shape[1])[:, drop:]), odd], 1)
+        return rest

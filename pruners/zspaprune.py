@@ -45,7 +45,7 @@ class ZSPAPrune(Pruner):
     needs = frozenset({"features", "text_embeddings"})
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        distance = -cosine_gram(tokens.features)
+        distance = cosine_gram(tokens.features).neg_()
         core = min(max(floor(self.core_ratio * keep + 0.5), 1), keep)
         asked = text_mask(tokens).any(1)
         seeds = top_k(self.relevance(tokens), core)

@@ -1,6 +1,6 @@
 """Milliseconds per image of every selection, beside the literal formulation of its steps.
 
-    python scripts/bench_select.py                       all pruners, shapes, budgets and batches
+    python scripts/bench_select.py                       everything: about twenty minutes on two cores
     python scripts/bench_select.py --quick               a few seconds: one shape, one budget, few repeats
     python scripts/bench_select.py --pruners scope,divprune --shapes 576x1024 --threads 2
     python scripts/bench_select.py --device cuda         the same on a GPU, with the kernels launched per selection
@@ -27,6 +27,7 @@ from rich.progress import track
 from pruners import REGISTRY, InLLMPruner, LayerTokens, VisualTokens, build
 
 PREFIX, TEXT, HEADS = 35, 40, 16  # positions before the image and behind it, attention heads
+FEWEST, SECONDS = 5, 1.0  # a slow measurement ends after a second, with at least so many repeats
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,11 @@ def visual_tokens(needs: frozenset[str], shape: Shape, images: int, device: torc
     def clusters(length: int, width: int = shape.width) -> torch.Tensor:
         centres = draw(rows, 12, width)
         label = torch.randint(12, (rows, length), generator=generator, device=device)
-        return centres[torch.arange(rows, device=device)[:, None], label] + 0.5 * draw(rows, length, width)
+        return centres[torch.arange(rows, device=device)[:, None], label] + 0.25 * draw(rows, length, width)
 
     def attention(*size: int) -> torch.Tensor:
-        return (2.5 * draw(*size)).softmax(-1)
+        logits = draw(*size)
+        return (2.5 * (logits + logits[:, :1])).softmax(-1)  # heads agree in part
 
     make: dict[str, Callable[[], torch.Tensor]] = {
         "features": lambda: clusters(count),
@@ -145,7 +147,7 @@ def count_kernels(call: Callable[[], Any]) -> int:
 
 
 def measure(name: str, label: str, keep: int, batch: int, repeats: int, device: torch.device, literal: bool) -> Row:
-    """Median and quartiles, after two rounds of warm-up; literal and product take turns."""
+    """Median and quartiles, after two rounds of warm-up; literal and product take turns, at least FEWEST times."""
     pruner, shape = build(name), SHAPES[label]
     tokens: Any
     if isinstance(pruner, InLLMPruner):
@@ -157,15 +159,19 @@ def measure(name: str, label: str, keep: int, batch: int, repeats: int, device: 
         return pruner.prune(tokens, budget)
 
     reference = LITERAL.get(name) if literal and batch == shape.crops == 1 else None
-    times, literal_times = [], []
+    times: list[float] = []
+    literal_times: list[float] = []
+    start = time.perf_counter()
     for turn in range(repeats + 2):
         elapsed = timed(ours, device) / batch
         reference_elapsed = timed(lambda: reference(tokens, budget), device) if reference else 0.0
         if turn >= 2:
             times.append(elapsed)
             literal_times.append(reference_elapsed)
+        if len(times) >= FEWEST and time.perf_counter() - start > SECONDS:
+            break
     q1, median, q3 = quantiles(times, n=4, method="inclusive")
-    row = Row(name, label, keep, batch, median, q1, q3, repeats)
+    row = Row(name, label, keep, batch, median, q1, q3, len(times))
     if reference:
         row.literal = quantiles(literal_times, n=4, method="inclusive")[1]
         row.speedup = row.literal / median
@@ -219,7 +225,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated, tokens x width")
     parser.add_argument("--keep", default="64,128,192", help="budgets per crop")
     parser.add_argument("--batch", default="1,8", help="images a call")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=15, help="at most; slow measurements stop earlier")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--no-literal", action="store_true", help="leave the literal formulations out")

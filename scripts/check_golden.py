@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pruners import LayerTokens, Selection, VisualTokens, build
+from pruners import LayerTokens, Pruner, Selection, VisualTokens, build
 from pruners.anyres import mosaic_order
 from pruners.linalg import complement, top_k
 
@@ -140,6 +140,16 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
 # --- one adapter per method: (case, tensors) -> comparisons ---------------------------------------------------------------
 
 
+def _budget(case: Case, tokens: VisualTokens, name: str = "budget") -> tuple[int, int]:
+    """Tokens to keep, and tokens. From a budget of N on all are kept untouched, and no order is compared."""
+    return min(case[name], tokens.shape[1]), tokens.shape[1]
+
+
+def _run(pruner: Pruner, tokens: VisualTokens, keep: int) -> Selection:
+    """Selection of `keep` outputs; `prune` leaves all tokens alone from N on, where released code may still merge or exchange."""
+    return pruner.prune(tokens, keep) if keep < tokens.shape[1] else pruner.select(tokens.in_float32(), keep)
+
+
 @golden("scope")
 def _scope(case: Case, t: Tensors) -> list[Comparison]:
     options = {
@@ -148,10 +158,11 @@ def _scope(case: Case, t: Tensors) -> list[Comparison]:
         "saliency": "cls" if case["cls_attn_used"] else "none",
     }
     tokens = VisualTokens(features=t["features"], encoder_features=t["features"], saliency=t["cls_attn"][:, None])
-    spatial = build("scope", **options).prune(tokens, case["budget"])
+    keep, count = _budget(case, tokens)
+    spatial = build("scope", **options).prune(tokens, keep)
     results = [Comparison("selected_sorted", spatial.indices, t["selected_sorted"])]
-    if case["budget"] < t["features"].shape[1]:  # all tokens are kept untouched, there is no order then
-        picked = build("scope", order="picked", **options).prune(tokens, case["budget"])
+    if keep < count:
+        picked = build("scope", order="picked", **options).prune(tokens, keep)
         results.append(Comparison("selected", picked.indices, t["selected"]))
     return results
 
@@ -167,7 +178,8 @@ def _visionzip(case: Case, t: Tensors) -> list[Comparison]:
         encoder_keys=t["metric"].repeat(1, heads)[None],  # the recorded keys are means over heads
     )
     pruner = build("visionzip", contextual=case["contextual"])
-    selection = pruner.prune(tokens, 1 + dominants + case["contextual"])
+    selection = _run(pruner, tokens, 1 + dominants + case["contextual"])
+    assert selection.features is not None
     rows = selection.indices[0] + 1
     dominant = pruner.dominant(tokens, dominants)
     targets, others = pruner.split(complement(dominant, len(hidden) - 1), case["contextual"])
@@ -183,12 +195,13 @@ def _visionzip(case: Case, t: Tensors) -> list[Comparison]:
 @golden("vispruner")
 def _vispruner(case: Case, t: Tensors) -> list[Comparison]:
     tokens = VisualTokens(t["features"][None], encoder_features=t["features"][None], saliency=t["cls_attention"][None])
+    keep, count = _budget(case, tokens)
     spatial, picked = (
-        build("vispruner", important_ratio=case["important_ratio"], order=order).prune(tokens, case["budget"]).indices[0]
+        build("vispruner", important_ratio=case["important_ratio"], order=order).prune(tokens, keep).indices[0]
         for order in ("spatial", "picked")
     )
     results = [Comparison("sorted", spatial, t["sorted"])]
-    if case["budget"] < t["features"].shape[0]:
+    if keep < count:
         results.append(Comparison("important", picked[: len(t["important"])], t["important"]))
         results.append(Comparison("selected", picked, t["selected"]))
     return results
@@ -204,7 +217,8 @@ def _prumerge(case: Case, t: Tensors) -> list[Comparison]:
         "plus_adaptive": ("prumerge_plus", True),
     }[case["mode"]]
     pruner = build(name, adaptive=adaptive)
-    selection = pruner.prune(tokens, 1 if adaptive else int(features.shape[1] * case["ratio_used"]) + 1)
+    selection = _run(pruner, tokens, 1 if adaptive else int(features.shape[1] * case["ratio_used"]) + 1)
+    assert selection.features is not None
     return [
         Comparison("cls_attn", pruner.attention(tokens)[0], t["cls_attn"]),
         Comparison("idx", selection.indices[0, :-1], t["idx"]),
@@ -222,12 +236,12 @@ def _hiprune(case: Case, t: Tensors) -> list[Comparison]:
         object_attention=t["object_layer_attention"][None],
         output_attention=t["output_layer_attention"][None],
     )
+    keep, _ = _budget(case, tokens)
     spatial, picked = (
-        build("hiprune", alpha=case["alpha"], order=order).prune(tokens, case["budget"]).indices[0]
-        for order in ("spatial", "picked")
+        build("hiprune", alpha=case["alpha"], order=order).prune(tokens, keep).indices[0] for order in ("spatial", "picked")
     )
     results, first = [Comparison("sorted", spatial, t["sorted"])], len(t["anchor_and_buffer"])
-    if case["budget"] < count:
+    if keep < count:
         results.append(Comparison("anchor_and_buffer", picked[:first], t["anchor_and_buffer"]))
         results.append(Comparison("register", picked[first:], t["register"]))
     return results
@@ -292,10 +306,11 @@ def _anyres_order(case: Case, t: Tensors) -> list[Comparison]:
 def _promprune(case: Case, t: Tensors) -> list[Comparison]:
     options = {name: case[name] for name in ("mu", "tau", "kr_min", "kr_max")}
     tokens = VisualTokens(features=t["features"], saliency=t["cls_attn"][:, None])
-    spatial = build("promprune", **options).prune(tokens, case["budget"])
-    if case["budget"] >= t["features"].shape[1]:  # all tokens are kept untouched
+    keep, count = _budget(case, tokens)
+    spatial = build("promprune", **options).prune(tokens, keep)
+    if keep == count:
         return [Comparison("selected_sorted", spatial.indices, t["selected_sorted"])]
-    official = build("promprune", order="official", **options).prune(tokens, case["budget"])
+    official = build("promprune", order="official", **options).prune(tokens, keep)
     counts = official.diagnostics["T_sal"]
     results = [
         Comparison("norm_entropy", official.diagnostics["entropy"], t["norm_entropy"]),
@@ -305,9 +320,9 @@ def _promprune(case: Case, t: Tensors) -> list[Comparison]:
     if not case.get("strict", True):  # rounding decides the first pick of stage 2; the class itself checks for repeats
         return [*results, Comparison("count", torch.tensor(spatial.indices.shape), torch.tensor(t["selected_sorted"].shape))]
     results.append(Comparison("selected_sorted", spatial.indices, t["selected_sorted"]))
-    for b, (row, count) in enumerate(zip(official.indices, counts.tolist(), strict=True)):
-        results.append(Comparison(f"stage1_sorted.{b}", row[:count].sort().values, t[f"stage1_sorted.{b}"]))
-        results.append(Comparison(f"stage2_order.{b}", row[count:], t[f"stage2_order.{b}"]))
+    for b, (row, salient) in enumerate(zip(official.indices, counts.tolist(), strict=True)):
+        results.append(Comparison(f"stage1_sorted.{b}", row[:salient].sort().values, t[f"stage1_sorted.{b}"]))
+        results.append(Comparison(f"stage2_order.{b}", row[salient:], t[f"stage2_order.{b}"]))
     return results
 
 
@@ -325,9 +340,6 @@ def _prunesid(case: Case, t: Tensors) -> list[Comparison]:
         given = {name: t[name][None] for name in ("absV", "group", "nms_kept_count", "quota")}
     x = tokens.encoder_features if tokens.encoder_features is not None else tokens.features
     shift = int(tokens.cls_token is not None)  # recorded indices count the CLS token as row 0, ours leave it out as -1
-    # prune() itself leaves all tokens alone at keep = N, where the released code still exchanges one of them for CLS
-    count = x.shape[1]
-    run = pruner.prune if keep < count else pruner.select
 
     # stage 1 depends on the build of torch in its last digits; stage 2 is checked from the recorded components
     loadings = pruner.loadings(x, keep)
@@ -339,14 +351,15 @@ def _prunesid(case: Case, t: Tensors) -> list[Comparison]:
     results = [
         Comparison("absV", loadings, given["absV"], atol=1e-4),
         Comparison("group", ours[clear], theirs[clear]),
+        Comparison("group, from the recorded components", given["absV"].argmax(2), theirs),
         Comparison("nms_kept_count", stage2.survivors, given["nms_kept_count"]),
         Comparison("quota", stage2.quota, given["quota"]),
         Comparison("rho", stage2.redundancy, t["rho"]),
         Comparison("selected, from the recorded groups", picks + shift, chosen[:, shift:]),
     ]
-    ranked = case["path"] == "llava" or torch.equal(top_k(loadings.amax(2), count), top_k(given["absV"].amax(2), count))
+    ranked = case["path"] == "llava" or torch.equal(*(top_k(v.amax(2), x.shape[1]) for v in (loadings, given["absV"])))
     if torch.equal(ours, theirs) and ranked:  # then the whole has to agree as well
-        whole = run(tokens, keep)
+        whole = _run(pruner, tokens, keep)
         results.append(Comparison("selected", whole.indices + shift, chosen))
         if whole.features is not None:
             rows = chosen[..., None].expand_as(whole.features)
@@ -358,14 +371,16 @@ def _prunesid(case: Case, t: Tensors) -> list[Comparison]:
 def _zspaprune(case: Case, t: Tensors) -> list[Comparison]:
     options = {"core_ratio": case["core_ratio"], "diversity_rule": case["rule"]}
     tokens = VisualTokens(features=t["visual"][None], text_embeddings=t["text"][None])
+    keep, count = _budget(case, tokens)
     picked = build("zspaprune", order="picked", **options)
-    order = picked.prune(tokens, case["budget"]).indices[0]
-    return [
+    results = [
         Comparison("score", picked.relevance(tokens)[0], t["score"]),
-        Comparison("core", order[: case["n_core"]], t["core"]),
-        Comparison("order", order, t["order"]),
-        Comparison("sorted", build("zspaprune", **options).prune(tokens, case["budget"]).indices[0], t["sorted"]),
+        Comparison("sorted", build("zspaprune", **options).prune(tokens, keep).indices[0], t["sorted"]),
     ]
+    if keep < count:
+        order = picked.prune(tokens, keep).indices[0]
+        results += [Comparison("core", order[: case["n_core"]], t["core"]), Comparison("order", order, t["order"])]
+    return results
 
 
 @golden("sppruner")
@@ -377,7 +392,10 @@ def _sppruner(case: Case, t: Tensors) -> list[Comparison]:
         saliency=t["saliency"][None, None],
         relevance=t["relevance"][None],
     )
-    selection, stages = pruner.prune(tokens, case["budget"]), pruner.stages(tokens, case["budget"])
+    keep, count = _budget(case, tokens)
+    if keep == count:
+        return _untouched(pruner.prune(tokens, keep), pruner.phi(tokens), t)
+    selection, stages = pruner.prune(tokens, keep), pruner.stages(tokens, keep)
     return [
         *_focus_and_context(selection, stages.phi, stages.focus[0], stages.context[0], t),
         *_merges(stages.merged[0], stages.anchors[0], t),
@@ -393,10 +411,13 @@ def _fsr(case: Case, t: Tensors) -> list[Comparison]:
         saliency=t["saliency"][None, None],
         relevance=t["relevance"][None],
     )
-    selection, stages = pruner.prune(tokens, case["budget"]), pruner.stages(tokens, case["budget"])
-    picks, count = stages.picks[0], int(stages.focus_count)
+    keep, count = _budget(case, tokens)
+    if keep == count:
+        return _untouched(pruner.prune(tokens, keep), pruner.focus_score(tokens), t)
+    selection, stages = pruner.prune(tokens, keep), pruner.stages(tokens, keep)
+    picks, focus = stages.picks[0], int(stages.focus_count)
     return [
-        *_focus_and_context(selection, stages.phi, picks[:count], picks[count:], t),
+        *_focus_and_context(selection, stages.phi, picks[:focus], picks[focus:], t),
         *_merges(stages.merged[0], stages.anchors[0], t),
     ]
 
@@ -412,6 +433,14 @@ def _focus_and_context(selection: Selection, phi: Tensor, focus: Tensor, context
     ]
 
 
+def _untouched(selection: Selection, phi: Tensor, t: Tensors) -> list[Comparison]:
+    return [
+        Comparison("phi", phi[0], t["phi"]),
+        Comparison("sorted", selection.indices[0], t["sorted"]),
+        Comparison("tokens", t["visual"][selection.indices[0]], t["tokens"]),
+    ]
+
+
 def _merges(merged: Tensor, anchors: Tensor, t: Tensors) -> list[Comparison]:
     real = merged >= 0
     return [Comparison("merged_src", merged[real], t["merged_src"]), Comparison("merged_dst", anchors[real], t["merged_dst"])]
@@ -420,9 +449,10 @@ def _merges(merged: Tensor, anchors: Tensor, t: Tensors) -> list[Comparison]:
 @golden("divprune")
 def _divprune(case: Case, t: Tensors) -> list[Comparison]:
     tokens = VisualTokens(features=t["features"][None])
-    results = [Comparison("sorted", build("divprune").prune(tokens, case["budget"]).indices[0], t["sorted"])]
-    if case["budget"] < t["features"].shape[0]:  # all tokens are kept untouched, there is no order then
-        order = build("divprune", order="picked").prune(tokens, case["budget"]).indices[0]
+    keep, count = _budget(case, tokens)
+    results = [Comparison("sorted", build("divprune").prune(tokens, keep).indices[0], t["sorted"])]
+    if keep < count:
+        order = build("divprune", order="picked").prune(tokens, keep).indices[0]
         results.append(Comparison("order", order, t["order"]))
     return results
 
@@ -436,12 +466,14 @@ def _cdpruner(case: Case, t: Tensors) -> list[Comparison]:
         clip_text=t["text_embeds"].expand(batch, -1, -1),
         image_of_row=(0,) * batch,  # crops of one image
     )
-    keep, picked = case["budget_per_crop"], build("cdpruner", order="picked")
-    return [
+    (keep, count), picked = _budget(case, tokens, "budget_per_crop"), build("cdpruner", order="picked")
+    results = [
         Comparison("relevance", picked.relevance(tokens), t["relevance"]),
-        Comparison("order", picked.prune(tokens, keep).indices, t["order"]),
         Comparison("sorted", build("cdpruner").prune(tokens, keep).indices, t["sorted"]),
     ]
+    if keep < count:
+        results.append(Comparison("order", picked.prune(tokens, keep).indices, t["order"]))
+    return results
 
 
 def main() -> int:

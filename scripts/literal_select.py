@@ -1,8 +1,10 @@
 """The methods written down step by step: one image, no batching, nothing reused from one step to the next.
 
-What the pruners are measured against, and a second opinion on their indices. Rows of a step are vectorised, as released code
-does; picks, groups, clusters and merges are plain loops. Default hyper-parameters; each function takes one image
-(VisualTokens of one row) and returns the indices in the order of Selection.indices.
+What the pruners are measured against, and a second opinion on their indices. Each step is one tensor expression where the
+method's description states it as one, as released code does: all tokens of a pick, all earlier columns of a Cholesky step, all
+text segments. Picks, rounds, groups, merge centres and merges are plain loops. Where a description carries a running value from
+pick to pick, so does the function; where it takes an extreme over all picks, that is taken anew. Default hyper-parameters; each
+function takes one image (VisualTokens of one row) and returns the indices in the order of Selection.indices.
 """
 
 import math
@@ -39,16 +41,12 @@ def min_max(x: Tensor) -> Tensor:
 def dpp(kernel: Tensor, k: int, first: int | None = None, floor: float = 0.0) -> list[int]:
     """Greedy MAP: residuals shrink by the square of each new Cholesky column."""
     residual = kernel.diagonal().clone()
-    columns: list[Tensor] = []
+    columns = torch.zeros(k, len(kernel), device=kernel.device)
     picks: list[int] = []
     for t in range(k):
         j = first if t == 0 and first is not None else int(residual.argmax())
-        column = kernel[j].clone()
-        for previous in columns:
-            column -= previous[j] * previous
-        column /= residual[j].clamp_min(floor).sqrt()
-        columns.append(column)
-        residual = residual - column**2
+        columns[t] = (kernel[j] - columns[:t, j] @ columns[:t]) / residual[j].clamp_min(floor).sqrt()
+        residual = residual - columns[t] ** 2
         picks.append(j)
         residual[picks] = -torch.inf
     return picks
@@ -112,10 +110,11 @@ def zspaprune(t: Image, keep: int) -> list[int]:
     score = unit(v) @ unit(text)
     picks = ranked(score, min(max(math.floor(0.6 * keep + 0.5), 1), keep))
     u = unit(v)
+    nearest = (u @ u[picks].T).amax(1)
     while len(picks) < keep:
-        nearest = (u @ u[picks].T).amax(1)
         nearest[picks] = torch.inf
         picks.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, u @ u[picks[-1]])
     return sorted(picks)
 
 
@@ -145,59 +144,51 @@ def fsr(t: Image, keep: int) -> list[int]:
         picks.append(i)
         total += float(phi[i].double())
     u, focus = unit(v), len(picks)
+    cosine = u @ u.T
     while len(picks) < keep:
-        gap = (1 - u @ u[picks].T).amin(1)
+        gap = (1 - cosine[picks]).amin(0)
         gap[picks] = -torch.inf
         picks.append(int(gap.argmax()))
-    merge(v, u, picks[focus:], rest(len(v), picks), phi + 1e-12, lambda anchor, token: True)
+    anchors, dropped = sorted(picks[focus:]), rest(len(v), picks)
+    merge(v, cosine[dropped][:, anchors], anchors, dropped, phi + 1e-12)
     return sorted(picks)
 
 
 def sppruner(t: Image, keep: int) -> list[int]:
-    v, (height, width) = t.features[0], t.grid
+    v, width = t.features[0], t.grid[1]
     a = min_max(t.saliency[0].mean(0))
     r = min_max(-(unit(t.clip_patches[0]) @ unit(t.clip_text[0]).T).mean(1))
     phi = 0.5 * a + 0.5 * r + a * r
     picks = ranked(phi, min(keep, max(1, math.floor(0.5 * keep + 0.5))))
-    context = torch.zeros_like(phi)
-    for i in range(len(v)):
-        y, x = divmod(i, width)
-        around = [
-            yy * width + xx
-            for yy in range(max(0, y - 1), min(height, y + 2))
-            for xx in range(max(0, x - 1), min(width, x + 2))
-            if (yy, xx) != (y, x)
-        ]
-        context[i] = phi[around].mean() if around else 0
+    cell = torch.arange(len(v), device=v.device)
+    down, across = cell // width, cell % width
+    steps = torch.maximum((down[:, None] - down).abs(), (across[:, None] - across).abs())
+    around = (steps == 1).float()
+    context = (around @ phi) / around.sum(1).clamp_min(1)
     u, focus, worth = unit(v), len(picks), 1 + min_max(context)
+    nearest = (u @ u[picks].T).amax(1)
     while len(picks) < keep:
-        gain = (1 - (u @ u[picks].T).amax(1)).clamp_min(0) * worth
+        gain = (1 - nearest).clamp_min(0) * worth
         gain[picks] = -torch.inf
         picks.append(int(gain.argmax()))
-
-    def near(anchor: int, token: int) -> bool:
-        return max(abs(anchor // width - token // width), abs(anchor % width - token % width)) <= 3
-
-    merge(v, u, picks[focus:], rest(len(v), picks), phi + 1e-6, near)
+        nearest = torch.maximum(nearest, u @ u[picks[-1]])
+    anchors, dropped = sorted(picks[focus:]), rest(len(v), picks)
+    cosine = (u[dropped] @ u[anchors].T).masked_fill(steps[dropped][:, anchors] > 3, -torch.inf)
+    merge(v, cosine, anchors, dropped, phi + 1e-6)
     return sorted(picks)
 
 
-def merge(
-    v: Tensor, u: Tensor, anchors: list[int], dropped: list[int], weights: Tensor, near: Callable[[int, int], bool]
-) -> Tensor:
-    """Weighted means of the anchors with as many dropped tokens, the most similar ones; rows of the anchors."""
-    best = []
-    for token in dropped:
-        eligible = [anchor for anchor in sorted(anchors) if near(anchor, token)]
-        if eligible:
-            cosines = u[eligible] @ u[token]
-            place = int(cosines.argmax())
-            best.append((-float(cosines[place]), token, eligible[place]))
+def merge(v: Tensor, cosine: Tensor, anchors: list[int], dropped: list[int], weights: Tensor) -> Tensor:
+    """Weighted means of the anchors with as many dropped tokens, those of largest cosine [dropped, anchors]."""
+    if not anchors:
+        return v[:0]
+    best, slot = (x.tolist() for x in cosine.max(1))
+    near = sorted((-c, token, anchors[s]) for c, token, s in zip(best, dropped, slot, strict=True) if c > -math.inf)
     total, weight = {a: weights[a] * v[a] for a in anchors}, {a: weights[a] for a in anchors}
-    for _, token, anchor in sorted(best)[: len(anchors)]:
+    for _, token, anchor in near[: len(anchors)]:
         total[anchor] = total[anchor] + weights[token] * v[token]
         weight[anchor] = weight[anchor] + weights[token]
-    return torch.stack([total[a] / weight[a] for a in anchors]) if anchors else v[:0]
+    return torch.stack([total[a] / weight[a] for a in anchors])
 
 
 def prunesid(t: Image, keep: int) -> list[int]:
@@ -213,24 +204,22 @@ def prunesid(t: Image, keep: int) -> list[int]:
         q = torch.linalg.qr(a.T @ q).Q
         q = torch.linalg.qr(a @ q).Q
     left, _, right = torch.linalg.svd(q.T @ a, full_matrices=False)
-    group = (q @ left if wide else right.T).abs().argmax(1).tolist()
+    group = (q @ left if wide else right.T).abs().argmax(1)
     y = unit(x)
     similarity = y @ y.T
     rho = (similarity.sum() - similarity.trace()) / (count * (count - 1))
     threshold = keep / 32 * rho
     ranking, kept = [], []
     for g in range(groups):
-        members = [i for i in range(count) if group[i] == g]
-        live = {i: float(attention[i]) for i in members}
+        live = attention * (group == g)
         survivors: list[int] = []
-        while any(score > 0 for score in live.values()):
-            top = max(live, key=lambda i: (live[i], -i))
+        while float(live.max()) > 0:
+            top = int(live.argmax())
             survivors.append(top)
             live[top] = 0.0
-            for j in members:
-                if similarity[top, j] > threshold:
-                    live[j] = 0.0
-        gone = sorted((i for i in members if i not in survivors), key=lambda i: (-float(attention[i]), i))
+            live[similarity[top] > threshold] = 0.0
+        suppressed = (group == g).index_fill(0, torch.tensor(survivors, dtype=torch.long, device=x.device), False)
+        gone = ranked(attention.masked_fill(~suppressed, -torch.inf), int(suppressed.sum()))
         ranking.append(survivors + gone)
         kept.append(len(survivors))
     size = [len(r) for r in ranking]
@@ -256,8 +245,9 @@ def visionzip(t: Image, keep: int) -> list[int]:
     targets = others[::step][:context]
     metric = unit(t.encoder_keys[0, 1:].view(len(x), heads, -1).mean(1))
     groups: dict[int, list[int]] = {target: [] for target in targets}
-    for token in rest(len(x), dominant + targets):
-        groups[targets[int((metric[targets] @ metric[token]).argmax())]].append(token)
+    joining = rest(len(x), dominant + targets)
+    for token, slot in zip(joining, (metric[joining] @ metric[targets].T).argmax(1).tolist(), strict=True):
+        groups[targets[slot]].append(token)
     torch.stack([x[target] + (x[group].mean(0) if group else 0) for target, group in groups.items()])
     return [EXTRA, *dominant, *targets]
 
@@ -294,7 +284,7 @@ def _prumerge(t: Image, centres: list[int]) -> list[int]:
     others, rows = rest(len(f), centres), []
     for i in centres:
         pool = [j for j in centres if j != i] + others
-        near = [pool[j] for j in ranked(u[pool] @ u[i], 32)]
+        near = [pool[j] for j in ranked((u @ u[i])[pool], 32)]
         rows.append(f[i] + (a[near, None] * f[near]).sum(0))
     rows.append((a[others, None] * f[others]).sum(0))
     torch.stack(rows)

@@ -53,6 +53,27 @@ def test_a_wrong_answer_is_a_mismatch(tmp_path: Path, monkeypatch: pytest.Monkey
     assert f"mismatch: hiprune {name.split('.')[0]}: sorted" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("above", [0, 7])
+@pytest.mark.parametrize("file", ["cdpruner", "divprune", "fsr_ref", "scope", "sppruner_ref", "zspaprune_ref"])
+def test_a_budget_of_all_tokens_leaves_them_alone(file: str, above: int, tmp_path: Path) -> None:
+    index, tensors = json.loads((GOLDEN / f"{file}.json").read_text()), load_file(GOLDEN / f"{file}.safetensors")
+    case = index["cases"][0]
+    name, budget = case.get("id") or case["case"], "budget_per_crop" if file == "cdpruner" else "budget"
+    case[budget] = case["N"] + above
+    for key, value in tensors.items():
+        if key.startswith(name) and key.endswith("sorted"):
+            tensors[key] = torch.arange(case["N"]).repeat(*value.shape[:-1], 1).view(*value.shape[:-1], -1)
+    if f"{name}.tokens" in tensors:
+        tensors[f"{name}.tokens"] = tensors[f"{name}.visual"].clone()
+    path = tmp_path / f"{file}.json"
+    path.write_text(json.dumps(index | {"cases": [case], "file": f"{file}.safetensors"}))
+    save_file(tensors, tmp_path / f"{file}.safetensors")
+    assert check(path).exact == 1
+    case[budget] = case["N"] - 1
+    path.write_text(json.dumps(index | {"cases": [case], "file": f"{file}.safetensors"}))
+    assert check(path).exact == 0
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -15,6 +15,7 @@ from pruners.linalg import (
     greedy_map,
     largest_remainder,
     principal_axes,
+    symmetric_gram,
 )
 from pruners.prunesid import suppress
 
@@ -338,11 +339,27 @@ def test_fsr_without_relevance_or_scores():
 # --- shared maths ---------------------------------------------------------------------------------------------------------
 
 
-def test_facility_location_is_the_greedy_rule():
-    x = noise(3, 60, 8)
-    similarity, weights = x @ x.transpose(1, 2), noise(3, 60, seed=1).exp()
-    for row in range(3):
-        cover, picks = torch.zeros(60, dtype=torch.float64), []
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 257, 514])
+def test_gram_is_symmetric(count: int):
+    x = noise(3, count, 8)
+    gram = symmetric_gram(x)
+    torch.testing.assert_close(gram, x @ x.transpose(1, 2), atol=1e-5, rtol=0)
+    assert torch.equal(gram, gram.transpose(1, 2))
+
+
+def test_cosines_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch):
+    x = noise(3, 20, 8)
+    together = cosine_gram(x)
+    monkeypatch.setattr("pruners.linalg.CACHED", 1)  # one image at a time
+    torch.testing.assert_close(cosine_gram(x), together)
+
+
+@pytest.mark.parametrize(("batch", "count"), [(3, 60), (1, 600), (2, 600)])
+def test_facility_location_is_the_greedy_rule(batch: int, count: int):
+    x = noise(batch, count, 8)
+    similarity, weights = x @ x.transpose(1, 2), noise(batch, count, seed=1).exp()
+    for row in range(batch):
+        cover, picks = torch.zeros(count, dtype=torch.float64), []
         for _ in range(30):
             gain = (similarity[row].double() - cover[:, None]).clamp_min(0).sum(0) * weights[row]
             gain[picks] = -torch.inf

@@ -6,6 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from eval.budget import Budget
 from eval.sweep import Job
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -25,7 +26,7 @@ def names(group: str) -> list[str]:
 def test_every_model_and_suite_composes(tmp_path, model, suite):
     job = Job.of(composed(tmp_path, f"model={model}", f"suite={suite}"))
     assert job.model["name"] == model
-    assert all(budget >= 1 for budget in job.model["budgets"])
+    assert all(Budget.parse(budget) != Budget() for budget in job.model["budgets"])
     identity = job.identity("pope")
     assert identity["model"]["weights"]
     assert "device" not in identity["model"]

@@ -1,0 +1,234 @@
+"""The cells of one setting compared with each other: intervals, tests, tied best methods, flips, distance to random."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from eval import stats
+from eval.store import Store
+from eval.tables import by_setting, label
+
+FEW_IMAGES = 30  # below, percentile intervals are too short
+TOKENS = 0.01  # methods whose mean tokens differ by more are not compared
+_COLUMNS = ("doc_id", "image_id", "category", "target", "answer", "score")  # the kept tokens are the bulk of the samples
+_INFERRED = (
+    *("low", "high", "difference", "difference_low", "difference_high", "p", "detectable"),
+    *("over_random", "over_random_low", "over_random_high"),
+)
+
+
+class Cell(NamedTuple):
+    """A finished cell: its record and its per-document rows."""
+
+    record: dict[str, Any]
+    rows: pd.DataFrame
+
+    @property
+    def task(self) -> str:
+        return self.record["identity"]["task"]
+
+    @property
+    def name(self) -> str:
+        return self.record["identity"]["pruner"]["name"]
+
+    @property
+    def method(self) -> str:
+        return label(self.record["identity"]["pruner"])
+
+    @property
+    def budget(self) -> str:
+        return self.record["identity"]["budget"]
+
+    @property
+    def key(self) -> str:
+        """Names the cell within a task of a setting."""
+        return f"{self.method} at {self.budget}"
+
+    @property
+    def tokens(self) -> float:
+        """Visual tokens of an image, mean over documents and layers."""
+        return float(self.record["average_tokens"])
+
+    def stored(self, metric: str) -> float:
+        """A metric as lmms-eval aggregated it, in the units tables print."""
+        definition = stats.METRICS[self.task][metric]
+        return definition.factor * self.record["metrics"][definition.stored]
+
+
+def load(results: Path) -> list[Cell]:
+    """All finished cells of a results folder.
+
+    Raises:
+        DamagedRecord: one of them was changed behind the store's back.
+    """
+    store, cells = Store(results), []
+    for record in store.records():
+        path = store.folder(record["identity"]) / "samples.parquet"
+        stored = pq.read_schema(path).names
+        cells.append(Cell(record, pd.read_parquet(path, columns=[name for name in _COLUMNS if name in stored])))
+    return cells
+
+
+def check_one_setting(cells: list[Cell]) -> None:
+    """Cells may share a table only if they differ in nothing but method, budget and task.
+
+    Raises:
+        ValueError: they do not; the message says in what.
+    """
+    for field in ("suite", "model", "limit", "seed", "versions"):
+        found = {str(cell.record["identity"][field]) for cell in cells}
+        if len(found) > 1:
+            raise ValueError(
+                f"cells of {len(found)} settings cannot share a table; {field} is {' or '.join(sorted(found))}. "
+                "Keep those of one setting in a results folder of their own"
+            )
+
+
+def settings(cells: list[Cell]) -> list[list[Cell]]:
+    """Cells by suite, model, limit and seed."""
+    by_identity = {id(cell.record): cell for cell in cells}
+    return [[by_identity[id(record)] for record in group] for group in by_setting([cell.record for cell in cells])]
+
+
+def provenance(cells: list[Cell]) -> str:
+    """How many cells a table is of, and the commits they ran at."""
+    return f"{len(cells)} cells, commit {', '.join(sorted({cell.record['environment']['commit'] for cell in cells}))}."
+
+
+def estimate(metric: str, cells: dict[str, Cell], resamples: int) -> stats.Estimates:
+    """A metric of some cells of one task over the same resampled images.
+
+    Raises:
+        ValueError: as `stats.estimate`, or a record says another value than its samples give.
+    """
+    task = next(iter(cells.values())).task
+    found = stats.estimate(task, metric, {key: cell.rows for key, cell in cells.items()}, resamples)
+    for key, cell in cells.items():
+        stored = cell.stored(metric)
+        if abs(stored - found.values[key]) > 0.01:
+            raise ValueError(f"{task}: the record of {key} has {metric} {stored:.2f}, its samples give {found.values[key]:.2f}")
+    return found
+
+
+def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame:
+    """One row a task, method and budget, and rows of task "average" for the methods that ran every task.
+
+    Columns: task, metric, method, budget, tokens, documents, images, value with low and high; difference to the unpruned model
+    with its interval, p and Holm-adjusted p (over the rows of a task); McNemar's p, adjusted alike; right_to_wrong,
+    wrong_to_right, agreement; over_random with its interval; tied_best of its budget; detectable difference; mark: what limits
+    the row, e.g. why it has no interval. What cannot be computed is NaN.
+
+    Raises:
+        ValueError: cells of different settings; two cells for one row; no unpruned cell of a task.
+    """
+    check_one_setting(cells)
+    rows: list[dict[str, Any]] = []
+    estimates: list[stats.Estimates | None] = []
+    for task in (task for task in stats.METRICS if any(cell.task == task for cell in cells)):
+        own: dict[str, Cell] = {}
+        for cell in (cell for cell in cells if cell.task == task):
+            if cell.key in own:
+                raise ValueError(f"two cells of {task} for {cell.key}: the method's source changed in between; delete the older")
+            own[cell.key] = cell
+        unpruned = next((key for key, cell in own.items() if cell.name == "none"), None)
+        if unpruned is None:
+            raise ValueError(f"task {task} has no unpruned cell to compare with; run it with pruner=none")
+        facts = {key: _facts(cell, own[unpruned]) for key, cell in own.items()}
+        try:
+            found = estimate(facts[unpruned]["metric"], own, resamples)
+            _infer(facts, found, unpruned)
+            estimates.append(found)
+        except ValueError as error:
+            estimates.append(None)
+            for fact in facts.values():
+                fact["mark"].append(str(error))
+        rows += facts.values()
+    complete = [found for found in estimates if found is not None]
+    if len(complete) == len(estimates) > 1:
+        rows += _average(rows, complete)
+    frame = pd.DataFrame(rows).drop(columns=["key", "name"])
+    for p in ("p", "mcnemar"):
+        adjusted = pd.concat([pd.Series(stats.holm(own), own.index) for _, own in frame.groupby("task")[p]])
+        frame.insert(list(frame).index(p) + 1, f"{p}_holm", adjusted)
+    return frame.assign(mark=frame["mark"].map("; ".join))
+
+
+def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
+    """A row, as far as it needs no resampling."""
+    metric = next(iter(stats.METRICS[cell.task]))
+    images, answers, mark = cell.rows["image_id"].nunique(), cell.rows["answer"].str.strip().str.lower(), []
+    if answers.nunique() == 1:
+        mark.append(f"every answer is {answers.iloc[0]!r}")
+    if images < FEW_IMAGES:
+        mark.append(f"{images} images: intervals are too short")
+    paired = cell.key != unpruned.key and sorted(cell.rows["doc_id"]) == sorted(unpruned.rows["doc_id"])
+    flips = stats.flips(unpruned.rows, cell.rows) if paired else stats.Flips(*[np.nan] * 4)
+    return {
+        "task": cell.task,
+        "metric": metric,
+        "key": cell.key,
+        "name": cell.name,
+        "method": cell.method,
+        "budget": cell.budget,
+        "tokens": cell.tokens,
+        "documents": len(cell.rows),
+        "images": images,
+        "value": cell.stored(metric),
+        **dict.fromkeys(_INFERRED, np.nan),
+        "mcnemar": flips.p,
+        "right_to_wrong": flips.right_to_wrong,
+        "wrong_to_right": flips.wrong_to_right,
+        "agreement": flips.agreement,
+        "tied_best": False,
+        "mark": mark,
+    }
+
+
+def _infer(rows: dict[str, dict[str, Any]], found: stats.Estimates, unpruned: str) -> None:
+    """Add intervals, tests, tied best methods and the distance to random to the rows of a task."""
+    for key, row in rows.items():
+        own = found.interval(key)
+        row |= {"low": own.low, "high": own.high}
+        if key != unpruned:
+            change = found.difference(key, unpruned)
+            row |= {"difference": change.value, "difference_low": change.low, "difference_high": change.high, "p": change.p}
+            row["detectable"] = found.detectable(key, unpruned)
+    for budget in {row["budget"] for key, row in rows.items() if key != unpruned}:
+        group = {key: row for key, row in rows.items() if row["budget"] == budget and key != unpruned}
+        usual = float(np.median([row["tokens"] for row in group.values()]))
+        equal = [key for key, row in group.items() if abs(row["tokens"] / usual - 1) <= TOKENS]
+        for key in group.keys() - set(equal):
+            group[key]["mark"].append(f"{group[key]['tokens']:.1f} tokens where the others of its budget keep {usual:.1f}")
+        for key in found.tied_best(equal):
+            group[key]["tied_best"] = True
+        randoms = [key for key in equal if group[key]["name"] == "random"]
+        for key in equal if len(randoms) >= 3 else []:
+            if key not in randoms:
+                over = found.over_random(key, randoms)
+                group[key] |= {"over_random": over.value, "over_random_low": over.low, "over_random_high": over.high}
+
+
+def _average(rows: list[dict[str, Any]], estimates: list[stats.Estimates]) -> list[dict[str, Any]]:
+    """Rows of the relative average, for the methods that ran every task."""
+    keys = [key for key in estimates[0].values.index if all(key in found.values for found in estimates)]
+    unpruned = next(row["key"] for row in rows if row["name"] == "none")
+    whole = stats.relative_average([found.only(keys) for found in estimates], unpruned)
+    averages = {}
+    for key in keys:
+        own = [row for row in rows if row["key"] == key]
+        averages[key] = own[0] | dict.fromkeys((*_INFERRED, "mcnemar", "right_to_wrong", "wrong_to_right", "agreement"), np.nan)
+        averages[key] |= {
+            "task": "average",
+            "metric": "relative_average",
+            "tokens": float(np.mean([row["tokens"] for row in own])),
+            "documents": sum(row["documents"] for row in own),
+            "images": sum(row["images"] for row in own),
+            "value": float(whole.values[key]),
+            "tied_best": False,
+            "mark": sorted({f"{row['task']}: {text}" for row in own for text in row["mark"]}),
+        }
+    _infer(averages, whole, unpruned)
+    return list(averages.values())

@@ -1,0 +1,292 @@
+"""FLOPs of an answer by phase, from a configuration and token counts alone.
+
+A multiply-add is two FLOPs. Matrix products only, and attention over every pair of positions although a causal mask forbids half,
+both as torch.utils.flop_counter counts: the tests demand equality. `conventions` has the other habits of the literature by name.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+Crops = Sequence[tuple[int, int]]  # (rows, columns) of tokens behind the projector, one entry each time the tower runs
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of products with weights, and of activations with one another: attention scores and weighted values."""
+
+    linear: float = 0
+    attention: float = 0
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.linear + other.linear, self.attention + other.attention)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one answer.
+
+    `layers` has an entry for each layer of the LLM at prefill; `head` makes the first token of the last position; `step` is the
+    first decoding step with its head, `decode` all of them. `pruner` is None where its cost is not counted.
+    """
+
+    tower: Work
+    projector: Work
+    pruner: float | None
+    layers: tuple[Work, ...]
+    head: float
+    step: float
+    decode: float
+
+    @property
+    def prefill(self) -> float:
+        return sum(work.total for work in self.layers)
+
+    @property
+    def first_token(self) -> float:
+        """Everything until the first token is there; a pruner that is not counted adds nothing."""
+        return self.tower.total + self.projector.total + (self.pruner or 0) + self.prefill + self.head
+
+    @property
+    def answer(self) -> float:
+        """Everything."""
+        return self.first_token + self.decode
+
+    def record(self) -> dict[str, float | None]:
+        """The phases by name, and both sums."""
+        return {
+            "tower": self.tower.total,
+            "projector": self.projector.total,
+            "pruner": self.pruner,
+            "prefill": self.prefill,
+            "head": self.head,
+            "decode": self.decode,
+            "first_token": self.first_token,
+            "answer": self.answer,
+        }
+
+
+def count(
+    config: PreTrainedConfig,
+    *,
+    layer_tokens: Sequence[int],
+    text_tokens: int,
+    crops: Crops,
+    new_tokens: int = 1,
+    method: str = "none",
+) -> Flops:
+    """FLOPs of one prompt and its answer.
+
+    Args:
+        config: of a LLaVA-1.5, LLaVA-NeXT or Qwen2.5-VL model.
+        layer_tokens: visual tokens that each layer of the LLM processes at prefill.
+        text_tokens: all other positions of the prompt, newlines of LLaVA-NeXT among them.
+        crops: an image of LLaVA-1.5 is one 24 x 24, one of LLaVA-NeXT several; one of Qwen2.5-VL its grid of merged tokens.
+        new_tokens: of the answer, the first of which comes of the prompt.
+        method: name of the pruner, for its own cost. Methods before the LLM: as if each crop kept an equal share.
+
+    Raises:
+        ValueError: a family that is not supported, or as many counts as there are no layers.
+    """
+    text = config.get_text_config()
+    if len(layer_tokens) != text.num_hidden_layers:
+        raise ValueError(f"{len(layer_tokens)} counts in layer_tokens for {text.num_hidden_layers} layers")
+
+    def step(number: int) -> float:
+        """The decoding step that feeds new token `number`: every layer sees what it kept of the prompt, and the new tokens."""
+        return sum(_layer(text, 1, tokens + text_tokens + number).total for tokens in layer_tokens) + head(config)
+
+    return Flops(
+        tower=tower(config, crops),
+        projector=projector(config, crops),
+        pruner=_pruner(config, method, layer_tokens, text_tokens, crops),
+        layers=prefill(config, layer_tokens, text_tokens),
+        head=head(config),
+        step=step(1),
+        decode=sum(step(number) for number in range(1, new_tokens)),
+    )
+
+
+def count_row(config: PreTrainedConfig, row: dict[str, Any], method: str) -> Flops:
+    """FLOPs of one row of a sweep: its columns `layer_tokens`, `prompt_tokens`, `new_tokens` and `crops`.
+
+    `crops` may be missing for LLaVA-1.5, where `visual_tokens` tells the number of images.
+
+    Raises:
+        ValueError: no `crops` for another family.
+    """
+    crops = row.get("crops")
+    if crops is None:
+        if config.model_type != "llava":
+            raise ValueError(f"rows of {config.model_type} models need a column `crops`: (rows, columns) of every crop")
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        crops = [(side, side)] * (row["visual_tokens"] // side**2)
+    return count(
+        config,
+        layer_tokens=row["layer_tokens"],
+        text_tokens=row["prompt_tokens"] - row["layer_tokens"][0],
+        crops=crops,
+        new_tokens=row["new_tokens"],
+        method=method,
+    )
+
+
+# --- phases
+
+
+def tower(config: PreTrainedConfig, crops: Crops) -> Work:
+    """The image encoder: all blocks, since transformers runs those behind the feature layer too."""
+    encode = _qwen if _is_qwen(config) else _clip
+    return sum((encode(config.vision_config, rows, columns) for rows, columns in crops), Work())
+
+
+def projector(config: PreTrainedConfig, crops: Crops) -> Work:
+    """Two linear maps; behind Qwen's tower the merger, which makes one token of a square of patches."""
+    width, entering = config.get_text_config().hidden_size, config.vision_config.hidden_size
+    between = width
+    if _is_qwen(config):
+        between = entering = entering * config.vision_config.spatial_merge_size**2
+    return Work(2 * sum(rows * columns for rows, columns in crops) * between * (entering + width))
+
+
+def prefill(config: PreTrainedConfig, layer_tokens: Sequence[int], text_tokens: float) -> tuple[Work, ...]:
+    """Every layer of the LLM over its visual tokens and the text: gated MLP, keys and values of fewer heads."""
+    text = config.get_text_config()
+    return tuple(_layer(text, tokens + text_tokens, tokens + text_tokens) for tokens in layer_tokens)
+
+
+def head(config: PreTrainedConfig) -> int:
+    """The logits of one position."""
+    text = config.get_text_config()
+    return 2 * text.hidden_size * text.vocab_size
+
+
+def _layer(text: Any, positions: float, seen: float) -> Work:
+    """One decoder layer over `positions` new ones that attend to `seen`."""
+    d, queries, keys = _widths(text)
+    weights = 2 * d * queries + 2 * d * keys + 3 * d * text.intermediate_size
+    return Work(2 * positions * weights, 4 * positions * seen * queries)
+
+
+def _widths(text: Any) -> tuple[int, int, int]:
+    """Width of the states, of all queries, and of all keys."""
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return text.hidden_size, text.num_attention_heads * size, text.num_key_value_heads * size
+
+
+def _clip(vision: Any, rows: int, columns: int) -> Work:
+    d, patches = vision.hidden_size, rows * columns
+    positions = patches + 1  # CLS
+    embedding = 2 * patches * 3 * vision.patch_size**2 * d
+    block = Work(2 * positions * (4 * d * d + 2 * d * vision.intermediate_size), 4 * positions**2 * d)
+    return Work(embedding + vision.num_hidden_layers * block.linear, vision.num_hidden_layers * block.attention)
+
+
+def _qwen(vision: Any, rows: int, columns: int) -> Work:
+    d, merged = vision.hidden_size, vision.spatial_merge_size
+    patches = rows * columns * merged**2
+    embedding = 2 * patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * d
+    linear = 2 * patches * (4 * d * d + 3 * d * vision.intermediate_size)
+    side = vision.window_size // merged // vision.patch_size  # tokens along a window; those at the edges are smaller
+    windows = [a * b * merged**2 for a in _pieces(rows, side) for b in _pieces(columns, side)]
+    full = len(vision.fullatt_block_indexes)
+    pairs = full * patches**2 + (vision.depth - full) * sum(size**2 for size in windows)
+    return Work(embedding + vision.depth * linear, 4 * pairs * d)
+
+
+def _pieces(length: int, side: int) -> list[int]:
+    return [min(side, length - start) for start in range(0, length, side)]
+
+
+def _is_qwen(config: PreTrainedConfig) -> bool:
+    if config.model_type in ("llava", "llava_next") and config.vision_config.model_type == "clip_vision_model":
+        return False
+    if config.model_type != "qwen2_5_vl":
+        raise ValueError(f"FLOPs of {config.model_type!r} models are not known; known: llava, llava_next (CLIP), qwen2_5_vl")
+    return True
+
+
+# --- pruners: multiply-adds of the products that dominate; methods that are missing are not counted
+
+# before the LLM: of n tokens keep k, for tokens d wide that were c wide in the tower. A Gram matrix counts in full, n n d; a row
+# of CLS attention is (n + 1) c.
+_BEFORE: dict[str, Callable[[int, float, int, int], float]] = {
+    "none": lambda n, k, d, c: 0,
+    "random": lambda n, k, d, c: 0,
+    "uniform": lambda n, k, d, c: 0,
+    "fastervlm": lambda n, k, d, c: (n + 1) * c,
+    "divprune": lambda n, k, d, c: n * n * d,
+    "zspaprune": lambda n, k, d, c: n * n * d,
+    "sppruner": lambda n, k, d, c: n * n * d + (n + 1) * c,
+    "cdpruner": lambda n, k, d, c: n * n * d + k * k * n,  # without CLIP's text tower
+    "promprune": lambda n, k, d, c: n * n * d + (n + 1) * c,  # without the eigenvalues, n^3
+    "scope": lambda n, k, d, c: n * n * c + (n + 1) * c,  # the coverage itself is k n n additions
+    "prunesid": lambda n, k, d, c: n * n * c + (n + 1) * c + 5 * n * c * (k // 4),  # without the QR factorisations
+    "prumerge": lambda n, k, d, c: k * n * c + (n + 1) * c,
+}
+# inside it, per cut: of n visual tokens among `length` positions
+_INSIDE: dict[str, Callable[[Any, int, int], int]] = {
+    # scores of the last position
+    "fastv": lambda text, n, length: length * _widths(text)[1],
+    # the same in the layer ahead, whose keys are made for it
+    "pyramiddrop": lambda text, n, length: (
+        text.hidden_size * (_widths(text)[1] + length * _widths(text)[2]) + length * _widths(text)[1]
+    ),
+    # 4 + 4 pivots
+    "dart": lambda text, n, length: 8 * n * text.hidden_size,
+}
+
+
+def _pruner(config: PreTrainedConfig, method: str, layer_tokens: Sequence[int], text_tokens: int, crops: Crops) -> float | None:
+    text = config.get_text_config()
+    if method in _INSIDE:
+        cuts = [n for n, after in pairwise(layer_tokens) if after != n]
+        return 2 * sum(_INSIDE[method](text, n, n + text_tokens) for n in cuts)
+    if method not in _BEFORE:
+        return None
+    sizes, kept = [rows * columns for rows, columns in crops], layer_tokens[0]
+    if kept >= sum(sizes):
+        return 0
+    share = kept / sum(sizes)
+    return 2 * sum(_BEFORE[method](n, share * n, text.hidden_size, config.vision_config.hidden_size) for n in sizes)
+
+
+# --- the habits of the literature
+
+
+def conventions(config: PreTrainedConfig, layer_tokens: Sequence[int], text_tokens: float, crops: Crops) -> dict[str, float]:
+    """What is printed as "FLOPs", by name; the pruner in none of them.
+
+    macs_visual: multiply-adds of the LLM's layers over the visual tokens alone (PyramidDrop, SparseVLM).
+    macs_visual_fastv: the same as FastV and DivPrune write it, 4nd^2 + 2n^2d + 2ndm: two matrices in the MLP, full keys.
+    flops_visual: twice macs_visual.
+    macs_prompt, flops_prompt: the layers over the whole prompt.
+    flops_prompt_causal: pairs of positions that a causal mask allows, about half.
+    flops_first_token, flops_first_token_causal: with tower, projector and the head at the last position.
+    flops_linear: products with weights alone, of tower, projector, layers, and a head at every position: what profilers see
+        that count modules, where attention runs in a fused kernel.
+    """
+    text = config.get_text_config()
+    d, m = text.hidden_size, text.intermediate_size
+    visual = sum(prefill(config, layer_tokens, 0), Work())
+    prompt = sum(prefill(config, layer_tokens, text_tokens), Work())
+    before = tower(config, crops) + projector(config, crops)
+    causal = prompt.linear + prompt.attention / 2
+    return {
+        "macs_visual": visual.total / 2,
+        "macs_visual_fastv": sum(4 * n * d * d + 2 * n * n * d + 2 * n * d * m for n in layer_tokens),
+        "flops_visual": visual.total,
+        "macs_prompt": prompt.total / 2,
+        "flops_prompt": prompt.total,
+        "flops_prompt_causal": causal,
+        "flops_first_token": before.total + prompt.total + head(config),
+        "flops_first_token_causal": before.total + causal + head(config),
+        "flops_linear": before.linear + prompt.linear + (layer_tokens[-1] + text_tokens) * head(config),
+    }

@@ -1,0 +1,133 @@
+"""Published FLOPs, and the conventions of `eval.flops` that give them."""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from scipy.optimize import brentq
+from transformers import AutoConfig, PreTrainedConfig
+
+from eval.flops import Crops, conventions
+from eval.geometry import config_of
+from pruners import REGISTRY, InLLMPruner, PrunerError, build
+
+CROPS: dict[str, Crops] = {  # of one image; Qwen's has 1008 x 1008 pixels, as in PromPrune
+    "llava_1_5_7b": [(24, 24)],
+    "llava_1_5_13b": [(24, 24)],
+    "llava_next_7b": [(24, 24)] * 5,
+    "qwen2_5_vl_7b": [(36, 36)],
+    "qwen2_5_vl_3b": [(36, 36)],
+    "shapes_llava": [(12, 12)],
+}
+LONGEST = 400  # text tokens a prompt of a paper may have had
+Span = tuple[float, float]
+
+
+def model_config(model: str) -> PreTrainedConfig:
+    """The configuration of a model of `CROPS`."""
+    return AutoConfig.from_pretrained(Path(__file__).parent / "shapes/model") if model == "shapes_llava" else config_of(model)
+
+
+def visual_tokens(model: str) -> int:
+    """Of one image, unpruned."""
+    return sum(rows * columns for rows, columns in CROPS[model])
+
+
+def layer_tokens(method: str, model: str, keep: int) -> list[int]:
+    """Visual tokens that each layer of the LLM processes; methods this project does not have act before the LLM.
+
+    Raises:
+        PrunerError: the schedule of the method cannot average this budget.
+    """
+    layers, tokens = model_config(model).get_text_config().num_hidden_layers, visual_tokens(model)
+    if not issubclass(REGISTRY.get(method, object), InLLMPruner):
+        return [keep] * layers
+    pruner = build(method)
+    plan, counts = pruner.schedule(tokens, layers, keep), []
+    for layer in range(layers):
+        tokens = pruner.passed(tokens, plan[layer]) if layer in plan else tokens
+        counts.append(tokens)
+    return counts
+
+
+def explain(reported: pd.DataFrame) -> pd.DataFrame:
+    """Published FLOPs and MACs with the conventions that give most budgets of their table as rounded, all with the same text.
+
+    The lengths of a paper's prompts are not known: a convention with text counts only where one number of text tokens, which as a
+    mean need not be whole, gives rows of different token counts. A single number would fit any convention.
+
+    Args:
+        reported: rows of results/reported/efficiency.csv.
+
+    Returns:
+        The rows of FLOPs and MACs, with a column `explained by`, empty where nothing does.
+    """
+    frame = reported[reported["quantity"].isin(["flops", "macs"]) & (reported["unit"] == "T")]
+    tables: dict[tuple[str, ...], list[dict[Hashable, Any]]] = defaultdict(list)
+    for row in frame.to_dict("records"):
+        tables[row["paper"], row["table"], row["model"], row["quantity"]].append({**row, "explained by": ""})
+    for (*_, model, quantity), rows in tables.items():
+        if model in CROPS:
+            _explain(model, 2 if quantity == "macs" else 1, rows)
+    columns = ["paper", "table", "model", "method", "budget_tokens", "quantity", "value", "explained by"]
+    return pd.DataFrame([row for rows in tables.values() for row in rows], columns=columns)
+
+
+def _explain(model: str, factor: int, rows: list[dict[Hashable, Any]]) -> None:
+    """Fill in `explained by` in the rows of one table, whose numbers times `factor` are 10^12 FLOPs."""
+    config, plans = model_config(model), {}
+    for number, row in enumerate(rows):
+        if pd.notna(row["budget_tokens"]):
+            with contextlib.suppress(PrunerError):  # no such schedule: nothing to compare with
+                plans[number] = layer_tokens(row["method"], model, int(row["budget_tokens"]))
+    found: dict[str, list[int]] = {}
+    for convention in conventions(config, [0] * config.get_text_config().num_hidden_layers, 0, CROPS[model]):
+        spans = {}
+        for number, plan in plans.items():
+            printed = rows[number]["value"]
+            half = 0.5 * 10.0 ** -len(f"{printed:g}".partition(".")[2])
+            low, high = ((printed + side) * factor * 1e12 for side in (-half, half))
+            if (span := _text(config, convention, plan, CROPS[model], low, high)) is not None:
+                spans[number] = span
+        members = _together(spans, plans)
+        if "visual" in convention:
+            found[convention] = members
+        elif _budgets(members, plans) > 1:
+            low, high = max(spans[number][0] for number in members), min(spans[number][1] for number in members)
+            text = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
+            found[f"{convention} with {text} text tokens"] = members
+    most = max((_budgets(members, plans) for members in found.values()), default=0)
+    for words, members in found.items():
+        if _budgets(members, plans) == most:
+            for number in members:
+                rows[number]["explained by"] += "; " * bool(rows[number]["explained by"]) + words
+
+
+def _text(config: PreTrainedConfig, convention: str, plan: list[int], crops: Crops, low: float, high: float) -> Span | None:
+    """Between which numbers of text tokens a convention gives `low` to `high` FLOPs, if any."""
+
+    def excess(text: float, target: float) -> float:
+        return conventions(config, plan, text, crops)[convention] - target
+
+    def at(target: float) -> float:
+        if excess(0, target) >= 0:
+            return 0
+        return LONGEST if excess(LONGEST, target) <= 0 else brentq(excess, 0, LONGEST, args=(target,))
+
+    if excess(0, high) > 0 or excess(LONGEST, low) < 0:
+        return None
+    return at(low), at(high)
+
+
+def _together(spans: dict[int, Span], plans: dict[int, list[int]]) -> list[int]:
+    """The rows of most budgets, and of these most rows, whose spans have a number of text tokens in common."""
+    candidates = [[row for row, (low, high) in spans.items() if low <= start <= high] for start, _ in spans.values()]
+    return max(candidates, key=lambda rows: (_budgets(rows, plans), len(rows)), default=[])
+
+
+def _budgets(rows: list[int], plans: dict[int, list[int]]) -> int:
+    """How many different numbers of tokens the rows have."""
+    return len({tuple(plans[row]) for row in rows})

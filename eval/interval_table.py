@@ -1,0 +1,59 @@
+"""The comparison of a sweep's cells as Markdown, with what to know of it, and as CSV."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from eval.comparison import Cell, provenance
+from eval.stats import LEVEL
+from eval.tables import title
+
+
+def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
+    """The comparison as a table, one row a method and budget and one column a task, with what to know below."""
+    shown = comparison.assign(cell=comparison.apply(_shown, axis=1))
+    order = list(dict.fromkeys(comparison["task"]))
+    wide = shown.pivot_table(index=["budget", "method"], columns="task", values="cell", aggfunc="first")[order].fillna("not run")
+    tokens = comparison.groupby(["budget", "method"])["tokens"].mean().sort_values(ascending=False, kind="stable")
+    wide.insert(0, "tokens", tokens.map("{:.1f}".format))
+    detectable = comparison.groupby("task", sort=False)["detectable"].median().dropna()
+    notes = [
+        "Value ± half of the 95 % interval (images resampled). **Bold**: not significantly below the best of its budget (paired, "
+        "Holm, 5 %). ▾ or ▴: below or above the unpruned model (paired, Holm over the rows of the task, 5 %).",
+        "Average: mean over the tasks of the score in percent of the unpruned model's."
+        if "average" in order
+        else "No average: a task has no interval, or there is one task only.",
+        "Smallest difference to the unpruned model that so many documents show with power 80 % (median over the methods): "
+        + ", ".join(f"{task} {value:.1f}" for task, value in detectable.items())
+        + ".",
+    ]
+    if comparison["over_random"].isna().all():
+        notes.append("No difference to random: it needs three seeds of it at a budget (`pruner=random pruner.seed=0,1,2`).")
+    marked = comparison[(comparison["mark"] != "") & (comparison["task"] != "average")]
+    for (task, mark), rows in marked.groupby(["task", "mark"], sort=False):
+        who = "all rows" if len(rows) == (comparison["task"] == task).sum() else ", ".join(rows["method"] + " " + rows["budget"])
+        notes.append(f"{task}, {who}: {mark}.")
+    notes.append(provenance(cells))
+    table = wide.loc[tokens.index].reset_index().to_markdown(index=False, disable_numparse=True)
+    heading = f"Intervals: {title([cell.record for cell in cells])}."
+    return f"{heading}\n\n{table}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
+
+
+def _shown(row: pd.Series) -> str:
+    text = f"{row['value']:.1f}"
+    if row["low"] == row["low"]:
+        text += f" ± {(row['high'] - row['low']) / 2:.1f}"
+    if row["p_holm"] < 1 - LEVEL:
+        text += " ▾" if row["difference"] < 0 else " ▴"
+    return f"**{text}**" if row["tied_best"] else text
+
+
+def write(cells: list[Cell], comparison: pd.DataFrame, folder: Path) -> list[Path]:
+    """Store the comparison as Markdown and, with every column, as CSV; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = cells[0].record["identity"]
+    stem = f"intervals_{identity['suite']['name']}_{identity['model']['name']}_{identity['limit'] or 'all'}"
+    paths = [folder / f"{stem}.md", folder / f"{stem}.csv"]
+    paths[0].write_text(markdown(cells, comparison), encoding="utf-8")
+    comparison.to_csv(paths[1], index=False)
+    return paths

@@ -1,0 +1,217 @@
+"""The main tables of the papers in their own layout, every printed number beside what the cells of a results folder give."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from eval import stats
+from eval.comparison import Cell, check_one_setting, estimate, provenance
+from eval.layouts import Layout, Row, rows_of, yaml
+from eval.reported import averages
+from eval.verdicts import Verdict, changed_fields, foreign, judge, judge_method, off_budget
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+AVERAGE = "average"  # the paper's own
+OVER_RUN = "over tasks run"  # the same mean over the columns that have cells, of the printed and of our scores
+NAN = float("nan")
+
+
+class PaperTable(NamedTuple):
+    """A table beside its reproduction.
+
+    `cells`, one row a cell in the order of the table: method, budget, column, metric, printed, reproduced with low and high;
+    printed_relative, relative with relative_low and relative_high (percent of the unpruned row); verdict, cause; tied_best (of
+    ours within the budget); suspect, note and source of the printed number. `notes` are for below the table.
+    """
+
+    layout: Layout
+    cells: pd.DataFrame
+    notes: list[str]
+
+
+def build(layout: Layout, reported: pd.DataFrame, cells: Sequence[Cell], resamples: int = stats.RESAMPLES) -> PaperTable:
+    """Fill a table from whatever cells there are of its model on the real data sets.
+
+    Raises:
+        ValueError: the cells are of several settings or versions, or there are two for one place.
+    """
+    of_table = (reported["paper"] == layout.paper) & (reported["table"] == layout.table) & (reported["model"] == layout.model)
+    printed = reported[of_table]
+    rows = rows_of(layout, printed)
+    inputs = yaml(CONFIGS / "experiment" / f"{layout.experiment}.yaml")["model"]
+    placed, notes = _place(layout, rows, cells, inputs)
+    full = printed.loc[printed["method"] == "none", "budget_tokens"].iloc[0]
+    columns = []
+    for task in layout.tasks:
+        own = {key: cell for (key, of), cell in placed.items() if of == task}
+        problems = {
+            row.key: foreign(own[row.key], inputs) or off_budget(own[row.key], None if pd.isna(full) else int(full), row.keep)
+            for row in rows
+            if row.key in own
+        }
+        columns.append(_Column(task, printed[printed["task"] == task], own, problems, resamples))
+    found = [column.cell(row) for row in rows for column in columns]
+    means = averages(printed)
+    found += [_average(row, columns, printed, means) for row in rows]
+    run = [column for column in columns if column.found is not None]
+    if len(run) > 1:
+        found += [_over_run(row, run) for row in rows]
+        notes.append(f"{OVER_RUN.capitalize()}: the same mean over {', '.join(column.task for column in run)}, on both sides.")
+    notes.append(f"{layout.average}: plain mean of score / unpruned score; where the printed one is not, it is not comparable.")
+    if placed:
+        notes.append(provenance(list(placed.values())))
+    else:
+        notes.append(f"Nothing was run. To run its tasks: python scripts/sweep.py -m experiment={layout.experiment}")
+    return PaperTable(layout, pd.DataFrame(found), notes)
+
+
+def _place(
+    layout: Layout, rows: list[Row], cells: Sequence[Cell], inputs: dict[str, Any]
+) -> tuple[dict[tuple[str, str], Cell], list[str]]:
+    """Cells by (row, task), and notes on those that were left out: other inputs or limits, and variants of a method."""
+    model = yaml(CONFIGS / "model" / f"{layout.model}.yaml")
+    fitting: list[tuple[Row, Cell]] = []
+    left_out = set()
+    for cell in cells:
+        identity = cell.record["identity"]
+        if (identity["suite"]["name"], identity["model"]["name"]) != ("hub", layout.model) or cell.task not in layout.tasks:
+            continue
+        changed = changed_fields(cell, model)
+        for row in rows:
+            if row.method == cell.name and cell.budget in row.texts:
+                if changed:
+                    left_out.add(f"{cell.name} with {', '.join(changed)}")
+                else:
+                    fitting.append((row, cell))
+    suited = [(row, cell) for row, cell in fitting if not foreign(cell, inputs)]
+    if suited:  # without any, the others stand there as not comparable
+        left_out |= {f"cells where {reason}" for _, cell in fitting if (reason := foreign(cell, inputs))}
+        fitting = suited
+    check_one_setting([cell for _, cell in fitting])
+    placed: dict[tuple[str, str], Cell] = {}
+    for row, cell in fitting:
+        if (row.key, cell.task) in placed:
+            raise ValueError(
+                f"{layout.title}: two cells of {cell.task} for {row.key}, of another source of the method or way to write the "
+                "budget; keep one of them in a results folder of its own"
+            )
+        placed[row.key, cell.task] = cell
+    return placed, [f"Left out: {text}." for text in sorted(left_out)]
+
+
+class _Column:
+    """One task of a table: the printed scores, ours, and why cells cannot be compared."""
+
+    def __init__(self, task: str, printed: pd.DataFrame, own: dict[str, Cell], problems: dict[str, str], resamples: int) -> None:
+        self.task, self.own, self.problems = task, own, problems
+        self.metric = printed["metric"].iloc[0]
+        self.printed = {f"{row['method']} at {row['budget']}": row for row in printed.to_dict("records")}
+        self.unpruned = next(key for key, row in self.printed.items() if row["method"] == "none")
+        self.found: stats.Estimates | None = None
+        self.baseline = Verdict("not run")
+        everywhere = self._estimate(resamples) if own else ""
+        base = self.printed[self.unpruned]
+        for key, problem in list(problems.items()):
+            doubts = [f"printed number: {row['note']}" for row in (self.printed.get(key, base), base) if row["suspect"]]
+            missing = "" if key in self.printed else "the paper prints no number"
+            unpruned = problems[self.unpruned] and f"unpruned row: {problems[self.unpruned]}" if self.unpruned in own else ""
+            self.problems[key] = problem or everywhere or unpruned or missing or "".join(doubts[:1])
+        rivals: dict[str, list[str]] = {}
+        for key, cell in own.items():
+            if cell.name != "none" and self.found and not self.problems[key]:
+                rivals.setdefault(cell.budget, []).append(key)
+        # rows of ours than which no other of their budget is significantly better
+        self.tied_best: set[str] = (
+            {key for keys in rivals.values() for key in found.tied_best(keys)} if (found := self.found) else set()
+        )
+
+    def _estimate(self, resamples: int) -> str:
+        """Find our scores and the verdict on the unpruned one, or say why none can be compared."""
+        if self.metric not in stats.METRICS[self.task]:
+            return f"metric: the paper does not say which it prints ({self.metric})"
+        if self.unpruned not in self.own:
+            return "no unpruned cell to be relative to"
+        try:
+            self.found = estimate(self.metric, self.own, resamples)
+        except ValueError as error:
+            return str(error)
+        self.baseline = judge(100.0, self.found.interval(self.unpruned).scaled(100 / self.score(self.unpruned)))
+        return ""
+
+    def score(self, key: str) -> float:
+        return self.printed[key]["value"] if key in self.printed else NAN
+
+    def ratio(self, key: str) -> float:
+        return 100 * self.score(key) / self.score(self.unpruned)
+
+    def has(self, row: Row) -> bool:
+        return self.found is not None and row.key in self.own
+
+    def cell(self, row: Row) -> dict[str, Any]:
+        number = {name: self.printed[row.key][name] for name in ("suspect", "note", "source")} if row.key in self.printed else {}
+        empty = _empty(row, self.task, self.metric, self.score(row.key), self.ratio(row.key)) | number
+        if row.key not in self.own:
+            return empty
+        verdict = Verdict("not comparable", self.problems[row.key])
+        if self.found is None:
+            return empty | verdict._asdict()
+        relative = self.found.ratio(row.key, self.unpruned)
+        if not self.problems[row.key]:
+            verdict = self.baseline if row.method == "none" else judge_method(self.ratio(row.key), relative, self.baseline)
+        best = {"tied_best": row.key in self.tied_best}
+        return empty | _ours(self.found.interval(row.key), relative) | verdict._asdict() | best
+
+
+def _empty(row: Row, column: str, metric: str, printed: float, relative: float) -> dict[str, Any]:
+    """A cell that was not run."""
+    nothing = stats.Interval(NAN, NAN, NAN, NAN)
+    place = {"method": row.method, "budget": row.budget, "column": column, "metric": metric}
+    numbers = {"printed": printed, **_ours(nothing, nothing), "printed_relative": relative}
+    return place | numbers | Verdict("not run")._asdict() | {"tied_best": False, "suspect": False, "note": "", "source": ""}
+
+
+def _ours(score: stats.Interval, relative: stats.Interval) -> dict[str, float]:
+    absolute = {"reproduced": score.value, "low": score.low, "high": score.high}
+    return absolute | {"relative": relative.value, "relative_low": relative.low, "relative_high": relative.high}
+
+
+def _average(row: Row, columns: list[_Column], printed: pd.DataFrame, means: pd.DataFrame) -> dict[str, Any]:
+    """The cell of the paper's own average: reproduced where every column that the row prints was run."""
+    own = (printed["method"] == row.method) & (printed["budget"] == row.budget)
+    number = printed[own & (printed["task"] == "average")]
+    value = float(number["value"].iloc[0]) if len(number) else NAN
+    needed = [column for column in columns if row.key in column.printed]
+    cell = _mean(row, AVERAGE, needed, value)
+    if len(number):
+        cell |= {name: number[name].iloc[0] for name in ("suspect", "note", "source")}
+    other = means[~means["follows"] & (means["method"] == row.method) & (means["budget"] == row.budget)]["mean_of_ratios"]
+    doubt = f"the mean of the printed ratios is {other.iloc[0]:.1f}" if len(other) else cell["note"] if cell["suspect"] else ""
+    if doubt and cell["verdict"] != "not run":
+        cell |= Verdict("not comparable", f"printed number: {doubt}")._asdict()
+    return cell
+
+
+def _over_run(row: Row, run: list[_Column]) -> dict[str, Any]:
+    """The cell of the mean of ratios over the columns that have cells."""
+    return _mean(row, OVER_RUN, run, sum(column.ratio(row.key) for column in run) / len(run))
+
+
+def _mean(row: Row, name: str, columns: list[_Column], printed: float) -> dict[str, Any]:
+    """The mean of ratios over some columns, judged against a printed one."""
+    empty = _empty(row, name, "relative_average", printed, printed)
+    have = [column for column in columns if column.has(row)]
+    if len(have) < len(columns):
+        return empty | {"cause": f"{len(have)} of {len(columns)} tasks were run"}
+    unpruned = columns[0].unpruned
+    keys = list(dict.fromkeys([row.key, unpruned]))
+    own = stats.relative_average([column.found.only(keys) for column in columns if column.found], unpruned).interval(row.key)
+    problems = [f"{column.task}: {column.problems[row.key]}" for column in columns if column.problems[row.key]]
+    missed = [column.baseline for column in columns if column.baseline.verdict == "miss"]
+    verdict = judge_method(printed, own, missed[0] if missed else columns[0].baseline)
+    if problems:
+        verdict = Verdict("not comparable", problems[0])
+    elif row.method == "none":
+        verdict = Verdict("match", "100 by definition")
+    return empty | _ours(own, own) | verdict._asdict()

@@ -1,0 +1,181 @@
+"""Paper tables as Markdown, LaTeX, HTML and CSV."""
+
+import html
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from eval.paper_tables import OVER_RUN, PaperTable
+from eval.verdicts import CLOSE, MATCH
+
+COLUMNS = {
+    ("gqa", "accuracy"): "GQA",
+    ("mmbench_en", "accuracy"): "MMBench",
+    ("mme", "mme_total"): "MME (total)",
+    ("mme", "mme_perception"): "MME (perception)",
+    ("pope", "pope_f1"): "POPE (F1)",
+    ("scienceqa_img", "accuracy"): "SQA-IMG",
+    ("vqav2", "accuracy"): "VQAv2",
+    ("textvqa", "accuracy"): "TextVQA",
+    ("mmmu_val", "accuracy"): "MMMU",
+    ("seedbench", "accuracy"): "SEED",
+    ("seedbench_image", "accuracy"): "SEED-I",
+    ("vizwiz", "accuracy"): "VizWiz",
+    ("mmvet", "accuracy"): "MM-Vet",
+    ("llava_bench", "accuracy"): "LLaVA-Bench",
+    ("hrbench_8k", "accuracy"): "HRBench-8k",
+    ("xlrs", "accuracy"): "XLRS (macro)",
+    (OVER_RUN, "relative_average"): OVER_RUN,
+}
+METHODS = {
+    "none": "unpruned",
+    "dart": "DART",
+    "divprune": "DivPrune",
+    "fastervlm": "FasterVLM",
+    "fastv": "FastV",
+    "hired": "HiRED",
+    "mustdrop": "MustDrop",
+    "promprune": "PromPrune",
+    "prumerge": "LLaVA-PruMerge",
+    "prunesid": "PruneSID",
+    "prunesid_dyn": "PruneSID-Dyn",
+    "pyramiddrop": "PyramidDrop",
+    "scope": "SCOPE",
+    "sparsevlm": "SparseVLM",
+    "tome": "ToMe",
+    "visionzip": "VisionZip",
+    "visionzip_dyn": "VisionZip-Dyn",
+    "vispruner": "VisPruner",
+}
+LEGEND = (
+    "Each cell: printed · ours ± half of the 95 % interval (images resampled) · verdict. A method is judged by its score in "
+    f"percent of its own unpruned row: match within {MATCH:.1f} points or the interval, close within {CLOSE:.1f}, else miss; "
+    "baseline off: our unpruned score is itself a miss. Marked *: not significantly below our best at its budget. "
+    "Marked ?: suspect in the source."
+)
+_LATEX = str.maketrans(
+    {character: rf"\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
+    | {"±": r"$\pm$", "·": r"$\cdot$", "–": "--"}
+)
+
+
+class Entry(NamedTuple):
+    """A cell as text; `own` is empty where nothing was run."""
+
+    printed: str
+    own: str
+    verdict: str
+
+
+class Sheet(NamedTuple):
+    """A table as text: the rows under each heading, and numbered causes among the notes."""
+
+    title: str
+    header: list[str]
+    groups: dict[str, list[tuple[str, list[Entry]]]]
+    notes: list[str]
+
+
+def sheet(table: PaperTable) -> Sheet:
+    """A paper table in words. Without cells, the order of columns and rows is the paper's all the same."""
+    causes: dict[str, int] = {}
+    groups: dict[str, list[tuple[str, list[Entry]]]] = {}
+    headers = [
+        COLUMNS.get((column, metric), table.layout.average)
+        for column, metric in table.cells[["column", "metric"]].drop_duplicates().itertuples(index=False)
+    ]
+    for (budget, method), cells in table.cells.groupby(["budget", "method"], sort=False):
+        heading = "All tokens" if budget == "full" else f"{budget}{'' if str(budget).endswith('%') else ' tokens'}"
+        entries = [_entry(cell, causes) for _, cell in cells.iterrows()]
+        groups.setdefault(heading, []).append((METHODS.get(str(method), str(method)), entries))
+    reasons = [f"[{number}] {cause}." for cause, number in causes.items()]
+    return Sheet(table.layout.title, ["Method", *headers], groups, [LEGEND, *table.notes, *reasons])
+
+
+def _entry(cell: pd.Series, causes: dict[str, int]) -> Entry:
+    digits = ".1f" if cell["printed"] < 200 else "g"  # as the papers: MME without decimals, unless there are
+    printed = "–" if pd.isna(cell["printed"]) else f"{cell['printed']:{digits}}" + "?" * bool(cell["suspect"])
+    own = ""
+    if pd.notna(cell["reproduced"]):
+        own = f"{cell['reproduced']:.1f}" + "*" * bool(cell["tied_best"])
+        if pd.notna(cell["low"]):
+            own += f" ± {(cell['high'] - cell['low']) / 2:.1f}"
+    verdict = cell["verdict"]
+    if cell["cause"] and verdict not in ("match", "not run"):
+        verdict += f" [{causes.setdefault(cell['cause'], len(causes) + 1)}]"
+    return Entry(printed, own, verdict)
+
+
+def markdown(sheet: Sheet) -> str:
+    rule = ["---"] + ["---:"] * (len(sheet.header) - 1)
+    lines = [f"# {_md(sheet.title)}", "", _md_row(sheet.header), "|" + "|".join(rule) + "|"]
+    for heading, rows in sheet.groups.items():
+        lines.append(_md_row([f"**{heading}**", *[""] * (len(sheet.header) - 1)]))
+        lines += [_md_row([label, *(" · ".join(part for part in entry if part) for entry in entries)]) for label, entries in rows]
+    return "\n".join([*lines, "", *(f"- {_md(note)}" for note in sheet.notes), ""])
+
+
+def _md(text: str) -> str:
+    return html.escape(text, quote=False).replace("|", r"\|").replace("*", r"\*").replace("_", r"\_")
+
+
+def _md_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def latex(sheet: Sheet) -> str:
+    r"""A table environment; needs \usepackage{booktabs,graphicx}."""
+    width = len(sheet.header)
+    lines = [
+        r"% \usepackage{booktabs,graphicx}",
+        r"\begin{table}",
+        rf"\caption{{{sheet.title.translate(_LATEX)}}}",
+        r"\resizebox{\linewidth}{!}{%",
+        rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}",
+        r"\toprule",
+        " & ".join(name.translate(_LATEX) for name in sheet.header) + r" \\",
+    ]
+    for heading, rows in sheet.groups.items():
+        lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{heading.translate(_LATEX)}}}}} \\"]
+        lines += [" & ".join([label.translate(_LATEX), *map(_stacked, entries)]) + r" \\" for label, entries in rows]
+    lines += [r"\bottomrule", r"\end{tabular}}", r"\par\footnotesize"]
+    return "\n".join([*lines, *(note.translate(_LATEX) + r"\par" for note in sheet.notes), r"\end{table}", ""])
+
+
+def _stacked(entry: Entry) -> str:
+    parts = [part.translate(_LATEX) for part in entry if part]
+    return r"\begin{tabular}[t]{@{}r@{}}" + r" \\ ".join(parts) + r"\end{tabular}"
+
+
+def page(sheet: Sheet) -> str:
+    """A self-contained HTML page."""
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in sheet.header)
+    body = []
+    for heading, rows in sheet.groups.items():
+        body.append(f'<tr><th colspan="{len(sheet.header)}" scope="colgroup" class="group">{html.escape(heading)}</th></tr>')
+        for label, entries in rows:
+            cells = "".join(f"<td>{'<br>'.join(html.escape(part) for part in entry if part)}</td>" for entry in entries)
+            body.append(f'<tr><th scope="row">{html.escape(label)}</th>{cells}</tr>')
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in sheet.notes)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(sheet.title)}</title><style>body{{font:14px sans-serif;margin:1em}}div{{overflow-x:auto}}"
+        "table{border-collapse:collapse}th,td{padding:.3em .6em;text-align:right;border-bottom:1px solid #ccc;vertical-align:top}"
+        "th:first-child{text-align:left}.group{background:#eee}</style></head>\n"
+        f"<body><h1>{html.escape(sheet.title)}</h1><div><table><thead><tr>{head}</tr></thead>\n<tbody>"
+        + "\n".join(body)
+        + f"</tbody></table></div>\n<ul>{notes}</ul></body></html>\n"
+    )
+
+
+def write(table: PaperTable, folder: Path) -> list[Path]:
+    """Store a table in every format; the CSV has a row a cell. Returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = sheet(table)
+    paths = [folder / f"{table.layout.stem}.{suffix}" for suffix in ("md", "tex", "html", "csv")]
+    for path, content in zip(paths, (markdown(text), latex(text), page(text), table.cells.to_csv(index=False)), strict=True):
+        path.write_text(content, encoding="utf-8")
+    return paths

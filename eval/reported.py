@@ -1,0 +1,172 @@
+"""Published numbers in results/reported: loaded, checked, and where papers repeat or contradict each other or themselves."""
+
+from pathlib import Path
+
+import pandas as pd
+
+FOLDER = Path(__file__).resolve().parents[1] / "results" / "reported"
+
+_COMMON = {
+    "paper": "string",
+    "table": "string",
+    "model": "string",
+    "method": "string",
+    "budget_tokens": "Int64",
+    "retention_pct": "Float64",
+    "budget_scope": "string",
+}
+_END = {"suspect": "bool", "note": "string", "source": "string"}
+ACCURACY = _COMMON | {"task": "string", "metric": "string", "value": "float64", "unit": "string"} | _END
+EFFICIENCY = _COMMON | {"quantity": "string", "value": "float64", "unit": "string", "hardware": "string"} | _END
+_OPTIONAL = {"budget_tokens", "retention_pct", "hardware", "note"}
+
+# the tokens of one image, or only those of the layers behind the cut of a method inside the LLM
+SCOPES = {"image", "layer"}
+# metric -> tasks it is of (None: every other task), smallest and largest possible value
+METRICS: dict[str, tuple[set[str] | None, float, float]] = {
+    "accuracy": (None, 0, 100),
+    "pope_f1": ({"pope"}, 0, 100),
+    "pope_accuracy": ({"pope"}, 0, 100),
+    "pope_as_printed": ({"pope"}, 0, 100),  # the source does not say which
+    "mme_perception": ({"mme"}, 0, 2000),  # ten categories of accuracy + accuracy+, each up to 200
+    "mme_total": ({"mme"}, 0, 2800),  # with the four of cognition
+    "relative_average": ({"average"}, 0, 150),
+}
+TASKS = [
+    *("ai2d", "average", "chartqa", "docvqa", "gqa", "hrbench_8k", "llava_bench", "mmbench_cn", "mmbench_en", "mme"),
+    *("mmmu_val", "mmstar", "mmvet", "ocrbench", "pope", "scienceqa_img", "seedbench", "seedbench_image", "textvqa"),
+    *("vizwiz", "vqav2", "xlrs"),
+]
+_POINTS = {"mme", "mmvet", "llava_bench", "ocrbench"}  # all others in percent
+# quantity -> units and largest plausible value in each
+QUANTITIES: dict[str, dict[str, float]] = {
+    "flops": {"T": 100},
+    "macs": {"T": 50},
+    "vision": {"ms": 1000},
+    "pruner": {"ms": 1000},
+    "prefill": {"ms": 5000, "ms/token": 100},
+    "first_token": {"ms": 5000, "s": 5},
+    "decode": {"ms/token": 1000},
+    "sample": {"ms": 60_000},
+    "run": {"s": 100_000},
+    "throughput": {"tokens/s": 10_000},
+    "kv_cache": {"MB": 10_000},
+    "gpu_memory": {"GB": 200},
+    "speed_up": {"x": 50},
+    "speed_gain": {"%": 5000},
+    "flops_reduction": {"%": 100},
+    "accuracy_drop": {"%": 100},
+}
+_CELL = ["model", "method", "budget", "task", "metric"]
+ROUNDING = 0.15  # in points: how far a mean of ratios of scores printed to 0.1 may be from the printed mean
+
+
+def load_reported(path: Path = FOLDER / "accuracy.csv") -> pd.DataFrame:
+    """Published accuracies, one row a number, typed as `ACCURACY`, with a column `budget` ("64", "11.1%", "full").
+
+    Raises:
+        ValueError: a row without a source (or any other field but the optional ones), an unknown metric, task or scope, a metric
+            of another task, a wrong unit, an impossible value, a suspect row that does not say why, a number given twice.
+    """
+    rows = _read(path, ACCURACY)
+    _refuse(path, rows, ~rows["metric"].isin(list(METRICS)), "metric", f"is not known; known: {', '.join(METRICS)}")
+    _refuse(path, rows, ~rows["task"].isin(TASKS), "task", f"is not known; known: {', '.join(TASKS)}")
+    special = set().union(*(tasks for tasks, _, _ in METRICS.values() if tasks))
+    for metric, (tasks, low, high) in METRICS.items():
+        of = rows["metric"] == metric
+        foreign = rows["task"].isin(special) if tasks is None else ~rows["task"].isin(tasks)
+        _refuse(path, rows, of & foreign, "task", f"has no metric {metric}")
+        _refuse(path, rows, of & ~rows["value"].between(low, high), "value", f"cannot be: {metric} lies in {low}..{high}")
+    unit = rows["task"].map(lambda task: "points" if task in _POINTS else "%")
+    _refuse(path, rows, rows["unit"] != unit, "unit", f"is wrong: points for {', '.join(sorted(_POINTS))}, % for the others")
+    _refuse(path, rows, rows.duplicated(["paper", "table", *_CELL]), "value", "is given twice for this table and cell")
+    return rows
+
+
+def load_efficiency(path: Path = FOLDER / "efficiency.csv") -> pd.DataFrame:
+    """Published costs, one row a number, typed as `EFFICIENCY`, with a column `budget`.
+
+    Raises:
+        ValueError: as `load_reported`.
+    """
+    rows = _read(path, EFFICIENCY)
+    _refuse(path, rows, ~rows["quantity"].isin(list(QUANTITIES)), "quantity", f"is not known; known: {', '.join(QUANTITIES)}")
+    for quantity, units in QUANTITIES.items():
+        of = rows["quantity"] == quantity
+        _refuse(path, rows, of & ~rows["unit"].isin(list(units)), "unit", f"is wrong: {quantity} is in {' or '.join(units)}")
+        high = rows["unit"].map(units).astype("float64")
+        _refuse(path, rows, of & ~((rows["value"] >= 0) & (rows["value"] <= high)), "value", f"is not plausible for {quantity}")
+    return rows
+
+
+def _read(path: Path, columns: dict[str, str]) -> pd.DataFrame:
+    try:
+        rows = pd.read_csv(path, dtype=columns)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; the columns are {columns}") from error
+    if list(rows) != list(columns):
+        raise ValueError(f"{path}: the columns are {list(rows)}, expected {list(columns)}")
+    for name in set(columns) - _OPTIONAL:
+        _refuse(path, rows, rows[name].isna(), name, "is missing")
+    _refuse(path, rows, ~rows["budget_scope"].isin(list(SCOPES)), "budget_scope", f"is not one of {', '.join(sorted(SCOPES))}")
+    _refuse(path, rows, ~rows["retention_pct"].fillna(100).between(0, 100), "retention_pct", "is not a percentage")
+    _refuse(path, rows, rows["suspect"] & rows["note"].isna(), "note", "is missing: why is the row suspect?")
+    rows["note"] = rows["note"].fillna("")
+    tokens = rows["budget_tokens"].astype("string")
+    retention = rows["retention_pct"].map("{:g}%".format, na_action="ignore").astype("string")
+    rows["budget"] = tokens.fillna(retention).fillna("unknown").mask(rows["retention_pct"] == 100, "full")
+    return rows
+
+
+def _refuse(path: Path, rows: pd.DataFrame, bad: pd.Series, column: str, what: str) -> None:
+    if bad.any():
+        first = int(bad.to_numpy(dtype=bool).argmax())
+        others = f" ({int(bad.sum())} such rows)" if bad.sum() > 1 else ""
+        raise ValueError(f"{path} line {first + 2}: {column} {rows[column].iloc[first]!r} {what}{others}")
+
+
+def _by_cell(reported: pd.DataFrame) -> pd.DataFrame:
+    """One row a cell and value, with the tables that print it; averages are left out, since every paper has tasks of its own."""
+    rows = reported[reported["metric"] != "relative_average"].assign(where=reported["paper"] + " " + reported["table"])
+    grouped = rows.groupby([*_CELL, "value"], as_index=False)
+    return grouped.agg(papers=("paper", "nunique"), where=("where", lambda tables: ", ".join(dict.fromkeys(tables))))
+
+
+def duplicates(reported: pd.DataFrame) -> pd.DataFrame:
+    """Numbers that two or more papers print alike: baselines that were copied, or run again to the same decimal.
+
+    Columns: model, method, budget, task, metric, value, papers (how many), where.
+    """
+    cells = _by_cell(reported)
+    return cells[cells["papers"] > 1].reset_index(drop=True)
+
+
+def contradictions(reported: pd.DataFrame) -> pd.DataFrame:
+    """Cells that tables print differently, widest first.
+
+    Columns: model, method, budget, task, metric, low, high, spread (percent of the lower value), values ("59.3: SCOPE Table 1 |
+    60.1: DiffPrune Table 1").
+    """
+    cells = _by_cell(reported).assign(text=lambda frame: frame["value"].map("{:g}".format) + ": " + frame["where"])
+    grouped = cells.groupby(_CELL, as_index=False)
+    wide = grouped.agg(low=("value", "min"), high=("value", "max"), values=("text", " | ".join))
+    wide.insert(len(wide.columns) - 1, "spread", 100 * (wide["high"] / wide["low"] - 1))
+    return wide[wide["high"] > wide["low"]].sort_values("spread", ascending=False, ignore_index=True)
+
+
+def averages(reported: pd.DataFrame) -> pd.DataFrame:
+    """Every printed average of a pruned row beside the mean of ratios (score / unpruned score) of the scores the row prints.
+
+    Columns: paper, table, model, method, budget, printed, mean_of_ratios, tasks (how many the mean is over), follows (they agree
+    within `ROUNDING`). Tables without an unpruned row are left out.
+    """
+    table = ["paper", "table", "model"]
+    row = [*table, "method", "budget"]
+    scores = reported[reported["task"] != "average"]
+    unpruned = scores[scores["method"] == "none"].set_index([*table, "task"])["value"].rename("unpruned")
+    ratios = scores[scores["method"] != "none"].join(unpruned, on=[*table, "task"], how="inner")
+    ratios["ratio"] = 100 * ratios["value"] / ratios["unpruned"]
+    means = ratios.groupby(row)["ratio"].agg(mean_of_ratios="mean", tasks="size")
+    printed = reported[reported["task"] == "average"].set_index(row)[["value"]].rename(columns={"value": "printed"})
+    result = printed.join(means, how="inner").reset_index()
+    return result.assign(follows=(result["printed"] - result["mean_of_ratios"]).abs() <= ROUNDING)

@@ -1,0 +1,206 @@
+"""How sure a difference between methods is: a task's own metric under resampled images, exact tests, tied best methods.
+
+Documents about one image are right or wrong together, so whole images are drawn, and every method sees the same draws:
+differences are paired. Of the n images of a stratum n - 1 are drawn and each counts n / (n - 1) times, which makes the variance
+unbiased also where a category has few images (the rescaling bootstrap of Rao and Wu, JASA 83, 1988).
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from eval.terms import METRICS, Metric
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+POWER = 0.8
+_BLOCK = 1000  # resamples at a time
+
+
+class Interval(NamedTuple):
+    """A value, its 95 % interval, and the two-sided p-value of zero; NaN where resampling changes nothing."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+    def scaled(self, factor: float) -> "Interval":
+        return Interval(self.value * factor, self.low * factor, self.high * factor, self.p)
+
+    @classmethod
+    def of(cls, value: float, draws: np.ndarray) -> "Interval":
+        """Percentiles of the resamples [resamples] of a value."""
+        draws = np.round(draws, 9)  # sums of equal terms differ in the last bits
+        if np.ptp(draws) == 0:
+            return cls(float(value), np.nan, np.nan, 1.0 if draws[0] == 0 else np.nan)
+        low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        tail = min((draws <= 0).sum(), (draws >= 0).sum())
+        return cls(float(value), float(low), float(high), float(min(1.0, 2 * (tail + 1) / (len(draws) + 1))))
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """A metric of several methods on the same documents: by method its value, and its resamples [resamples, methods]."""
+
+    values: pd.Series
+    draws: pd.DataFrame
+
+    def only(self, methods: Sequence[str]) -> "Estimates":
+        return Estimates(self.values[list(methods)], self.draws[list(methods)])
+
+    def interval(self, method: str) -> Interval:
+        return Interval.of(self.values[method], self.draws[method].to_numpy())
+
+    def difference(self, method: str, other: str) -> Interval:
+        """`method` minus `other`."""
+        return Interval.of(self.values[method] - self.values[other], (self.draws[method] - self.draws[other]).to_numpy())
+
+    def ratio(self, method: str, other: str) -> Interval:
+        """`method` in percent of `other`; its p-value means nothing.
+
+        Raises:
+            ValueError: `other` scores 0.
+        """
+        _check_positive(self, other)
+        draws = 100 * self.draws[method] / self.draws[other]
+        return Interval.of(100 * self.values[method] / self.values[other], draws.to_numpy())
+
+    def over_random(self, method: str, randoms: Sequence[str], seed: int = 0) -> Interval:
+        """`method` minus the mean of random pruning, over documents and over seeds.
+
+        Raises:
+            ValueError: fewer than three seeds.
+        """
+        if len(randoms) < 3:
+            raise ValueError(f"the difference to random needs at least three seeds, not {len(randoms)}")
+        drawn = np.random.default_rng(seed).integers(len(randoms), size=(len(self.draws), len(randoms) - 1))
+        floor = np.take_along_axis(self.draws[list(randoms)].to_numpy(), drawn, axis=1).mean(axis=1)
+        return Interval.of(self.values[method] - self.values[list(randoms)].mean(), self.draws[method].to_numpy() - floor)
+
+    def detectable(self, method: str, other: str) -> float:
+        """The smallest true difference a test at 5 % finds with power 80 %, from the spread of the paired difference."""
+        spread = float((self.draws[method] - self.draws[other]).std(ddof=1))
+        return float(stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)) * spread
+
+    def tied_best(self, methods: Sequence[str]) -> set[str]:
+        """The best of `methods` and those not significantly below it (paired, Holm over the comparisons with the best)."""
+        best = max(methods, key=lambda method: self.values[method])
+        others = [method for method in methods if method != best]
+        adjusted = holm([self.difference(best, method).p for method in others])
+        return {best, *(method for method, p in zip(others, adjusted, strict=True) if p > 1 - LEVEL)}
+
+
+def estimate(task: str, metric: str, samples: Mapping[str, pd.DataFrame], resamples: int = RESAMPLES, seed: int = 0) -> Estimates:
+    """A task's metric for the cells in `samples` (method -> per-document rows), over the same resampled images.
+
+    Raises:
+        ValueError: other documents in one cell than in another, a document twice, a score that is NaN or not 0..1, a single image
+            (or a category with one), no category where the metric needs it.
+    """
+    definition = METRICS[task][metric]
+    ordered = {method: _ordered(task, definition, method, rows) for method, rows in samples.items()}
+    first_name, first = next(iter(ordered.items()))
+    for method, rows in ordered.items():
+        if not rows[["doc_id", "image_id"]].equals(first[["doc_id", "image_id"]]):
+            raise ValueError(f"{task}: {method} and {first_name} answered other documents; only the same ones can be compared")
+    terms = np.stack([definition.terms(rows) for rows in ordered.values()], axis=1)
+    strata = first["category"] if definition.stratified else pd.Series("", index=first.index)
+    sums = resample(terms, first["image_id"], strata, resamples, (seed, zlib.crc32(task.encode())))
+    names = list(ordered)
+    values = definition.value(terms.sum(axis=0))
+    return Estimates(pd.Series(values, names), pd.DataFrame(definition.value(sums), columns=names))
+
+
+def resample(terms: np.ndarray, images: pd.Series, strata: pd.Series, resamples: int, seed: int | tuple[int, ...]) -> np.ndarray:
+    """Sums of the terms [documents, ...] over resampled images: [resamples, ...].
+
+    Raises:
+        ValueError: a stratum with a single image.
+    """
+    cluster, names = pd.factorize(images)
+    totals = np.zeros((len(names), *terms.shape[1:]))
+    np.add.at(totals, cluster, terms)
+    flat = totals.reshape(len(names), -1)
+    sums = np.zeros((resamples, flat.shape[1]))
+    rng = np.random.default_rng(seed)
+    stratum_of = strata.groupby(cluster).first()
+    for stratum, members in stratum_of.groupby(stratum_of).groups.items():
+        count = len(members)
+        if count < 2:
+            raise ValueError(f"a single image{f' in category {stratum!r}' if stratum else ''}: no interval can be given")
+        own = flat[members.to_numpy()] * (count / (count - 1))
+        for start in range(0, resamples, _BLOCK):
+            rows = min(_BLOCK, resamples - start)
+            drawn = rng.integers(count, size=(rows, count - 1)) + count * np.arange(rows)[:, None]
+            weights = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
+            sums[start : start + rows] += weights.astype(float) @ own
+    return sums.reshape(resamples, *terms.shape[1:])
+
+
+def relative_average(tasks: Sequence[Estimates], unpruned: str) -> Estimates:
+    """The plain mean over tasks of the score in percent of the unpruned model's, as SCOPE and PruneSID average (their "Avg.").
+
+    Raises:
+        ValueError: the unpruned model scores 0 in a task.
+    """
+    for task in tasks:
+        _check_positive(task, unpruned)
+    values = [100 * task.values / task.values[unpruned] for task in tasks]
+    draws = [100 * task.draws.div(task.draws[unpruned], axis=0) for task in tasks]
+    return Estimates(sum(values[1:], values[0]) / len(tasks), sum(draws[1:], draws[0]) / len(tasks))
+
+
+def _check_positive(estimates: Estimates, unpruned: str) -> None:
+    if not estimates.values[unpruned] > 0:
+        raise ValueError(f"{unpruned} scores 0 in a task: nothing can be relative to it")
+
+
+def _ordered(task: str, metric: Metric, method: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows by document, checked, with categories where the metric needs them."""
+    rows = rows.sort_values("doc_id", ignore_index=True)
+    if rows["doc_id"].duplicated().any():
+        raise ValueError(f"{task}: {method} has a document twice")
+    if not rows["score"].between(0, 1).all():  # also NaN
+        raise ValueError(f"{task}: {method} has a score that is not a number from 0 to 1")
+    if not metric.stratified or "category" in rows:
+        return rows
+    if task != "mme":
+        raise ValueError(f"{task}: the samples have no column category, over which the metric averages; run the cell again")
+    return rows.assign(category=rows["image_id"].str.split("/").str[0])  # MME's image ids begin with it
+
+
+class Flips(NamedTuple):
+    """What became of the unpruned model's answers: counts of documents, the share of equal answers, and McNemar's exact p."""
+
+    right_to_wrong: float
+    wrong_to_right: float
+    agreement: float
+    p: float
+
+
+def flips(unpruned: pd.DataFrame, pruned: pd.DataFrame) -> Flips:
+    """Compare two cells on the same documents.
+
+    The test is two-sided and exact (binomial); it takes documents for independent, which questions about one image are not.
+    """
+    before, after = (rows.sort_values("doc_id", ignore_index=True) for rows in (unpruned, pruned))
+    lost = int(((before["score"] == 1) & (after["score"] < 1)).sum())
+    won = int(((before["score"] < 1) & (after["score"] == 1)).sum())
+    same = (before["answer"].str.strip().str.lower() == after["answer"].str.strip().str.lower()).mean()
+    return Flips(lost, won, float(same), float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0)
+
+
+def holm(p: Sequence[float] | pd.Series) -> np.ndarray:
+    """Holm's adjusted p-values (Scandinavian Journal of Statistics 6, 1979); NaN stays NaN and does not count."""
+    values = np.asarray(p, dtype=float)
+    order = np.argsort(values)[: np.isfinite(values).sum()]
+    steps = values[order] * np.arange(len(order), 0, -1)
+    adjusted = np.full(values.shape, np.nan)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(steps))
+    return adjusted

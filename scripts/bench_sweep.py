@@ -1,0 +1,149 @@
+"""How fast the sweep answers, beside lmms-eval's own model class run cell by cell with the same pruners injected.
+
+    python scripts/bench_sweep.py                    6 pruners x 3 budgets x 6 tasks of the shapes suite, minutes on two cores
+    python scripts/bench_sweep.py --limit 8 --quick  the same on fewer documents and cells
+
+Both sides run in this process on the same task objects and scoring, on the embedded model, loaded once for each. All answers are
+compared one by one. A third side, ours at one prompt at a time without a cache, tells what the harness costs around `generate`.
+Writes CSV and Markdown to --out.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.models.chat.llava_hf import LlavaHf
+from rich.progress import track
+
+from eval import cell
+from eval.budget import Budget
+from eval.cache import EncodeCache
+from eval.checkpoints import ROOT
+from eval.inject import Sample, inject
+from eval.models import PrunedModel
+from eval.shapes.datasets import build as build_shapes
+from eval.tasks import TASKS, load_tasks, task_manager
+from pruners import build
+
+WEIGHTS = str(ROOT / "eval" / "shapes" / "model")
+PRUNERS = ("none", "random", "fastervlm", "divprune", "scope", "promprune")
+BUDGETS = (48, 32, 16)
+
+
+class Theirs(LlavaHf):
+    """lmms-eval's class, unchanged but for keeping its model behind an evaluation, and naming documents for random choices."""
+
+    trace: Any
+    generating = 0.0  # seconds inside `generate`
+
+    def clean(self) -> None:
+        pass
+
+    def generate_until(self, requests: list[Any]) -> list[Any]:
+        answers = []
+        for request in requests:
+            *_, doc_id, task, _ = request.args
+            self.trace.announce([Sample(f"{task}/{doc_id}")])
+            answers += super().generate_until([request])
+        return answers
+
+
+def theirs(model: Theirs, pruner: str, budget: Budget, task: Any, limit: int) -> list[str]:
+    """The answers of lmms-eval's class to one cell."""
+    with inject(model.model, build(pruner), budget) as model.trace, contextlib.redirect_stdout(io.StringIO()):
+        results = simple_evaluate(
+            model=model, tasks=[task], limit=limit, task_manager=task_manager(), bootstrap_iters=0, process_docs_parallel=1
+        )
+    (samples,) = results["samples"].values()
+    return [sample["resps"][0][0] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+
+
+def ours(model: PrunedModel, pruner: str, budget: Budget, task: Any, name: str, limit: int) -> list[str]:
+    """The answers of the harness to the same cell."""
+    model.use(build(pruner), budget, None)
+    return cell.run(model, task, name, limit, 0)[1]["answer"].tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=60, help="documents a task (default 60)")
+    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--quick", action="store_true", help="two pruners, one budget")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = build_shapes(Path(folder) / "shapes")
+        tasks = load_tasks(list(TASKS), root)
+        fields = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}
+        sides: dict[str, Any] = {
+            "sweep": PrunedModel(WEIGHTS, **fields, batch_tokens=options.batch_tokens, cache=EncodeCache(2**30)),  # type: ignore[arg-type]
+            "one at a time": PrunedModel(WEIGHTS, **fields),  # type: ignore[arg-type]
+            "lmms-eval": Theirs(pretrained=WEIGHTS, device_map="cpu", **fields),
+        }
+        pruners, budgets = (PRUNERS[:5:4], BUDGETS[:1]) if options.quick else (PRUNERS, BUDGETS)
+        grid = [(p, Budget(tokens=b), t) for p in pruners for b in budgets for t in TASKS]
+        rows = []
+        for pruner, budget, name in track(grid, description="cells"):
+            answers = {}
+            for side, model in sides.items():  # interleaved: all sides meet the same load of the machine
+                started = time.perf_counter()
+                if side == "lmms-eval":
+                    answers[side] = theirs(model, pruner, budget, tasks[name], options.limit)
+                else:
+                    answers[side] = ours(model, pruner, budget, tasks[name], name, options.limit)
+                seconds, documents = time.perf_counter() - started, len(answers[side])
+                rows.append(
+                    {
+                        "side": side,
+                        "pruner": pruner,
+                        "budget": str(budget),
+                        "task": name,
+                        "documents": documents,
+                        "seconds": seconds,
+                    }
+                )
+            if len({tuple(given) for given in answers.values()}) > 1:
+                sys.exit(f"the answers of {pruner} at {budget} to {name} differ between the sides")
+    _write(pd.DataFrame(rows), options)
+
+
+def _write(rows: pd.DataFrame, options: argparse.Namespace) -> None:
+    total = rows.groupby("side", sort=False)[["documents", "seconds"]].sum()
+    total["documents per second"] = total["documents"] / total["seconds"]
+    total["speed-up"] = total["documents per second"] / total.loc["lmms-eval", "documents per second"]
+    cells = len(rows) // len(total)
+    machine = f"{_processor()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the end"
+    text = f"""# Documents per second of a sweep
+
+{machine}, torch {torch.__version__}, float32. {cells} cells of the shapes suite, the first {options.limit} documents of each,
+batch_tokens {options.batch_tokens}; sides interleaved cell by cell in one process, each model loaded once, scoring included.
+All {int(total["documents"].iloc[0])} answers are the same on all sides. Generated by `scripts/bench_sweep.py`.
+
+{total.round(2).to_markdown()}
+"""
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "sweep-cpu.md").write_text(text)
+    rows.to_csv(options.out / "sweep-cpu.csv", index=False)
+    print(text)
+
+
+def _processor() -> str:
+    names = [
+        line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+    ]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main()

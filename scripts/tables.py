@@ -1,0 +1,68 @@
+"""Print every published table beside what was reproduced, and the sweeps' own tables with intervals (`make tables`).
+
+Written to results/tables: papers/<table>.{md,tex,html,csv}; papers/duplicates.csv, contradictions.csv and averages.csv, where the
+published numbers repeat or contradict each other or themselves; intervals_<suite>_<model>_<limit>.{md,csv} for every sweep.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from eval import comparison, interval_table, paper_tables, render, reported
+from eval.layouts import layouts
+from eval.stats import RESAMPLES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of a sweep (default: results)")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"of the images (default: {RESAMPLES})")
+    options = parser.parse_args()
+    folder, console, failed = options.results / "tables", Console(soft_wrap=True, highlight=False, markup=False), False
+
+    numbers = reported.load_reported()
+    cells = comparison.load(options.results)
+    for layout in layouts():
+        try:
+            table = paper_tables.build(layout, numbers, cells, options.resamples)
+        except ValueError as error:
+            console.print(f"REFUSED {layout.title}: {error}", style="red")
+            failed = True
+            continue
+        paths = render.write(table, folder / "papers")
+        console.print(paths[0].read_text())
+        counts = table.cells["verdict"].value_counts()
+        console.print(f"{layout.title}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()), style="bold")
+    claims = reported.load_efficiency().query("paper == 'SPpruner'")
+    console.print(
+        "ZSPAPrune: no table of it is public, and no number.\nSPpruner: no table of it is public; its abstract says: "
+        + ", ".join(f"{row.quantity} {row.value:g} {row.unit} ({row.model})" for row in claims.itertuples())
+        + "."
+    )
+    for name, question in (("duplicates", "numbers in several papers"), ("contradictions", "cells printed differently")):
+        found = getattr(reported, name)(numbers)
+        found.to_csv(folder / "papers" / f"{name}.csv", index=False)
+        console.print(f"\n{len(found)} {question}; the first five of papers/{name}.csv:\n{found.head().to_string(index=False)}")
+    means = reported.averages(numbers)
+    means.to_csv(folder / "papers" / "averages.csv", index=False)
+    wrong = (~means["follows"]).sum()
+    console.print(f"\n{wrong} of {len(means)} printed averages are not the mean of ratios; see papers/averages.csv\n")
+
+    for group in comparison.settings(cells):
+        try:
+            compared = comparison.compare(group, options.resamples)
+        except ValueError as error:
+            console.print(f"REFUSED {error}", style="red")
+            failed = True
+            continue
+        for path in interval_table.write(group, compared, folder):
+            console.print(path.read_text() if path.suffix == ".md" else f"written: {path}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

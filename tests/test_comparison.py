@@ -1,0 +1,148 @@
+"""The sweep's own comparison: known effects are found, and what limits a row is said."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from cells import cell, rows
+
+from eval.comparison import compare, load, settings
+from eval.interval_table import markdown, write
+from eval.store import Store
+
+MODEL = "llava_1_5_7b"
+
+
+def grid(tasks=("pope", "gqa"), **methods):
+    """Cells at 64 tokens of methods by the share of right answers (or (share, shift, tokens)), beside an unpruned 0.8."""
+    found = [cell(MODEL, "none", "full", task, rows(task, 0.8), 576) for task in tasks]
+    for method, effect in methods.items():
+        share, shift, tokens = effect if isinstance(effect, tuple) else (effect, 0, 64)
+        found += [cell(MODEL, method, "64", task, rows(task, share, shift=shift), tokens) for task in tasks]
+    return found
+
+
+@pytest.fixture(scope="module")
+def compared():
+    cells = grid(scope=0.78, visionzip=(0.78, 1, 64), divprune=0.6, random=0.7)
+    cells += [
+        cell(MODEL, "random", "64", task, rows(task, 0.7, shift=shift), 64, seed=shift)
+        for shift in (1, 2)
+        for task in ("pope", "gqa")
+    ]
+    return cells, compare(cells, 1000)
+
+
+def test_known_effects_are_found(compared):
+    _, table = compared
+    gqa = table[table["task"] == "gqa"].set_index("method")
+    assert gqa["value"].round(6).to_dict() == {
+        "none": 80,
+        "scope": 78,
+        "visionzip": 78,
+        "divprune": 60,
+        "random": 70,
+        "random seed=1": 70,
+        "random seed=2": 70,
+    }
+    assert gqa.loc["scope", "difference"] == pytest.approx(-2)
+    assert gqa.loc["scope", ["right_to_wrong", "wrong_to_right"]].tolist() == [40, 0]
+    assert gqa.loc["scope", "agreement"] == pytest.approx(0.98)
+    assert gqa.loc["scope", "mcnemar"] == pytest.approx(2 / 2**40)
+    assert gqa.loc["scope", "mcnemar_holm"] >= gqa.loc["scope", "mcnemar"]
+    # as large, but of other documents: one is sure, the other is not
+    assert gqa.loc["scope", "p_holm"] < 0.05 < gqa.loc["visionzip", "p_holm"]
+    assert set(gqa.index[gqa["tied_best"]]) == {"scope", "visionzip"}
+    assert gqa.loc["scope", "over_random"] == pytest.approx(8)
+    assert gqa.loc["scope", "over_random_low"] > 0 > gqa.loc["divprune", "over_random_high"]
+    assert np.isnan(gqa.loc["random", "over_random"])
+
+
+def test_the_average_is_over_all_tasks(compared):
+    _, table = compared
+    average = table[table["task"] == "average"].set_index("method")
+    assert average.loc["none", "value"] == 100
+    assert average.loc["divprune", "value"] == pytest.approx(75)
+    assert set(average.index[average["tied_best"]]) == {"scope", "visionzip"}
+
+
+def test_the_table_says_what_it_shows(compared, tmp_path):
+    cells, table = compared
+    text = markdown(cells, table)
+    assert "| 64       | divprune      | 64.0     | 60.0 ± " in text
+    assert "power 80 %" in text
+    assert f"{len(cells)} cells, commit abc." in text
+    assert "three seeds" not in text
+    paths = write(cells, table, tmp_path)
+    assert [path.name for path in paths] == ["intervals_hub_llava_1_5_7b_all.md", "intervals_hub_llava_1_5_7b_all.csv"]
+    assert len(pd.read_csv(paths[1])) == len(table)
+
+
+def test_methods_that_keep_more_tokens_are_not_compared():
+    cells = grid(tasks=["gqa"], scope=0.7, visionzip=0.7, fastervlm=0.6, sparsevlm=(0.75, 0, 82))
+    table = compare(cells, 500).set_index("method")
+    assert table.loc["sparsevlm", "mark"] == "82.0 tokens where the others of its budget keep 64.0"
+    assert set(table.index[table["tied_best"]]) == {"scope", "visionzip"}
+
+
+def test_a_model_that_says_one_thing_is_marked():
+    cells = grid(tasks=["gqa"], scope=0.7)
+    constant = cells[1].rows.assign(answer="yes", score=(cells[1].rows["target"] == "yes").astype(float))
+    table = compare([cells[0], cell(MODEL, "scope", "64", "gqa", constant, 64)], 200).set_index("method")
+    assert table.loc["scope", "mark"] == "every answer is 'yes'"
+
+
+def test_few_images_are_marked():
+    few = rows("gqa", 0.7, 60)
+    cells = [cell(MODEL, "none", "full", "gqa", few, 576), cell(MODEL, "scope", "64", "gqa", few, 64)]
+    assert compare(cells, 200)["mark"].tolist() == ["6 images: intervals are too short"] * 2
+
+
+def test_a_task_that_cannot_be_estimated_is_marked_and_not_averaged():
+    cells = grid(scope=0.7)
+    broken = cells[-1].rows.assign(score=cells[-1].rows["score"].where(cells[-1].rows["doc_id"] != 5))
+    table = compare([*cells[:-1], cells[-1]._replace(rows=broken)], 200)
+    gqa = table[table["task"] == "gqa"]
+    assert gqa["mark"].str.contains("gqa: scope at 64 has a score that is not a number").all()
+    assert gqa["low"].isna().all()
+    assert not (table["task"] == "average").any()
+    assert "No average" in markdown(cells, table)
+
+
+def test_a_record_that_its_samples_contradict_is_marked():
+    cells = grid(tasks=["gqa"], scope=0.7)
+    cells[1].record["metrics"]["exact_match"] = 0.75
+    assert compare(cells, 200)["mark"].str.contains("has accuracy 75.00, its samples give 70.00").all()
+
+
+def test_without_an_unpruned_cell_there_is_no_comparison():
+    with pytest.raises(ValueError, match="gqa has no unpruned cell"):
+        compare(grid(tasks=["gqa"], scope=0.7)[1:])
+
+
+def test_two_cells_for_one_row_are_refused():
+    cells = grid(tasks=["gqa"], scope=0.7)
+    with pytest.raises(ValueError, match="two cells of gqa for scope at 64"):
+        compare([*cells, cells[1]])
+
+
+@pytest.mark.parametrize(("field", "value"), [("limit", 60), ("versions", {"secateur": "0.2.0"}), ("seed", 1)])
+def test_cells_of_other_settings_do_not_share_a_table(field, value):
+    cells = grid(tasks=["gqa"], scope=0.7)
+    cells[1].record["identity"][field] = value
+    with pytest.raises(ValueError, match=f"2 settings cannot share a table; {field} is"):
+        compare(cells)
+
+
+def test_stored_cells_come_back_by_setting(tmp_path):
+    store = Store(tmp_path)
+    cells = [*grid(tasks=["gqa"], scope=0.7), cell(MODEL, "none", "full", "gqa", rows("gqa", 0.8, 60), 576, limit=60)]
+    for one in cells:
+        record = {name: value for name, value in one.record.items() if name != "identity"}
+        store.write(one.record["identity"], record, one.rows)
+    groups = settings(load(tmp_path))
+    assert sorted(len(group) for group in groups) == [1, 2]
+    complete = max(groups, key=len)
+    pd.testing.assert_frame_equal(
+        compare(complete, 200).sort_values("method", ignore_index=True),
+        compare(cells[:2], 200).sort_values("method", ignore_index=True),
+    )

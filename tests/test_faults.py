@@ -1,0 +1,396 @@
+"""What goes wrong in a sweep is loud, named and kept to its cell, and nothing finished is lost."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from lmms_eval.api.task import ConfigurableTask
+from sweeping import cells, make_sweeps, output, tables, wait_for
+from transformers import PreTrainedTokenizerBase
+
+from eval import sweep as engine
+from eval.progress import Bar
+from eval.store import Store
+from pruners import REGISTRY
+from pruners.base import Pruner, Selection, VisualTokens, register
+
+GRID = ("-m", "pruner=none,random")
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory):
+    return make_sweeps(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def reference(sweeps, tmp_path_factory):
+    """An undisturbed sweep: its results, its tables, its seconds once everything is loaded."""
+    results = tmp_path_factory.mktemp("reference")
+    code, printed = sweeps.here(results, *GRID)
+    assert code == 0, printed
+    assert "4 cells done, 0 cells skipped, 0 cells failed" in printed
+    started = time.monotonic()
+    process = sweeps.child(results.with_name("warm"), *GRID)
+    process.join(120)
+    assert process.exitcode == 0
+    return results, tables(results), time.monotonic() - started
+
+
+@pytest.fixture
+def broken():
+    """A pruner that goes wrong in the way its field says."""
+
+    @register("broken")
+    @dataclass(frozen=True)
+    class Broken(Pruner):
+        how: str = "fine"
+
+        paper = "-"
+        status = "baseline"
+
+        def select(self, tokens: VisualTokens, keep: int) -> Selection:
+            indices = torch.arange(keep).expand(tokens.shape[0], -1).clone()
+            if self.how == "raises":
+                raise KeyError("no such thing")
+            if self.how == "shape":
+                indices = indices[0]
+            if self.how == "repeated":
+                indices[:, 1] = 0
+            if self.how == "outside":
+                indices[:, -1] = tokens.shape[1]
+            if self.how == "fewer":
+                indices = indices[:, :-1]
+            features = torch.full((*indices.shape, tokens.features.shape[2]), float("nan")) if self.how == "infinite" else None
+            return Selection(indices, features)
+
+    Broken.__module__ = __name__
+    yield
+    REGISTRY.pop("broken")
+
+
+def failures(results: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(results.rglob("*.failed.json"))]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raises", "KeyError: 'no such thing'"),
+        ("shape", "returned indices of shape (16,)"),
+        ("repeated", "the same token more than once"),
+        ("outside", "an index outside 0..143"),
+        ("fewer", "kept 15 tokens of 144; the budget is 16"),
+        ("infinite", "features with NaN or infinite values"),
+    ],
+)
+def test_a_broken_pruner_fails_its_cells_only(sweeps, broken, tmp_path, how, message):
+    code, printed = sweeps.here(tmp_path, "-m", "pruner=none", "pruner.name=broken", f"+pruner.how={how},fine", "limit=2")
+    assert code == 1
+    assert "2 cells done, 0 cells skipped, 2 cells failed" in printed
+    assert "FAILED pope broken 16" in printed
+    assert message in printed
+    assert set(cells(tmp_path)) == {"pope/broken_16", "gqa/broken_16"}
+    for failure in failures(tmp_path):
+        assert message.split(": ")[-1] in failure["traceback"]
+        assert "Traceback" in failure["traceback"]
+        assert failure["config"]["pruner"] == {"name": "broken", "how": how}
+        assert failure["environment"]["python"]
+        assert failure["identity"]["task"] in ("pope", "gqa")
+
+
+def test_a_model_that_answers_nothing_fails_and_recovers(sweeps, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        for name in ("decode", "batch_decode"):
+            given = getattr(PreTrainedTokenizerBase, name)
+            silent = lambda self, ids, *a, given=given, **k: _silence(given(self, ids, *a, **k))  # noqa: E731
+            patch.setattr(PreTrainedTokenizerBase, name, silent)
+        code, printed = sweeps.here(tmp_path, "pruner=random", "limit=2")
+    assert code == 1
+    assert "all 2 answers of task pope are empty" in printed
+    assert not list(tmp_path.rglob("*.answers*")), "there is nothing to go on from"
+    code, printed = sweeps.here(tmp_path, "pruner=random", "limit=2")
+    assert "set retry_failed=true" in printed
+    assert code == 1
+    code, printed = sweeps.here(tmp_path, "pruner=random", "limit=2", "retry_failed=true")
+    assert code == 0
+    assert "2 cells done" in printed
+    assert not failures(tmp_path)
+
+
+def _silence(text):
+    return [" "] * len(text) if isinstance(text, list) else " "
+
+
+def test_a_scoring_that_raises_keeps_the_answers(sweeps, tmp_path, monkeypatch):
+    scored = ConfigurableTask.process_results
+
+    def scoring(self, doc, results, *rest, **more):
+        if self.config.task == "pope":
+            raise ZeroDivisionError("no score")
+        return scored(self, doc, results, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConfigurableTask, "process_results", scoring)
+        code, printed = sweeps.here(tmp_path, "pruner=random")
+    assert code == 1
+    assert "1 cells done, 0 cells skipped, 1 cells failed" in printed
+    assert "FAILED pope random 16: ZeroDivisionError: no score" in printed
+    (answers,) = tmp_path.rglob("*.answers.jsonl")
+    assert len(answers.read_text().splitlines()) == 4
+    code, printed = sweeps.here(tmp_path, "pruner=random", "retry_failed=true")
+    assert "1 cells done, 1 cells skipped, 0 cells failed" in printed
+    assert not list(tmp_path.rglob("*.answers*"))
+
+
+def test_a_truncated_image_fails_its_task_only(sweeps, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(sweeps.data, data)
+    (file,) = (data / "lmms-lab-encoder" / "POPE").rglob("*.parquet")
+    rows = pd.read_parquet(file)
+    rows["image"] = [{**image, "bytes": image["bytes"][:200]} for image in rows["image"]]
+    rows.to_parquet(file)
+    code, printed = sweeps.here(tmp_path / "results", "pruner=random", f"++suite.data_root={data}")
+    assert code == 1
+    assert "1 cells done, 0 cells skipped, 1 cells failed" in printed
+    assert "FAILED pope random 16" in printed
+    assert "truncated" in printed
+
+
+def test_an_error_of_the_harness_itself_is_shown_and_kept_to_its_job(sweeps, tmp_path, monkeypatch):
+    def refuse(settings):
+        raise AttributeError("not of ours")
+
+    monkeypatch.setattr(engine, "_model", refuse)
+    code, printed = sweeps.here(tmp_path, "-m", "pruner=random,uniform")
+    assert code == 1
+    assert "0 cells done, 0 cells skipped, 4 cells failed" in printed
+    assert "AttributeError: not of ours (traceback in " in printed
+    assert "refuse" in next(tmp_path.rglob("traceback.txt")).read_text()
+
+
+def test_a_failing_cell_is_retried_once_a_sweep(sweeps, broken, tmp_path, monkeypatch):
+    """The unpruned cell belongs to every budget's job."""
+    tries = []
+
+    def run(model, task, name, limit, seed):
+        tries.append(name)
+        raise RuntimeError("again")
+
+    monkeypatch.setattr(engine.cell, "run", run)
+    for repeat in ("retry_failed=false", "retry_failed=true"):
+        code, printed = sweeps.here(tmp_path, "-m", "pruner=none", "budget=16,32,48", repeat)
+        assert code == 1
+        assert "0 cells done, 0 cells skipped, 2 cells failed" in printed
+    assert tries == ["pope", "gqa"] * 2
+
+
+def test_an_odd_limit_of_mme_stops_that_job_only(sweeps, tmp_path):
+    code, printed = sweeps.here(tmp_path, "-m", "pruner=random", "tasks=[mme],[pope]", "limit=3")
+    assert code == 1
+    assert "limit=3 is odd, and MME scores pairs of questions; use limit=4" in printed
+    assert "1 cells done, 0 cells skipped, 1 cells failed" in printed
+
+
+@pytest.mark.parametrize("damage", ["truncated", "edited"])
+def test_a_damaged_failure_is_named(sweeps, tmp_path, damage, monkeypatch):
+    sweeps.here(tmp_path, "pruner=random", "budget=200", "tasks=[pope]")
+    (file,) = tmp_path.rglob("*.failed.json")
+    file.write_text(file.read_text()[:50] if damage == "truncated" else "[]")
+    code, printed = sweeps.here(tmp_path, "pruner=random", "budget=200", "tasks=[pope]")
+    assert code == 1
+    assert f"{file.name} is damaged" in printed
+
+
+def test_a_torn_answer_is_asked_again(sweeps, reference, tmp_path, monkeypatch):
+    """Two answers whole, the third cut off in the middle: one document of four more is not asked for the first two."""
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Bar, "advance", _interrupting(calls, after=3))
+        code, printed = sweeps.here(tmp_path, "pruner=random", "tasks=[pope]")
+    assert code == 130
+    assert "Finished cells and answers are kept" in printed
+    (file,) = tmp_path.rglob("*.answers.jsonl")
+    text = file.read_text()
+    assert len(text.splitlines()) == 3
+    file.write_text(text[:-40])
+    monkeypatch.setattr(Bar, "advance", lambda cells: calls.append(cells))
+    calls.clear()
+    code, printed = sweeps.here(tmp_path, "pruner=random", "tasks=[pope]")
+    assert code == 0
+    assert calls == [2 / 4, 1 / 4, 1 / 4]
+    assert "1 lines of" in printed
+    assert _samples(tmp_path, "pope/random_16") == _samples(reference[0], "pope/random_16")
+
+
+def _interrupting(calls: list, after: int):
+    def advance(cells: float) -> None:
+        if cells == 1 / 4:
+            calls.append(cells)
+        if len(calls) == after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return advance
+
+
+def _samples(results: Path, cell: str) -> str:
+    return Store.samples(cells(results)[cell]).drop(columns="seconds").to_json()
+
+
+def _killed_and_resumed(sweeps, reference, results: Path, moment: float) -> None:
+    process = sweeps.child(results, *GRID)
+    time.sleep(moment)
+    process.kill()
+    process.join()
+    again = sweeps.child(results, *GRID)
+    again.join(120)
+    assert again.exitcode == 0, output(results, again)
+    assert tables(results) == reference[1]
+    for cell in cells(reference[0]):
+        assert _samples(results, cell) == _samples(reference[0], cell)
+    assert not list(results.rglob("*.answers*"))
+    assert not list(results.glob("runs/.writing/*"))
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_killed_sweep_goes_on_to_the_same_tables(sweeps, reference, tmp_path, number):
+    _killed_and_resumed(sweeps, reference, tmp_path / "results", (0.4, 0.6, 0.8)[number] * reference[2])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", range(50))
+def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_tables(sweeps, reference, tmp_path, number):
+    _killed_and_resumed(sweeps, reference, tmp_path / "results", random.Random(number).uniform(0, reference[2]))
+
+
+def test_two_sweeps_at_once_share_the_cells(sweeps, reference, tmp_path):
+    results = tmp_path / "results"
+    processes = [sweeps.child(results, *GRID) for _ in range(2)]
+    done = 0
+    for process in processes:
+        process.join(120)
+        printed = output(results, process)
+        assert process.exitcode == 0, printed
+        counts = dict(zip(("done", "skipped", "failed"), _counts(printed), strict=True))
+        assert counts["done"] + counts["skipped"] == 4
+        done += counts["done"]
+    assert done == 4
+    assert tables(results) == reference[1]
+
+
+def _counts(printed: str) -> list[int]:
+    return [int(printed.split(f" cells {state}")[0].split()[-1]) for state in ("done", "skipped", "failed")]
+
+
+def test_a_cell_that_another_process_gives_up_is_taken_over(sweeps, reference, tmp_path):
+    """The first sweep is stopped inside its first cell; the second does the others, waits for that one and gets it."""
+    results = tmp_path / "results"
+    first = sweeps.child(results, *GRID, "tasks=[pope]")
+    wait_for(lambda: list(results.rglob("*.answers.jsonl")))
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        second = sweeps.child(results, *GRID)
+        wait_for(lambda: len(cells(results)) == 3)
+        time.sleep(0.2)
+        assert second.is_alive()
+    finally:
+        first.kill()
+    second.join(60)
+    assert second.exitcode == 0, output(results, second)
+    assert tables(results) == reference[1]
+
+
+def test_an_interrupt_twice_ends_at_once_and_the_sweep_goes_on_later(sweeps, reference, tmp_path):
+    results = tmp_path / "results"
+    process = sweeps.child(results, *GRID)
+    wait_for(lambda: list(results.rglob("*.answers.jsonl")))
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130
+    code, printed = sweeps.here(results, *GRID)
+    assert code == 0, printed
+    assert tables(results) == reference[1]
+
+
+def test_shards_answer_apart_and_the_last_one_scores(sweeps, reference, tmp_path):
+    common = ("pruner=random", "tasks=[pope]")
+    code, printed = sweeps.here(tmp_path, *common, "shard=0/3")
+    assert code == 0
+    assert "0 cells done, 0 cells skipped, 0 cells failed, 1 cells partial" in printed
+    assert not cells(tmp_path)
+    code, printed = sweeps.here(tmp_path, "-m", *common, "shard=1/3,2/3")
+    assert code == 0, printed
+    assert "1 cells done, 0 cells skipped, 0 cells failed" in printed
+    assert _samples(tmp_path, "pope/random_16") == _samples(reference[0], "pope/random_16")
+    assert not list(tmp_path.rglob("*.answers*"))
+
+
+def test_shards_of_several_processes_make_one_cell(sweeps, reference, tmp_path):
+    results = tmp_path / "results"
+    processes = [sweeps.child(results, "pruner=random", "tasks=[pope]", f"shard={n}/2") for n in (0, 1)]
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0, output(results, process)
+    assert _samples(results, "pope/random_16") == _samples(reference[0], "pope/random_16")
+
+
+def _on_a_small_disk(sweeps, tmp_path: Path, options: str, *overrides: str) -> subprocess.CompletedProcess:
+    """A sweep whose results folder is a file system of its own, in a mount namespace of its own."""
+    results = tmp_path / "results"
+    results.mkdir()
+    own = ["unshare", "--map-root-user", "--mount"]
+    mount = f"mount -t tmpfs -o {options} tmpfs {results}"
+    if subprocess.run([*own, "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    words = [sys.executable, *sweeps.command(results, *overrides)]
+    copy = f"mkdir -p {tmp_path}/left; cp -r {results}/. {tmp_path}/left"
+    script = f'{mount} && "$@"; code=$?; {copy}; exit $code'
+    environment = os.environ | {"COLUMNS": "300"}
+    return subprocess.run([*own, "sh", "-c", script, "sh", *words], capture_output=True, text=True, timeout=200, env=environment)
+
+
+def test_a_full_disk_ends_the_sweep_with_what_it_has(sweeps, reference, tmp_path):
+    run = _on_a_small_disk(sweeps, tmp_path, "size=88k", *GRID)
+    assert run.returncode == 1
+    assert "No space left on device" in " ".join(run.stderr.split())
+    left = tmp_path / "left"
+    finished = cells(left)
+    assert 1 <= len(finished) < 4
+    code, printed = sweeps.here(left, *GRID)
+    assert code == 0
+    assert f"{4 - len(finished)} cells done, {len(finished)} cells skipped, 0 cells failed" in printed
+    assert tables(left) == reference[1]
+
+
+def test_a_full_disk_is_one_paragraph(sweeps, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Store, "write", full)
+    code, printed = sweeps.here(tmp_path, "pruner=random", "tasks=[pope]")
+    assert code == 1
+    assert "cannot be written any more ([Errno 28] No space left on device), so the sweep ends here." in printed
+    assert "Finished cells and answers are kept" in printed
+    assert "Traceback" not in printed
+    (answers,) = tmp_path.rglob("*.answers.jsonl")
+    assert len(answers.read_text().splitlines()) == 4
+
+
+@pytest.mark.faults
+def test_a_read_only_folder_is_one_paragraph(sweeps, tmp_path):
+    run = _on_a_small_disk(sweeps, tmp_path, "ro", "pruner=random")
+    assert run.returncode == 1
+    assert "cannot be written" in run.stderr
+    assert "set results=/another/folder" in " ".join(run.stderr.split())
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,212 @@
+"""The formula against torch's counter: at true geometry on the meta device, and with hooks in on tiny models."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import picture
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, DynamicCache
+
+from eval.flops import conventions, count, count_row, head, prefill, projector, tower
+from eval.flops_published import explain
+from eval.geometry import config_of, random_model, random_processor, reduced, tiny
+from eval.inject import inject
+from pruners import build
+
+CLIP = [(24, 24)]
+# crops and visual tokens of a prompt
+MODELS = {
+    "llava_1_5_7b": (CLIP, 576),
+    "llava_1_5_13b": (CLIP, 576),
+    "llava_next_7b": (CLIP * 5, 2880),
+    "qwen2_5_vl_7b": ([(36, 36)], 1296),
+    "qwen2_5_vl_3b": ([(36, 36)], 1296),
+}
+
+
+def plan(name: str, tokens: int) -> list[int]:
+    return [tokens] * config_of(name).text_config.num_hidden_layers
+
+
+def measured(call) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def shapes(config):
+    return random_model(config, "meta", torch.bfloat16)
+
+
+def empty(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_language_model_at_true_geometry(name):
+    config, (_, visual) = config_of(name), MODELS[name]
+    model, states = shapes(config), empty(1, visual + 62, config.text_config.hidden_size)
+    assert measured(lambda: model.model.language_model(inputs_embeds=states)) == sum(
+        work.total for work in prefill(config, plan(name, visual), 62)
+    )
+    assert measured(lambda: model.lm_head(states[:, :1])) == head(config)
+
+
+@pytest.mark.parametrize("name", ["llava_1_5_7b", "qwen2_5_vl_7b"])
+def test_decoding_at_true_width(name):
+    config = reduced(config_of(name), layers=2)
+    language, cache, width = random_model(config, "meta").model.language_model, DynamicCache(), config.text_config.hidden_size
+    language(inputs_embeds=torch.empty(1, 162, width, device="meta"), past_key_values=cache, use_cache=True)
+    step = torch.empty(1, 1, width, device="meta")
+    first, second = (
+        measured(lambda: language(inputs_embeds=step, past_key_values=cache, use_cache=True)) + head(config) for _ in range(2)
+    )
+    flops = count(config, layer_tokens=[100, 100], text_tokens=62, crops=CLIP, new_tokens=3)
+    assert flops.step == first
+    assert flops.decode == first + second
+    assert count(config, layer_tokens=[100, 100], text_tokens=62, crops=CLIP).decode == 0
+
+
+@pytest.mark.parametrize("name", ["llava_1_5_7b", "llava_next_7b"])
+def test_a_clip_tower_at_true_geometry(name):
+    config, (crops, _) = config_of(name), MODELS[name]
+    vision_tower, pixels = shapes(config).model.vision_tower, empty(len(crops), 3, 336, 336)
+    assert measured(lambda: vision_tower(pixels)) == tower(config, crops).total
+
+
+def test_qwens_tower_at_true_geometry():
+    config, crops = config_of("qwen2_5_vl_7b"), [(6, 5), (4, 4)]  # windows of 4 x 4 tokens, smaller at the edges
+    visual, patches = shapes(config).model.visual, empty(4 * 46, 3 * 2 * 14 * 14)
+    grid = torch.tensor([(1, 2 * rows, 2 * columns) for rows, columns in crops])
+    # positions are made from the grid, which has to have values
+    visual.rotary_pos_emb.register_forward_pre_hook(
+        lambda _, args: tuple(part.to("meta") if isinstance(part, torch.Tensor) else part for part in args)
+    )
+    both = measured(lambda: visual(patches, grid_thw=grid))
+    assert both == tower(config, crops).total + projector(config, crops).total
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_projector_at_true_geometry(name):
+    config, (crops, visual) = config_of(name), MODELS[name]
+    core = shapes(config).model
+    if config.model_type == "qwen2_5_vl":
+        seen = measured(lambda: core.visual.merger(empty(4 * visual, 1280)))
+    else:
+        seen = measured(lambda: core.multi_modal_projector(empty(len(crops), 576, 1024)))
+    assert seen == projector(config, crops).total
+
+
+# method -> visual tokens of the four layers; the counter sees what `pruner` counts, and nothing else
+METHODS = {
+    "none": ({}, (16, 16, 16, 16)),
+    "random": ({}, (8, 8, 8, 8)),
+    "fastervlm": ({}, (8, 8, 8, 8)),
+    "divprune": ({}, (8, 8, 8, 8)),
+    "scope": ({}, (8, 8, 8, 8)),
+    "fastv": ({"layer": 1}, (16, 5, 5, 5)),
+    "pyramiddrop": ({"stages": (1, 2, 3)}, (16, 8, 4, 2)),
+    "dart": ({"layer": 1}, (16, 4, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pruned_model_with_its_hooks(method, attention):
+    """In-LLM methods cost their score rows: FastV 2 L d for one query over the L positions ahead of the cut."""
+    config, (options, layer_tokens) = tiny("llava"), METHODS[method]
+    model = random_model(config, std=0.2, attn_implementation=attention)
+    text = "USER: <image>\nwhat is this, and why? ASSISTANT:"
+    inputs = random_processor(config)(text=[text], images=[picture(0)], return_tensors="pt")
+    with inject(model, build(method, **options), "full" if method == "none" else 8) as trace:
+        seen = measured(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
+    record = trace.records[0]
+    row = {"visual_tokens": 16, "new_tokens": 1, "layer_tokens": layer_tokens, "prompt_tokens": record.prompt_tokens}
+    flops = count_row(config, row, method)
+    assert record.layer_tokens == layer_tokens
+    assert seen == flops.first_token
+    assert (flops.pruner > 0) == (method not in ("none", "random"))
+    if method == "fastv":
+        assert flops.pruner == 2 * inputs["input_ids"].shape[1] * 64
+
+
+def test_the_embedded_model():
+    config = AutoConfig.from_pretrained(Path(__file__).parents[1] / "eval/shapes/model")
+    model = random_model(config)
+    pixels = torch.zeros(1, 3, 96, 96)
+    assert measured(lambda: model.model.vision_tower(pixels)) == tower(config, [(12, 12)]).total
+
+
+@pytest.mark.parametrize(
+    ("convention", "model", "text", "printed"),
+    [
+        ("macs_visual", "llava_1_5_7b", 0, {576: 3.82, 192: 1.25, 128: 0.83, 64: 0.42}),
+        ("macs_visual_fastv", "llava_1_5_7b", 0, {576: 2.99, 192: 0.98}),
+        ("flops_prompt", "llava_next_7b", 62, {2880: 42.6, 320: 5.02}),  # PromPrune, Table 6
+        ("flops_linear", "llava_1_5_7b", 49, {576: 8.63, 192: 3.56, 128: 2.71, 64: 1.87}),  # HiPrune, Table 5
+    ],
+)
+def test_published_numbers_by_their_convention(convention, model, text, printed):
+    for tokens, value in printed.items():
+        digits = len(str(value).split(".")[1])
+        flops = conventions(config_of(model), plan(model, tokens), text, MODELS[model][0])[convention]
+        assert round(flops / 1e12, digits) == value
+
+
+def test_pyramiddrops_own_number():
+    """arXiv 2410.17247, ablation of stages: 1.78 T with half of the tokens dropped before layers 8, 16 and 24."""
+    layer_tokens = [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
+    assert round(conventions(config_of("llava_1_5_7b"), layer_tokens, 0, CLIP)["macs_visual"] / 1e12, 2) == 1.78
+
+
+def test_grouped_queries_cost_less_than_the_literature_writes():
+    config, layer_tokens = config_of("qwen2_5_vl_7b"), plan("qwen2_5_vl_7b", 1296)
+    full = 28 * (4 * 1296 * 3584**2 + 2 * 1296**2 * 3584 + 3 * 1296 * 3584 * 18944)
+    counted = conventions(config, layer_tokens, 0, [(36, 36)])["macs_visual"]
+    assert full - counted == 28 * 2 * 1296 * 3584 * (3584 - 512)
+
+
+def test_a_method_without_a_count_says_so():
+    options = {"layer_tokens": plan("llava_1_5_7b", 64), "text_tokens": 62, "crops": CLIP}
+    counted, unknown = (count(config_of("llava_1_5_7b"), method=method, **options) for method in ("random", "visionzip"))
+    assert unknown.pruner is None
+    assert unknown.first_token == counted.first_token
+
+
+def test_errors_name_the_way_out():
+    config = config_of("llava_next_7b")
+    row = {"visual_tokens": 2880, "layer_tokens": [64] * 32, "prompt_tokens": 100, "new_tokens": 1}
+    with pytest.raises(ValueError, match="need a column `crops`"):
+        count_row(config, row, "none")
+    assert count_row(config, row | {"crops": CLIP * 5}, "none").tower == tower(config, CLIP * 5)
+    with pytest.raises(ValueError, match="3 counts in layer_tokens for 32 layers"):
+        count(config, layer_tokens=[64] * 3, text_tokens=1, crops=CLIP)
+    with pytest.raises(ValueError, match="'clip' models are not known"):
+        tower(AutoConfig.for_model("clip"), CLIP)
+
+
+def test_a_table_is_explained_only_by_one_text_for_several_budgets():
+    """HiPrune's Table 5 in small, a number no text fits, one that could be anything, and one without text."""
+    rows = [
+        ("a", "none", 576, "flops", 8.63),
+        ("a", "hiprune", 192, "flops", 3.56),
+        ("a", "hiprune", 64, "flops", 1.87),
+        ("a", "fsr", 64, "flops", 1.95),
+        ("b", "hiprune", 64, "flops", 1.87),
+        ("c", "fastv", 192, "flops", 1.25),
+        ("d", "none", 576, "macs", 4.315),
+        ("d", "hiprune", 64, "macs", 0.935),
+        ("e", "none", None, "flops", 8.63),
+    ]
+    reported = pd.DataFrame(rows, columns=["paper", "method", "budget_tokens", "quantity", "value"]).assign(
+        table="T", model="llava_1_5_7b", unit="T"
+    )
+    found = explain(reported).groupby("paper")["explained by"].agg(list)
+    assert found["a"][:3] == ["flops_linear with 48.9 to 49.2 text tokens"] * 3
+    assert found["a"][3] == ""
+    assert found["b"] == [""]
+    assert found["c"] == ["macs_visual"]
+    assert all("flops_linear with 4" in text for text in found["d"])
+    assert found["e"] == [""]

@@ -1,0 +1,298 @@
+"""Injection into a tiny real Qwen2.5-VL: M-RoPE coordinates, images of different sizes, grouped queries."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from PIL import Image
+from test_inject import QUESTIONS, STEPS, logits
+from torch import Tensor
+
+from eval.geometry import random_model, random_processor, tiny
+from eval.inject import Sample, inject
+from pruners import REGISTRY, Pruner, Selection, VisualTokens, build
+
+SIZES = [(140, 196), (168, 112), (112, 224)]  # 7 x 5, 4 x 6 and 8 x 4 tokens; windows are 2 x 2
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return random_processor(tiny("qwen2_5_vl"))
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def model(request):
+    return random_model(tiny("qwen2_5_vl"), attn_implementation=request.param, std=0.2)
+
+
+@pytest.fixture(scope="module")
+def eager():
+    return random_model(tiny("qwen2_5_vl"), attn_implementation="eager", std=0.2)
+
+
+def scene(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    width, height = size
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def encode(processor, sizes: list[list[tuple[int, int]]], first: int = 0):
+    """One prompt a list of image sizes (width, height); `first` counts questions and scenes."""
+    image = "<|vision_start|><|image_pad|><|vision_end|>, "
+    texts = [
+        f"<|im_start|>user\nlook {image * len(row)}{question}<|im_end|>\n<|im_start|>assistant\n"
+        for row, question in zip(sizes, QUESTIONS[first:], strict=False)
+    ]
+    images = [scene(size, first + i) for i, size in enumerate(size for row in sizes for size in row)]
+    return processor(text=texts, images=images or None, padding=True, return_tensors="pt")
+
+
+@dataclass(frozen=True)
+class Chosen(Pruner):
+    """Keeps given tokens of every image, by the name of the image."""
+
+    kept: dict[str, list[int]]
+
+    name = "chosen"
+    paper = "-"
+    status = "baseline"
+    needs = frozenset({"features"})
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        return Selection(torch.tensor([self.kept[name] for name in tokens.sample_ids]))
+
+
+@dataclass
+class Row:
+    """One prompt without padding, as the language model gets it."""
+
+    embeds: Tensor  # [L, D]
+    positions: Tensor  # [3, L]
+    end: int  # the first position behind it
+    visual: list[Tensor]  # places of every image
+
+
+@torch.no_grad()
+def prompts(model, inputs) -> list[Row]:
+    """The rows of a call, with M-RoPE's coordinates written out."""
+    ids, image = inputs["input_ids"], model.config.image_token_id
+    grids, features = [], []
+    if "pixel_values" in inputs:
+        grids = [(h // 2, w // 2) for _, h, w in inputs["image_grid_thw"].tolist()]
+        features = list(model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output)
+    rows = []
+    for b, real in enumerate(inputs["attention_mask"].bool()):
+        row = ids[b, real]
+        embeds, axes, visual, end, place = model.get_input_embeddings()(row), [], [], 0, 0
+        while place < len(row):
+            if row[place] != image:
+                axes.append(torch.full((3, 1), end))
+                end, place = end + 1, place + 1
+                continue
+            height, width = grids.pop(0)
+            places = place + torch.arange(height * width)
+            embeds[places] = features.pop(0)
+            line, column = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+            axes.append(end + torch.stack([torch.zeros_like(line), line, column]))
+            visual.append(places)
+            end, place = end + max(height, width), place + height * width
+        rows.append(Row(embeds, torch.cat(axes, 1), end, visual))
+    return rows
+
+
+def kept_rows(rows: list[Row], kept: list[list[list[int]]]) -> list[Row]:
+    """The rows with the kept tokens of every image only; positions stay."""
+    short = []
+    for row, indices in zip(rows, kept, strict=True):
+        stays = torch.ones(len(row.embeds), dtype=torch.bool)
+        for places, mine in zip(row.visual, indices, strict=True):
+            stays[places] = False
+            stays[places[mine]] = True
+        short.append(Row(row.embeds[stays], row.positions[:, stays], row.end, []))
+    return short
+
+
+@torch.no_grad()
+def reference(model, rows: list[Row], new: Tensor) -> Tensor:
+    """Logits of the language model fed these rows and what was generated: one row at a time, without cache, mask or hooks."""
+    answers = []
+    for row, tokens in zip(rows, new, strict=True):
+        sequence = torch.cat([row.embeds, model.get_input_embeddings()(tokens[:-1])])
+        behind = row.end + torch.arange(len(tokens) - 1).expand(3, -1)
+        hidden = model.model.language_model(
+            inputs_embeds=sequence[None],
+            position_ids=torch.cat([row.positions, behind], 1)[:, None],
+            attention_mask=torch.ones(1, len(sequence), dtype=torch.long),
+            use_cache=False,
+        ).last_hidden_state
+        answers.append(model.lm_head(hidden[0, len(row.embeds) - 1 :]))
+    return torch.stack(answers)
+
+
+def some(count: int, seed: int) -> list[int]:
+    """A quarter of the tokens."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: (count + 2) // 4].sort().values.tolist()
+
+
+CASES = {
+    "one": [[SIZES[0]]],
+    "two rows": [[SIZES[0]], [SIZES[1]]],
+    "two images": [[SIZES[1], SIZES[2]]],
+    "two images and one": [[SIZES[0], SIZES[1]], [SIZES[2]]],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+class TestAnswers:
+    def test_keeping_all_changes_no_bit(self, model, processor, case):
+        inputs = encode(processor, CASES[case])
+        plain = model.generate(**inputs, **STEPS)
+        for pruner in (build("none"), build("scope")):
+            with inject(model, pruner, "full"):
+                kept = model.generate(**inputs, **STEPS)
+            assert torch.equal(kept.sequences, plain.sequences)
+            assert torch.equal(logits(kept), logits(plain))
+
+    def test_a_subset_equals_the_model_fed_only_that_subset(self, model, processor, case):
+        inputs = encode(processor, CASES[case])
+        rows = prompts(model, inputs)
+        kept = [[some(len(places), seed=i) for i, places in enumerate(row.visual)] for row in rows]
+        named = {f"{b}|{i}": indices for b, row in enumerate(kept) for i, indices in enumerate(row)}
+        with inject(model, Chosen(named), "25%") as trace:
+            pruned = model.generate(**inputs, **STEPS)
+        new = pruned.sequences[:, inputs["input_ids"].shape[1] :]
+        assert (logits(pruned) - reference(model, kept_rows(rows, kept), new)).abs().max() < 1e-4
+        assert (logits(pruned) - logits(model.generate(**inputs, **STEPS))).abs().max() > 0.1  # it does matter
+        assert [[list(indices) for indices in record.kept_indices] for record in trace.records] == kept
+        assert torch.equal(pruned.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+
+    def test_generated_tokens_stand_behind_the_unpruned_prompt(self, model, processor, case):
+        inputs, seen = encode(processor, CASES[case]), []
+        with inject(model, build("uniform"), "25%"):
+            handle = model.model.language_model.register_forward_pre_hook(
+                lambda _module, _args, kwargs: seen.append(kwargs["position_ids"][-3:]), with_kwargs=True
+            )
+            model.generate(**inputs, **STEPS)
+            handle.remove()
+        for b, row in enumerate(prompts(model, inputs)):
+            assert int(seen[0][:, b].max()) == row.end - 1
+            for step, positions in enumerate(seen[1:]):
+                assert positions[:, b].tolist() == [[row.end + step]] * 3
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.17"), reason="generate of 5.0 does not take embeddings and M-RoPE positions"
+)
+def test_a_subset_equals_generation_from_its_embeddings(model, processor):
+    """The other way to prune: `generate` is handed the shortened prompt itself, and counts its frame."""
+    for size in SIZES:
+        inputs = encode(processor, [[size]])
+        with inject(model, build("random"), "25%") as trace:
+            pruned = model.generate(**inputs, **STEPS)
+        (row,) = kept_rows(prompts(model, inputs), [[list(trace.records[0].kept_indices[0])]])
+        options = {"inputs_embeds": row.embeds[None], "attention_mask": torch.ones(1, len(row.embeds), dtype=torch.long)}
+        output = model.generate(**options, position_ids=row.positions[:, None], **STEPS)
+        assert torch.equal(logits(pruned), logits(output))
+        # token by token it takes the offset between positions and the shortened frame
+        with torch.no_grad():
+            step = model(**options, position_ids=row.positions[:, None], use_cache=True)
+            model.model.rope_deltas = torch.tensor([[row.end - len(row.embeds)]])
+            for number, want in enumerate(output.logits):
+                assert (step.logits[:, -1] - want).abs().max() < 1e-4
+                step = model(input_ids=output.sequences[:, number : number + 1], past_key_values=step.past_key_values)
+
+
+def test_rows_of_a_batch_equal_the_rows_alone(model, processor):
+    with inject(model, build("scope"), "25%") as trace:
+        together = model.generate(**encode(processor, [[size] for size in SIZES]), **STEPS)
+        for row, size in enumerate(SIZES):
+            one = model.generate(**encode(processor, [[size]], first=row), **STEPS)
+            assert (logits(one)[0] - logits(together)[row]).abs().max() < 1e-4
+            assert trace.records[-1].kept_indices == trace.records[row].kept_indices
+
+
+def test_the_audit_equals_the_budget(model, processor):
+    inputs = encode(processor, [[SIZES[0], SIZES[1]], [SIZES[2]]])
+    for budget, keeps in (("33.3%", (12, 8, 11)), (5, (5, 5, 5)), (0.111, (4, 3, 4)), ("full", (35, 24, 32))):
+        for name in ("random", "fastervlm", "divprune"):
+            with inject(model, build(name), budget) as trace:
+                model.generate(**inputs, max_new_tokens=1)
+            first, second = trace.records
+            assert first.visual_tokens == (35, 24)
+            assert second.visual_tokens == (32,)
+            assert first.kept_tokens + second.kept_tokens == keeps
+            assert tuple(map(len, first.kept_indices + second.kept_indices)) == keeps
+            assert first.layer_tokens == (keeps[0] + keeps[1],) * 4
+            assert first.prompt_tokens == int(inputs["attention_mask"][0].sum()) - 59 + keeps[0] + keeps[1]
+
+
+def test_a_prompt_without_image_passes_through(model, processor):
+    inputs = encode(processor, [[], []])
+    plain = model.generate(**inputs, **STEPS)
+    for pruner in (build("scope"), build("fastv", layer=1)):
+        with inject(model, pruner, 4) as trace:
+            output = model.generate(**inputs, **STEPS)
+        assert torch.equal(logits(output), logits(plain))
+        assert trace.records[0].visual_tokens == ()
+
+
+# methods before the language model: as they are configured for this family, or why they cannot run
+RUNS = {
+    "cdpruner": {"relevance_space": "llm_embed"},
+    "divprune": {},
+    "fastervlm": {},
+    "fsr": {"relevance_space": "none"},
+    "hiprune": {},
+    "none": {},
+    "pooling": {},
+    "promprune": {"mu": 0.5744},
+    "prunesid": {"variant": "qwen"},
+    "prunesid_dyn": {"variant": "qwen"},
+    "random": {},
+    "scope": {},
+    "sppruner": {"relevance_space": "llm_embed"},
+    "trimtokenator": {},
+    "uniform": {},
+    "visionzip": {"keep_cls": False},
+    "vispruner": {},
+    "zspaprune": {},
+}
+REFUSED = {
+    "prumerge": ({}, "Qwen2.5-VL models do not provide last_keys, last_queries: .* no CLS"),
+    "prumerge_plus": ({}, "Qwen2.5-VL models do not provide last_keys, last_queries: .* no CLS"),
+    "prunesid": ({}, "Qwen2.5-VL models do not provide cls_token: .*variant=qwen"),
+    "visionzip": ({}, "Qwen2.5-VL models do not provide cls_token: .*keep_cls=false"),
+    "cdpruner": ({}, "CLIP"),
+}
+
+
+def test_every_method_before_the_language_model_is_listed():
+    assert {name for name, method in REGISTRY.items() if issubclass(method, Pruner)} == RUNS.keys() | REFUSED.keys()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_method_runs(eager, processor, name):
+    sizes = [(224, 168), (112, 336)]  # 48 tokens each, an even number of rows and columns
+    inputs = encode(processor, [[size] for size in sizes])
+    with inject(eager, build(name, **RUNS[name]), "full" if name == "none" else "25%") as trace:
+        trace.announce([Sample("a", (70, 80, 81)), Sample("b", (75,))])
+        output = eager.generate(**inputs, **STEPS)
+    assert torch.isfinite(logits(output)).all()
+    assert torch.equal(logits(output), logits(eager.generate(**inputs, **STEPS))) == (name == "none")
+    if name not in ("none", "prunesid", "prunesid_dyn"):  # the latter's own least number is 16
+        assert [record.kept_tokens for record in trace.records] == [(12,), (12,)]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_method_that_cannot_run_says_why(eager, processor, name):
+    options, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message), inject(eager, build(name, **options), 4):
+        eager.generate(**encode(processor, [[SIZES[0]]]), max_new_tokens=1)
+
+
+def test_settings_of_other_families_are_errors(eager):
+    for options in ({"positions": "compact"}, {"layout": "anyres"}):
+        with pytest.raises(ValueError, match=next(iter(options))), inject(eager, build("scope"), 4, **options):
+            pass

@@ -1,0 +1,346 @@
+"""Paper tables: complete in their own layout, and the right verdict for every known effect."""
+
+import dataclasses
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from cells import cell, rows
+from lxml import etree
+from lxml import html as lxml_html
+
+from eval import paper_tables, render, reported
+from eval.layouts import layouts
+from eval.stats import Interval
+from eval.store import Store
+from eval.verdicts import VERDICTS, Verdict, judge, judge_method
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = "llava_1_5_7b"
+LAYOUTS = {layout.stem: layout for layout in layouts()}
+NUMBERS = reported.load_reported()
+
+
+def printed(layout, method, budget, task):
+    one = NUMBERS[(NUMBERS["paper"] == layout.paper) & (NUMBERS["table"] == layout.table) & (NUMBERS["model"] == layout.model)]
+    return one.set_index(["method", "budget", "task"]).loc[(method, budget, task), "value"]
+
+
+def share(layout, method, budget, task, points=0.0):
+    """The share of right answers that gives the printed ratio to an unpruned model as printed, moved by `points` of it."""
+    full = printed(layout, "none", "full", task)
+    ratio = printed(layout, method, budget, task) / full + points / 100
+    return ratio * full / 100
+
+
+def ours(effects, stem="scope_table1", tasks=("gqa", "pope", "scienceqa_img"), full=576, model=MODEL, **options):
+    """Cells of {(method, budget): points away from the print}; the unpruned row is as printed unless given."""
+    layout, found = LAYOUTS[stem], []
+    for (method, budget), points in ({("none", "full"): 0.0} | effects).items():
+        tokens = float(full if budget == "full" else budget)
+        for task in tasks:
+            samples = rows(task, share(layout, method, budget, task, points))
+            found.append(cell(model, method, budget, task, samples, tokens, full, **options))
+    return found
+
+
+def verdicts(table, column):
+    cells = table.cells[table.cells["column"] == column].set_index(["method", "budget"])
+    return cells["verdict"].to_dict()
+
+
+@pytest.mark.parametrize("stem", LAYOUTS)
+def test_a_layout_holds_every_printed_number(stem):
+    layout = LAYOUTS[stem]
+    table = paper_tables.build(layout, NUMBERS, [])
+    of = (NUMBERS["paper"] == layout.paper) & (NUMBERS["table"] == layout.table) & (NUMBERS["model"] == layout.model)
+    assert table.cells["printed"].count() == of.sum()
+    assert set(table.cells["verdict"]) == {"not run"}
+    assert table.cells["reproduced"].isna().all()
+    assert {column for column in table.cells["column"] if column != "average"} == set(layout.tasks)
+    assert any(f"experiment={layout.experiment}" in note for note in table.notes)
+
+
+def test_rows_and_columns_stand_in_the_order_of_the_paper():
+    text = render.sheet(paper_tables.build(LAYOUTS["promprune_table1"], NUMBERS, []))
+    assert text.header == [
+        *("Method", "MME (perception)", "POPE (F1)", "MMBench", "TextVQA", "SQA-IMG", "GQA", "VQAv2", "VizWiz", "MM-Vet", "Rel."),
+    ]
+    assert list(text.groups) == ["All tokens", "128 tokens", "64 tokens", "32 tokens"]
+    assert [label for label, _ in text.groups["64 tokens"]] == [
+        *("FastV", "SparseVLM", "VisionZip", "VisPruner", "DivPrune", "PromPrune"),
+    ]
+    first = text.groups["128 tokens"][-1][1]
+    assert [entry.printed for entry in first][:3] == ["1422.4", "86.7", "63.1"]
+    assert {entry.verdict for entry in first} == {"not run"}
+
+
+def test_known_effects_get_their_verdicts():
+    effects = {("scope", "64"): 0.3, ("visionzip", "64"): -2.0, ("fastv", "64"): 8.0, ("scope", "192"): 0.0}
+    table = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, ours(effects), 500)
+    for task in ("gqa", "pope", "scienceqa_img"):
+        found = verdicts(table, task)
+        assert found["none", "full"] == "match"
+        assert found["scope", "64"] == found["scope", "192"] == "match"
+        assert found["visionzip", "64"] == "close"
+        assert found["fastv", "64"] == "miss"
+        assert found["sparsevlm", "64"] == found["scope", "128"] == "not run"
+    assert set(verdicts(table, "mmbench_en").values()) == {"not run"}
+    row = table.cells.set_index(["column", "method", "budget"]).loc[("gqa", "visionzip", "64")]
+    assert row["relative"] - row["printed_relative"] == pytest.approx(-2.0, abs=0.1)
+    assert row["relative_low"] < row["relative"] < row["relative_high"]
+    assert row["cause"] == f"{row['relative'] - row['printed_relative']:+.1f} points"
+    assert set(table.cells["verdict"]) <= set(VERDICTS)
+
+
+def test_averages_are_only_over_what_was_run():
+    effects = {("scope", "64"): 0.3, ("visionzip", "64"): -2.0}
+    cells = ours(effects)
+    table = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells[:-1], 300)
+    own = table.cells.set_index(["column", "method", "budget"]).sort_index()
+    assert own.loc[("average", "scope", "64"), "verdict"] == "not run"
+    assert own.loc[("average", "scope", "64"), "cause"] == "3 of 8 tasks were run"
+    over = own.loc[paper_tables.OVER_RUN]
+    assert over.loc[("scope", "64"), "printed"] == pytest.approx(100 * (58.3 / 61.9 + 83.9 / 85.9 + 68.6 / 69.5) / 3)
+    assert over.loc[("scope", "64"), "relative"] == pytest.approx(over.loc[("scope", "64"), "printed"] + 0.3, abs=0.1)
+    assert over.loc[("scope", "64"), "verdict"] == "match"
+    assert over.loc[("visionzip", "64"), "cause"] == "2 of 3 tasks were run"  # one cell was taken away
+    assert over.loc[("fastv", "64"), "verdict"] == "not run"
+
+
+def test_a_papers_average_is_judged_where_all_its_columns_were_run():
+    layout = dataclasses.replace(LAYOUTS["scope_table1"], tasks=["gqa", "pope"])
+    some = NUMBERS[NUMBERS["task"].isin(["gqa", "pope", "average"])].copy()
+    cells = ours({("scope", "64"): 0.0}, tasks=("gqa", "pope"))
+    place = (some["task"] == "average") & (some["method"] == "scope") & (some["budget"] == "64")
+    for printed_mean, verdict in ((95.9, "match"), (97.0, "not comparable")):
+        some.loc[place, "value"] = printed_mean
+        own = paper_tables.build(layout, some, cells, 300).cells.set_index(["column", "method", "budget"])
+        row = own.loc[("average", "scope", "64")]
+        assert (row["verdict"], round(row["reproduced"], 1)) == (verdict, 95.9)
+    assert row["cause"] == "printed number: the mean of the printed ratios is 95.9"
+
+
+def test_a_baseline_that_misses_is_said_in_its_rows():
+    effects = {("none", "full"): -8.0, ("scope", "64"): 0.0}
+    table = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, ours(effects, tasks=("gqa",)), 500)
+    own = table.cells[table.cells["column"] == "gqa"].set_index(["method", "budget"])
+    assert own.loc[("none", "full"), "verdict"] == "miss"
+    assert own.loc[("scope", "64"), "verdict"] == "baseline off"
+    assert re.match(r"unpruned row -8\.0 points; relative to it: miss, \+8\.\d points", own.loc[("scope", "64"), "cause"])
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda record: record["identity"].update(limit=100), "only the first 100 documents"),
+        (lambda record: record["identity"]["model"].update(prompt="hub"), "prompt is hub, not vicuna_v1"),
+        (lambda record: record["identity"]["model"].update(geometry="processor"), "geometry is processor, not pad"),
+        (lambda record: record.update(visual_tokens=729.0), "layout: 729 visual tokens an image, not 576"),
+    ],
+)
+def test_other_inputs_are_not_comparable(change, cause):
+    cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
+    for one in cells:
+        change(one.record)
+    own = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+    row = own.loc[("gqa", "scope", "64")]
+    assert (row["verdict"], row["cause"]) == ("not comparable", cause)
+    assert row["reproduced"] == pytest.approx(58.3, abs=0.1)  # shown all the same
+
+
+def test_another_number_of_tokens_is_not_comparable():
+    cells = ours({("scope", "64"): 0.0, ("visionzip", "64"): 0.0, ("fastv", "64"): 0.0}, tasks=("gqa",))
+    for one in cells[1:]:
+        one.record["average_tokens"] = 70.0
+    found = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+    row = found.loc[("gqa", "scope", "64")]
+    assert (row["verdict"], row["cause"]) == ("not comparable", "budget: 70.0 visual tokens on average, not 64.0")
+    assert found.loc[("gqa", "fastv", "64"), "verdict"] == "match"  # inside the LLM a budget names a schedule
+
+
+def test_a_suspect_printed_number_is_no_measure():
+    cells = ours({("divprune", "128"): 0.0, ("promprune", "128"): 0.0}, "promprune_table1", ("gqa", "pope"))
+    own = paper_tables.build(LAYOUTS["promprune_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+    assert own.loc[("gqa", "divprune", "128"), "verdict"] == "not comparable"
+    assert "equals the 64-token row of VisPruner" in own.loc[("gqa", "divprune", "128"), "cause"]
+    assert own.loc[("pope", "divprune", "128"), "verdict"] == own.loc[("gqa", "promprune", "128"), "verdict"] == "match"
+
+
+def test_a_suspect_unpruned_row_spoils_the_table():
+    layout = LAYOUTS["promprune_table2"]
+    cells = ours({("promprune", "640"): 0.0}, layout.stem, ("gqa",), 2880, "llava_next_7b")
+    own = paper_tables.build(layout, NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+    assert "suspected copy error" in own.loc[("gqa", "promprune", "640"), "cause"]
+    assert own.loc[("gqa", "promprune", "640"), "verdict"] == "not comparable"
+
+
+def test_a_metric_the_paper_does_not_name_is_not_comparable():
+    numbers = NUMBERS.copy()
+    numbers.loc[numbers["metric"] == "pope_f1", "metric"] = "pope_as_printed"
+    cells = ours({("scope", "64"): 0.0}, tasks=("pope",))
+    own = paper_tables.build(LAYOUTS["scope_table1"], numbers, cells, 200).cells.set_index(["column", "method", "budget"])
+    assert own.loc[("pope", "scope", "64"), "cause"].startswith("metric: the paper does not say which")
+
+
+def test_without_our_unpruned_cell_nothing_is_relative():
+    cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))[1:]
+    own = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+    assert own.loc[("gqa", "scope", "64"), "verdict"] == "not comparable"
+    assert own.loc[("gqa", "scope", "64"), "cause"] == "no unpruned cell to be relative to"
+
+
+def test_a_score_that_is_no_number_is_said():
+    cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
+    cells[1].rows.loc[7, "score"] = float("nan")
+    own = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+    assert "score that is not a number" in own.loc[("gqa", "scope", "64"), "cause"]
+
+
+def test_mme_is_compared_in_the_metric_the_paper_prints():
+    for stem, column in (("scope_table1", "mme_total"), ("promprune_table1", "mme_perception")):
+        table = paper_tables.build(LAYOUTS[stem], NUMBERS, [])
+        assert set(table.cells.loc[table.cells["column"] == "mme", "metric"]) == {column}
+    samples = rows("mme", 0.7, 1000)
+    cells = [cell(MODEL, "none", "full", "mme", samples, 576.0), cell(MODEL, "scope", "64", "mme", samples, 64.0)]
+    own = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+    assert own.loc[("mme", "scope", "64"), "reproduced"] == pytest.approx(700)  # five categories of 200
+    assert own.loc[("mme", "scope", "64"), "verdict"] == "baseline off"
+
+
+def test_the_tied_best_of_a_budget_are_marked():
+    cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
+    level = share(LAYOUTS["scope_table1"], "scope", "64", "gqa")
+    cells.append(cell(MODEL, "visionzip", "64", "gqa", rows("gqa", level + 0.002, shift=1), 64.0))
+    cells.append(cell(MODEL, "fastv", "64", "gqa", rows("gqa", level - 0.05), 64.0))
+    table = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 1000)
+    assert set(table.cells.loc[table.cells["tied_best"], "method"]) == {"scope", "visionzip"}
+    entries = dict(render.sheet(table).groups["64 tokens"])
+    assert "*" in entries["SCOPE"][0].own
+    assert "*" not in entries["FastV"][0].own
+
+
+def test_cells_of_other_versions_are_refused_and_two_for_one_place():
+    cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
+    cells[1].record["identity"]["versions"] = {"secateur": "0.2.0"}
+    with pytest.raises(ValueError, match="versions is"):
+        paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells)
+    cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
+    with pytest.raises(ValueError, match="two cells of gqa for scope at 64"):
+        paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, [*cells, cells[1]])
+
+
+def test_cells_that_are_not_of_the_table_are_left_out_and_named():
+    cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
+    trial = ours({("scope", "64"): -9.0}, tasks=("gqa",), limit=100)
+    variant = cell(MODEL, "scope", "128", "gqa", rows("gqa", 0.3), 128.0, alpha=2.0)
+    shapes = cell(MODEL, "scope", "192", "gqa", rows("gqa", 0.3), 192.0, suite="shapes")
+    table = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, [*trial, *cells, variant, shapes], 200)
+    found = verdicts(table, "gqa")
+    assert (found["scope", "64"], found["scope", "128"], found["scope", "192"]) == ("match", "not run", "not run")
+    assert "Left out: cells where only the first 100 documents." in table.notes
+    assert "Left out: scope with alpha=2.0." in table.notes
+
+
+def test_fields_that_a_model_sets_are_no_variant():
+    layout = LAYOUTS["promprune_table3"]
+    cells = ours({("promprune", "512"): 0.0}, layout.stem, ("gqa",), 1296, "qwen2_5_vl_7b")
+    for one in cells:
+        one.record["identity"]["model"]["image_side"] = 1008
+    assert cells[1].record["identity"]["pruner"]["mu"] == 0.5744
+    assert verdicts(paper_tables.build(layout, NUMBERS, cells, 200), "gqa")["promprune", "512"] == "match"
+
+
+def test_thresholds():
+    narrow, wide = Interval(95.0, 94.5, 95.5, 0), Interval(95.0, 91.0, 99.0, 0)
+    assert judge(96.0, narrow).verdict == "match"
+    assert judge(97.4, narrow) == Verdict("close", "-2.4 points")
+    assert judge(97.6, narrow).verdict == "miss"
+    assert judge(98.5, wide) == Verdict("match", "-3.5 points, inside the interval")
+    assert judge_method(96.0, narrow, Verdict("close", "+2.0 points")).verdict == "match"
+    assert judge_method(96.0, narrow, Verdict("miss", "-9.0 points")) == Verdict(
+        "baseline off", "unpruned row -9.0 points; relative to it: match"
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A filled table whose notes try to break out of every format."""
+    cells = ours({("scope", "64"): 0.3, ("fastv", "64"): 8.0}, tasks=("gqa", "pope"))
+    table = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200)
+    table.notes.append(r"<script>alert(1)</script> 50% & \input{x} $a_b$ # ~ ^ {|*|}")
+    return {path.suffix: path.read_text() for path in render.write(table, tmp_path_factory.mktemp("papers"))}
+
+
+def test_markdown_has_printed_ours_and_verdict_in_a_cell(files):
+    assert re.search(r"\| SCOPE \| 58\.3 · 58\.\d\* ± \d\.\d · match \| 61\.7 · not run \|", files[".md"])
+    assert re.search(r"\| FastV \| 46\.1 · \d+\.\d ± \d\.\d · miss \[\d\]", files[".md"])
+    assert re.search(r"- \[1\] [+-]\d\.\d points\.", files[".md"])
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in files[".md"].splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+
+
+def test_html_is_well_formed_and_runs_nothing(files):
+    tree = lxml_html.document_fromstring(files[".html"], parser=etree.HTMLParser(recover=False))
+    assert not tree.xpath("//script")
+    assert "<script>alert(1)</script>" in tree.xpath("string(//ul)")
+    counts = {sum(int(cell.get("colspan", "1")) for cell in row) for row in tree.xpath("//tr")}
+    assert counts == {1 + 8 + 2}
+
+
+def test_csv_has_every_cell(files, tmp_path):
+    (tmp_path / "t.csv").write_text(files[".csv"])
+    table = pd.read_csv(tmp_path / "t.csv")
+    assert len(table) == 16 * (8 + 2)
+    assert set(table["verdict"]) == {"match", "miss", "not run"}
+
+
+def test_latex_is_escaped_and_balanced(files):
+    text = files[".tex"]
+    assert r"\textless{}" not in text
+    assert r"$<$script$>$" in text
+    assert r"\textbackslash{}input\{x\}" in text
+    bare = re.sub(r"\\[{}\\]", "", text)
+    assert bare.count("{") == bare.count("}")
+    assert text.count(r"\begin{") == text.count(r"\end{")
+    rule = re.compile(r"\\begin\{tabular\}\[t\].*?\\end\{tabular\}")
+    body = [rule.sub("", line) for line in text.splitlines() if line.endswith(r" \\") and "multicolumn" not in line]
+    assert {line.replace(r"\&", "").count("&") for line in body} == {8 + 2}
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no TeX is installed")
+def test_latex_compiles(files, tmp_path):
+    document = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}" + files[".tex"] + r"\end{document}"
+    (tmp_path / "t.tex").write_text(document)
+    done = subprocess.run(["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_the_script_writes_all_tables_and_refuses_what_it_must(tmp_path, monkeypatch, capsys):
+    store = Store(tmp_path)
+    for one in ours({("scope", "64"): 0.3}, tasks=("gqa",)):
+        store.write(one.record["identity"], {k: v for k, v in one.record.items() if k != "identity"}, one.rows)
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--results", str(tmp_path), "--resamples", "200"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "tables.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "SCOPE Table 1, llava_1_5_7b: 142 not run, 2 match" in out
+    assert "ZSPAPrune: no table of it is public" in out
+    assert "cells printed differently" in out
+    for stem in LAYOUTS:
+        assert all((tmp_path / "tables" / "papers" / f"{stem}.{suffix}").exists() for suffix in ("md", "tex", "html", "csv"))
+    assert (tmp_path / "tables" / "intervals_hub_llava_1_5_7b_all.md").exists()
+
+    other = ours({("scope", "64"): 0.3}, tasks=("gqa",))[1]
+    other.record["identity"]["versions"] = {"secateur": "0.2.0"}
+    store.write(other.record["identity"], {k: v for k, v in other.record.items() if k != "identity"}, other.rows)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "tables.py"), run_name="__main__")
+    assert ended.value.code == 1
+    assert "REFUSED SCOPE Table 1, llava_1_5_7b: cells of 2 settings" in capsys.readouterr().out
