@@ -42,6 +42,7 @@ class Job:
     limit: int | None
     seed: int
     shard: tuple[int, int]  # number and count
+    engine: dict[str, Any]  # how the model runs, which changes no answer: batch_tokens, cache, its limits and folder
     store: Store
     retry_failed: bool
     config: dict[str, Any]  # what all this came from
@@ -72,6 +73,7 @@ class Job:
             limit=limit,
             seed=settings["seed"],
             shard=_shard(settings["shard"]),
+            engine=_engine(settings),
             store=Store(Path(settings["results"])),
             retry_failed=settings["retry_failed"],
             config=settings,
@@ -81,8 +83,7 @@ class Job:
         """The identity of this job's cell of a task, or of the same cell under another method."""
         model = {key: value for key, value in self.model.items() if key not in ("device", *_NOT_OF_THE_MODEL)}
         suite = {key: self.suite[key] for key in ("name", "revision")}
-        pretrained = self.model["weights"] == "pretrained"
-        weights = fingerprint(self.model["pretrained"], self.model["revision"]) if pretrained else "random"
+        weights = fingerprint(self.model["pretrained"], self.model["revision"])
         return cell.identity(model, weights, pruner or self.pruner, self.budget, suite, task, self.limit, self.seed)
 
 
@@ -92,6 +93,20 @@ def _shard(text: str) -> tuple[int, int]:
     if number >= count:
         raise ValueError(f"shard={text}: write number/count, with numbers from 0: 0/4, 1/4, 2/4, 3/4")
     return number, count
+
+
+def _engine(settings: dict[str, Any]) -> dict[str, Any]:
+    if settings["cache"] not in ("off", "memory", "disk"):
+        raise ValueError(f"cache={settings['cache']!r} is not one of off, memory, disk")
+    for name in ("batch_tokens", "cache_gb", "cache_disk_gb"):
+        if settings[name] < 0:
+            raise ValueError(f"{name}={settings[name]}: at least 0")
+    return {
+        "batch_tokens": 0 if settings["strict"] else settings["batch_tokens"],
+        "limit_bytes": 0 if settings["cache"] == "off" else int(settings["cache_gb"] * 2**30),
+        "disk_limit_bytes": int(settings["cache_disk_gb"] * 2**30),
+        "folder": str(Path(settings["results"]) / "cache") if settings["cache"] == "disk" else None,
+    }
 
 
 class _Sweep:
@@ -201,13 +216,13 @@ def _settle(job: Job, task: str, identity: dict[str, Any], part: str) -> Outcome
         cause = earlier.strip().splitlines()[-1]
         return {"state": "failed", "message": f"failed earlier ({cause}); set retry_failed=true to run it again"}
 
-    model = _model(json.dumps(job.model))
+    model = _model(json.dumps(job.model), json.dumps(job.engine))
     try:
         loaded = _task(task, json.dumps(job.suite))
     except (ValueError, OSError) as error:  # of the data, which the other tasks do not need
         _stop_if_unwritable(error)
         return {"state": "failed", "message": str(error)}
-    environment = cell.environment(str(model.device))
+    environment = cell.environment(str(model.device)) | {"batch_tokens": model.batch_tokens}
     try:
         record, samples = _answer(job, task, model, loaded, store.answers(identity, part), store.all_answers(identity))
         store.write(identity, record | {"environment": environment}, samples)
@@ -240,12 +255,17 @@ def _answer(job: Job, task: str, model: Any, loaded: Any, own: Path, others: lis
 
 
 @lru_cache(maxsize=1)
-def _model(settings: str) -> Any:
-    """The model of a job; the last one stays loaded for the jobs that follow."""
+def _model(settings: str, engine: str) -> Any:
+    """The model of a job; the last one stays loaded, with its cache, for the jobs that follow."""
+    from eval.cache import EncodeCache
     from eval.models import PrunedModel
 
     options = {key: value for key, value in json.loads(settings).items() if key not in ("positions", *_NOT_OF_THE_MODEL)}
-    return PrunedModel(**options)
+    limits = json.loads(engine)
+    batch_tokens, folder = limits.pop("batch_tokens"), limits.pop("folder")
+    model = PrunedModel(**options, batch_tokens=batch_tokens)
+    model.images.cache = EncodeCache(folder=folder and Path(folder), device=model.device, **limits)
+    return model
 
 
 @lru_cache
