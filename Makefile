@@ -31,7 +31,7 @@ sweep: $(READY)  ## run the grid of EXPERIMENT (default: shapes); Hydra override
 test: $(READY)  ## run the tests
 	$(PYTHON) -m pytest
 
-# oldest, middle and newest transformers that injection is tested on; eval/inject/adapters.py, TESTED
+# oldest, middle and newest transformers that injection is tested on; eval/inject/families.py, TESTED
 MATRIX := 5.0.0 5.17.0 newest
 INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry.py tests/test_families.py
 

@@ -8,6 +8,7 @@ from conftest import picture
 from torch import Tensor
 
 from eval.inject import Sample, inject
+from eval.inject.families import _warn_untested
 from pruners import Pruner, PrunerError, Selection, VisualTokens, build
 from pruners.base import EXTRA
 
@@ -102,6 +103,30 @@ class TestAnswers:
         new = pruned.sequences[:, inputs["input_ids"].shape[1] :]
         want = reference(model, inputs, [list(row) for row in rows], new, positions)
         assert (logits(pruned) - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_steps_by_hand_equal_generate(model, processor, positions):
+    inputs = encode(processor, 2)
+    with inject(model, build("uniform"), 5, positions), torch.no_grad():
+        generated = model.generate(**inputs, **STEPS)
+        output = model(**inputs, use_cache=True)
+        steps = [output.logits[:, -1]]
+        mask = inputs["attention_mask"]
+        for token in generated.sequences[:, inputs["input_ids"].shape[1] : -1].T:
+            mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+            output = model(
+                input_ids=token[:, None], attention_mask=mask, past_key_values=output.past_key_values, use_cache=True
+            )
+            steps.append(output.logits[:, -1])
+    assert (torch.stack(steps, 1) - logits(generated)).abs().max() < 1e-4
+
+
+def test_untested_releases_of_transformers_are_named_once(recwarn):
+    _warn_untested.cache_clear()
+    for version in ("5.23.0", "6.0.0", "6.0.0"):
+        _warn_untested(version)
+    assert ["6.0.0" in str(warning.message) for warning in recwarn] == [True]
 
 
 def test_rows_of_a_batch_equal_the_rows_alone(model, processor):

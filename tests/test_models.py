@@ -87,7 +87,7 @@ def test_damaged_weights_are_named(tmp_path, damage):
 
 
 def test_an_unknown_prompt_is_refused():
-    with pytest.raises(ValueError, match="model.prompt='llama_3' is not one of hub, vicuna_v1"):
+    with pytest.raises(ValueError, match=r"model\.prompt='llama_3' is not one of hub, vicuna_v1"):
         PrunedModel(str(WEIGHTS), prompt="llama_3")
 
 

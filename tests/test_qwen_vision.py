@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eval.geometry import random_model, random_processor, tiny
 from eval.inject import inject, qwen
-from eval.inject.adapters import adapter_for
+from eval.inject.families import adapter_for
 from pruners import Pruner, PrunerError, Selection, VisualTokens, build
 
 GRIDS = [(1, 1), (1, 7), (5, 1), (4, 4), (5, 7), (6, 9), (13, 10)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.budget import Budget
-from eval.inject.adapters import Adapter
+from eval.inject.adapter import Adapter
 from eval.inject.encoder import Encoder, ImageCache
 from eval.inject.layout import PlacedImage, place
 from eval.inject.shorten import Keywords

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from eval.cache import EncodeCache, image_key
-from eval.inject.adapters import Adapter
+from eval.inject.adapter import Adapter
 from eval.inject.layout import EncodedImage
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.budget import Budget
-from eval.inject.adapters import Adapter, Rotary
+from eval.inject.adapter import Adapter, Rotary
 from eval.inject.calls import Calls, Sample, SampleRecord, Trace, real_positions
 from eval.inject.encoder import ImageCache
 from eval.inject.layout import NEWLINE, PlacedImage

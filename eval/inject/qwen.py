@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from eval.inject.adapters import Adapter, Rotary, rotate
+from eval.inject.adapter import Adapter, Rotary, rotate
 from eval.inject.layout import EncodedImage
 
 _CHUNK = 2**26  # attention weights held at a time: 256 MB in float32

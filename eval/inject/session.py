@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Literal
 from transformers import PreTrainedModel
 
 from eval.budget import Budget
-from eval.inject.adapters import adapter_for
 from eval.inject.calls import Calls, Trace
 from eval.inject.encoder import ImageCache
 from eval.inject.entrance import Entrance
+from eval.inject.families import adapter_for
 from eval.inject.layers import Layers
 from pruners import InLLMPruner, Pruner
 
@@ -51,7 +51,8 @@ def inject(
     adapter, budget, trace = adapter_for(model, layout), Budget.parse(budget), Trace()
     policy = adapter.POSITIONS[0] if positions is None else positions
     if policy not in adapter.POSITIONS:
-        raise ValueError(f"positions={positions!r} is not possible here; this model takes {', '.join(adapter.POSITIONS)}")
+        why = "; M-RoPE keeps the coordinates of tokens" if adapter.POSITIONS == ("original",) else ""
+        raise ValueError(f"positions={positions!r} is not one of {', '.join(adapter.POSITIONS)}, which this model takes{why}")
     calls: Calls
     if isinstance(pruner, Pruner):
         calls = Entrance(adapter, pruner, budget, trace, cache, compact=policy == "compact", clip=clip)

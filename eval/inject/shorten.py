@@ -54,21 +54,23 @@ class Shortened:
         self.kwargs = dict(kwargs, inputs_embeds=torch.gather(embeds, 1, self.order[..., None].expand(-1, -1, width)))
         # never None: without a mask transformers reads gaps between positions as borders of packed sequences
         self.kwargs["attention_mask"] = self.mask if attention_mask is None else self.mask.to(attention_mask.dtype)
-        self.kwargs["position_ids"] = self._positions(kwargs.get("position_ids"), real, torch.gather(source, 1, self.order))
+        before = (real.long().cumsum(1) - 1).clamp_min(0) if kwargs.get("position_ids") is None else kwargs["position_ids"]
+        before = before.expand(*before.shape[:-2], batch, -1)
+        self.kwargs["position_ids"] = self._positions(before, torch.gather(source, 1, self.order))
+        axes = (before[-3:] if before.dim() == 3 else before[None]).masked_fill(~real, 0)
+        # [B] the first position behind each prompt; with compact positions, of the shortened one
+        self.behind = axes.amax((0, 2)) + 1 - (self.removed if self.compact and before.dim() == 2 else 0)
         if kwargs.get("cache_position") is not None:
             self.kwargs["cache_position"] = kwargs["cache_position"][:longest]
 
-    def _positions(self, before: Tensor | None, real: Tensor, source: Tensor) -> Tensor:
+    def _positions(self, before: Tensor, source: Tensor) -> Tensor:
         counted = (self.mask.cumsum(1) - 1).clamp_min(0)
-        if before is not None and before.dim() == 3:
-            kept = before.expand(-1, len(real), -1).gather(2, source.expand(len(before), -1, -1))
+        if before.dim() == 3:
+            kept = before.gather(2, source.expand(len(before), -1, -1))
             if len(kept) == 4:  # the first axis only tells masks where packed sequences end
                 kept = torch.cat([counted[None].to(kept.dtype), kept[1:]])
             return kept
-        if self.compact:
-            return counted
-        before = (real.long().cumsum(1) - 1).clamp_min(0) if before is None else before.expand(len(real), -1)
-        return torch.gather(before, 1, source)
+        return counted if self.compact else torch.gather(before, 1, source)
 
     def moved(self, places: Tensor, row: int) -> Tensor:
         """Where positions of the unpruned prompt that stayed stand now."""
@@ -89,9 +91,10 @@ class Shortened:
             new["attention_mask"] = torch.cat([self.mask.to(attention_mask), attention_mask[:, self.length :]], 1)
         elif bool((self.mask == 0).any()):
             new["attention_mask"] = torch.cat([self.mask, self.mask.new_ones(len(self.mask), generated)], 1)
-        positions = kwargs.get("position_ids")
-        if self.compact and positions is not None and positions.dim() == 2:
-            new["position_ids"] = positions - self.removed[:, None]
+        # whoever steps: `generate` hands over positions of the unpruned frame, the model's own forward would count the cache
+        positions = self.behind[:, None] + past - self.mask.shape[1] + torch.arange(step, device=self.mask.device)
+        given = kwargs.get("position_ids")
+        new["position_ids"] = positions if given is None or given.dim() == 2 else positions.expand(len(given), -1, -1)
         if kwargs.get("cache_position") is not None:
             new["cache_position"] = kwargs["cache_position"] - (self.length - self.mask.shape[1])
         return new
