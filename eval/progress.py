@@ -32,7 +32,7 @@ class Interrupt:
     def _handle(cls, _number: int, _frame: Any) -> None:
         if cls._requested:
             console.show_cursor()
-            os.write(sys.stderr.fileno(), f"\nInterrupted twice. {KEPT}\n".encode())
+            os.write(2, f"\nInterrupted twice. {KEPT}\n".encode())  # sys.stderr may be a task's at the moment
             os._exit(130)
         cls._requested = True
         raise KeyboardInterrupt

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from sweeping import SCRIPT, cells, make_sweeps, tables, wait_for
 
 from eval.workers import packs
@@ -68,6 +69,14 @@ def test_jobs_are_shared_out_evenly_with_those_of_a_model_together():
         assert {len(share) for share in shares} <= {8 // min(workers, 8), -(-8 // min(workers, 8))}
         loads = sum(len({job[1][1] for job in share}) for share in shares)
         assert loads <= len(shares) + 1
+
+
+@pytest.mark.parametrize("name", ["gpus", "submitit_slurm"])
+def test_every_launcher_composes(name):
+    with initialize_config_dir(str(SCRIPT.parents[1] / "configs"), version_base="1.3"):
+        launcher = compose("sweep", [f"hydra/launcher={name}"], return_hydra_config=True).hydra.launcher
+    assert set(launcher) == {"_target_", "cluster", "workers", "max_num_timeout", "parameters"}
+    assert launcher._target_ == "hydra_plugins.packed.Packed"
 
 
 def test_two_processes_make_the_same_tables(sweeps, reference, tmp_path):

