@@ -128,11 +128,26 @@ def run(model: "PrunedModel", task: "Task", name: str, limit: int | None, seed: 
         "visual_tokens": float(rows["visual_tokens"].mean()),
         "kept_tokens": float(rows["kept_tokens"].mean()),
         "average_tokens": float(rows["average_tokens"].mean()),
+        "flops": _flops(model, rows),
         "empty_answers": int((rows["answer"].str.strip() == "").sum()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": time.time() - started,
     }
     return record, rows
+
+
+def _flops(model: "PrunedModel", rows: pd.DataFrame) -> dict[str, float | None]:
+    """Mean FLOPs of a document, phase by phase, and by two conventions of the literature; None where a phase is not counted."""
+    from eval.flops import conventions, count_row
+
+    method, config, found = model.method.name, model.model.config, []
+    for row in rows.to_dict("records"):
+        text = row["prompt_tokens"] - row["layer_tokens"][0]
+        habits = conventions(config, row["layer_tokens"], text, row["crops"])
+        count = count_row(config, row, method)
+        found.append(count.record() | {name: habits[name] for name in ("macs_visual", "flops_prompt")})
+    means = pd.DataFrame(found).astype(float).mean(skipna=False)
+    return {str(name): None if value != value else value for name, value in means.items()}
 
 
 def check_limit(task: str, limit: int | None) -> None:
@@ -158,6 +173,7 @@ def _row(task: str, sample: dict[str, Any], model: "PrunedModel") -> dict[str, A
         "average_tokens": sum(answer.audit.layer_tokens) / len(answer.audit.layer_tokens),
         "layer_tokens": list(answer.audit.layer_tokens),
         "kept_indices": [list(indices) for indices in answer.audit.kept_indices],
+        "crops": [list(grid) for grid in answer.audit.crops],
         "prompt_tokens": answer.audit.prompt_tokens,
         "new_tokens": answer.new_tokens,
         "seconds": answer.seconds,

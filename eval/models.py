@@ -162,6 +162,11 @@ class PrunedModel(lmms):
             self._clip = ClipRelevance.from_pretrained(self._clip_name, device=self.device)
         return self._clip
 
+    @property
+    def method(self) -> Pruner | InLLMPruner:
+        """The method in use."""
+        return self._method["pruner"]
+
     def clean(self) -> None:
         """Keep the model: lmms-eval calls this behind every evaluation, and the next cell needs it again."""
 
@@ -207,7 +212,7 @@ class PrunedModel(lmms):
         waiting: dict[tuple[int, int], list[_Request]] = {}
         for request in requests:
             visual = int((request.inputs["input_ids"] == self.model.config.image_token_id).sum())
-            kind = (request.new_tokens, visual if isinstance(self._method["pruner"], InLLMPruner) else 0)
+            kind = (request.new_tokens, visual if isinstance(self.method, InLLMPruner) else 0)
             batch = waiting.setdefault(kind, [])
             if batch and (len(batch) + 1) * max(map(self._positions, [*batch, request])) > self.batch_tokens:
                 yield waiting.pop(kind)
@@ -219,7 +224,7 @@ class PrunedModel(lmms):
         """How long the prompt is behind the pruner, at most."""
         ids, budget = request.inputs["input_ids"], self._method["budget"]
         visual, images = int((ids == self.model.config.image_token_id).sum()), len(request.prompt.images)
-        pruned = isinstance(self._method["pruner"], Pruner) and self._method["pruner"].name != "none" and images > 0
+        pruned = isinstance(self.method, Pruner) and self.method.name != "none" and images > 0
         return ids.shape[1] - visual + (images * budget.most(visual // images) if pruned else visual)
 
     def _answer(self, batch: list[_Request], trace: Trace) -> None:

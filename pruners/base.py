@@ -95,7 +95,7 @@ class Selection:
         places = torch.arange(index.shape[1], device=index.device)
         distinct = torch.where(real & (index != EXTRA), index, tokens + places).sort(1).values
         if bool((distinct[:, 1:] == distinct[:, :-1]).any()):
-            wrong("the same token more than once")
+            wrong("the same token more than once, as NaN scores do")
         if not self.in_order and bool(((index[:, 1:] <= index[:, :-1]) & real[:, 1:] & (index[:, :-1] != EXTRA)).any()):
             wrong("indices that do not ascend, without in_order=True")
         if self.features is not None:

@@ -59,8 +59,12 @@ def min_max(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k largest along the last axis, descending; equal scores by lower index."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    """Indices of the k largest along the last axis, descending; equal scores by lower index.
+
+    Rows with a NaN give index 0 k times over, which `Selection.check` refuses: asking here would make the device wait.
+    """
+    largest = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return largest.masked_fill(scores.isnan().any(-1, keepdim=True), 0) if scores.is_floating_point() else largest
 
 
 def evenly_spaced(count: int, k: int) -> Tensor:

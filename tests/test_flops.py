@@ -31,9 +31,11 @@ def plan(name: str, tokens: int) -> list[int]:
 
 
 def measured(call) -> int:
+    """All but the angles of the rotary embedding, which older releases of transformers multiply as matrices."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
-    return counter.get_total_flops()
+    angles = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    return counter.get_total_flops() - sum(angles)
 
 
 def shapes(config):
@@ -196,8 +198,8 @@ def test_a_table_is_explained_only_by_one_text_for_several_budgets():
         ("a", "fsr", 64, "flops", 1.95),
         ("b", "hiprune", 64, "flops", 1.87),
         ("c", "fastv", 192, "flops", 1.25),
-        ("d", "none", 576, "macs", 4.315),
-        ("d", "hiprune", 64, "macs", 0.935),
+        ("d", "none", 576, "macs", 4.521),
+        ("d", "vispruner", 64, "macs", 1.138),
         ("e", "none", None, "flops", 8.63),
     ]
     reported = pd.DataFrame(rows, columns=["paper", "method", "budget_tokens", "quantity", "value"]).assign(
@@ -208,5 +210,5 @@ def test_a_table_is_explained_only_by_one_text_for_several_budgets():
     assert found["a"][3] == ""
     assert found["b"] == [""]
     assert found["c"] == ["macs_visual"]
-    assert all("flops_linear with 4" in text for text in found["d"])
+    assert found["d"] == ["flops_linear with 79.9 to 80.1 text tokens"] * 2  # FSR, Table 7
     assert found["e"] == [""]

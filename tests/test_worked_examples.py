@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pruners import LayerTokens, PrunerError, VisualTokens, build
+from pruners import LayerTokens, PrunerError, Selection, VisualTokens, build
 from pruners.base import EXTRA
+from pruners.linalg import top_k
 
 # six tokens and a question of two, used by several methods
 V = torch.tensor([[1, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.9, 0.2], [0, 0, 1], [0.6, 0.6, 0]])
@@ -163,3 +164,9 @@ def test_sparsevlm_merges_clusters() -> None:
     x = torch.tensor([[[0.0, 0], [0.1, 0], [9, 9], [9, 9.2]]])
     means = build("sparsevlm").cluster(x, 2)[0]
     assert close(means[means[:, 0].argsort()], [[0.05, 0], [9, 9.1]])
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    saliency = torch.full((1, 2, 6), float("nan"))
+    with pytest.raises(PrunerError, match="NaN scores"):
+        Selection(top_k(saliency.mean(1), 3).sort(1).values).check("mine", 1, 6)

@@ -40,6 +40,7 @@ class SampleRecord:
     visual_tokens: tuple[int, ...]
     kept_tokens: tuple[int, ...]
     kept_indices: tuple[tuple[int, ...], ...]  # among the tokens of the image
+    crops: tuple[tuple[int, int], ...]  # (rows, columns) of every crop that was encoded, over all images
     prompt_tokens: int  # positions the language model sees at prefill
     layer_tokens: tuple[int, ...]  # visual tokens that each layer of the language model processes at prefill, over all images
     diagnostics: dict[str, tuple[float, ...]]

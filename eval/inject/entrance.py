@@ -157,6 +157,7 @@ class Entrance(Calls):
                     visual_tokens=tuple(audit.before for audit in mine),
                     kept_tokens=tuple(audit.after for audit in mine),
                     kept_indices=tuple(audit.indices for audit in mine),
+                    crops=tuple(grid for audit in mine for grid in audit.crops),
                     prompt_tokens=prompts[number],
                     layer_tokens=(sum(audit.after for audit in mine),) * layers,
                     diagnostics={name: tuple(audit.notes[name] for audit in mine) for name in names},
@@ -169,6 +170,7 @@ class _Audit:
     before: int
     after: int
     indices: tuple[int, ...]
+    crops: tuple[tuple[int, int], ...]
     notes: dict[str, float]  # mean over the crops
 
 
@@ -211,7 +213,7 @@ def _arrange(image: PlacedImage, kept: list[_Kept], keeps_newlines: bool) -> tup
     edit = Edit(image.row, image.places, image.places[torch.where(extra, own, slots)], vectors, replaced)
     before = len(image.tokens) if keeps_newlines else int(counted.sum())
     notes = {name: sum(k.notes[name] for k in kept) / len(kept) for name in kept[0].notes}
-    return edit, _Audit(before, len(slots), tuple(numbers.tolist()), notes)
+    return edit, _Audit(before, len(slots), tuple(numbers.tolist()), (image.grid,) * image.crops, notes)
 
 
 def _rank(indices: Tensor, crop: int, slots: Tensor, image: PlacedImage) -> Tensor:

@@ -78,6 +78,7 @@ class Layers(Calls):
         self.shortened: Shortened | None = None  # without the newlines between tiles, where the layout has none
         self.width = 0  # positions of the prompt as the layers meet it, padding included
         self.spans: list[tuple[int, int]] = []  # row and visual tokens of every image
+        self.crops: list[tuple[int, tuple[int, int]]] = []  # row and grid of every crop
         self.plan: dict[int, int] = {}
         self.frames: dict[int, _Frame] = {}  # by the first layer that sees them
         self.diagnostics: list[dict[str, Tensor]] = []  # of every cut
@@ -109,6 +110,7 @@ class Layers(Calls):
                 visual[edit.row, self.shortened.moved(edit.places[: len(edit.sources)], edit.row)] = True
         sizes = [int((image.tokens != NEWLINE).sum()) if self.shortened else len(image.places) for image in images]
         self.spans = [(image.row, size) for image, size in zip(images, sizes, strict=True)]
+        self.crops = [(image.row, image.grid) for image in images for _ in range(image.crops)]
         self.prompts, self.width = real.sum(1).tolist(), real.shape[1]
         if images:
             budgets = [0] * len(visual)
@@ -292,6 +294,7 @@ class Layers(Calls):
                     visual_tokens=tuple(sizes),
                     kept_tokens=tuple(counts),
                     kept_indices=tuple(kept),
+                    crops=tuple(grid for owner, grid in self.crops if owner == row),
                     prompt_tokens=self.prompts[row],
                     layer_tokens=tuple(layer_tokens),
                     diagnostics={
