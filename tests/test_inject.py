@@ -1,6 +1,9 @@
 """The contract of `inject`, on a tiny real LLaVA: what the pruned model computes, and that nothing is left behind."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from eval.inject.families import _warn_untested
 from pruners import Pruner, PrunerError, Selection, VisualTokens, build
 from pruners.base import EXTRA
 
+ROOT = Path(__file__).resolve().parents[1]
 N = 16
 STEPS = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True}
 QUESTIONS = ["what is this, and why?", "short", "a question of another length still"]
@@ -115,11 +119,18 @@ def test_steps_by_hand_equal_generate(model, processor, positions):
         mask = inputs["attention_mask"]
         for token in generated.sequences[:, inputs["input_ids"].shape[1] : -1].T:
             mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-            output = model(
-                input_ids=token[:, None], attention_mask=mask, past_key_values=output.past_key_values, use_cache=True
-            )
+            output = model(input_ids=token[:, None], attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
             steps.append(output.logits[:, -1])
     assert (torch.stack(steps, 1) - logits(generated)).abs().max() < 1e-4
+
+
+def test_the_library_needs_neither_hydra_nor_lmms_eval():
+    code = (
+        "import sys; from eval.inject import inject; from pruners import build;"
+        "found = {'hydra', 'lmms_eval', 'datasets', 'wandb'} & sys.modules.keys(); sys.exit(str(found) if found else 0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_untested_releases_of_transformers_are_named_once(recwarn):

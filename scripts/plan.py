@@ -1,0 +1,83 @@
+"""How long experiments take: documents still to be answered, and hours on one and several devices at measured rates.
+
+    python scripts/plan.py promprune_table1 prunesid_table2          some experiments; shared cells count once
+    python scripts/plan.py --rate 12                                 all experiments of papers, at 12 documents a second
+
+Rates come from finished cells in --results (documents over seconds, by model), for models without any from --rate; without
+either the hours stay open. Run one small cell of each model first: python scripts/sweep.py model=... suite=hub limit=200.
+"""
+
+import argparse
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from eval.checkpoints import ROOT
+from eval.store import Store
+from eval.sweep import Job
+
+# documents of the real data sets as lmms-eval 0.7.3 loads them
+DOCUMENTS = {"pope": 9000, "scienceqa_img": 2017, "gqa": 12578, "mme": 2374, "mmmu_val": 900, "mmstar": 1500}
+DEVICES = (1, 8, 64)
+
+
+def jobs(experiment: str, results: Path) -> list[Job]:
+    """The Hydra jobs of an experiment."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("sweep", [f"experiment={experiment}", f"results={results}"], return_hydra_config=True)
+        lines = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
+        choices = []
+        for override in OverridesParser.create().parse_overrides(lines):
+            values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+            choices.append([f"{override.key_or_group}={value}" for value in values])
+        return [
+            Job.of(compose("sweep", [f"experiment={experiment}", f"results={results}", *values])) for values in product(*choices)
+        ]
+
+
+def rates(results: Path) -> dict[str, float]:
+    """Documents a second of every model with finished cells on the hub's data."""
+    records = [Store.read(path.parent) for path in (results / "runs" / "hub").glob("**/record.json")]
+    found = pd.DataFrame(
+        [(r["identity"]["model"]["name"], r["documents"], r["seconds"]) for r in records],
+        columns=["model", "documents", "seconds"],
+    )
+    total = found.groupby("model")[["documents", "seconds"]].sum()
+    return {str(model): float(rate) for model, rate in (total["documents"] / total["seconds"]).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml") if not path.stem.startswith("shapes"))
+    parser.add_argument("experiments", nargs="*", default=every, metavar="experiment", help="default: all of papers")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser.add_argument("--rate", type=float, help="documents a second and device, where none was measured")
+    options = parser.parse_args()
+
+    measured, cells = rates(options.results), {}
+    for experiment in options.experiments:
+        for job in jobs(experiment, options.results):
+            for task in job.tasks:
+                identity = job.identity(task)
+                if not job.store.has(identity):
+                    documents = min(job.limit or DOCUMENTS[task], DOCUMENTS[task])
+                    cells[job.store.folder(identity)] = (job.model["name"], documents)
+    table = pd.DataFrame(cells.values(), columns=["model", "documents"]).groupby("model")["documents"].agg(["size", "sum"])
+    table.columns = pd.Index(["cells", "documents"])
+    rate = pd.Series({model: measured.get(str(model), options.rate) for model in table.index}, dtype=float)
+    table["documents per second"] = rate
+    for count in DEVICES:
+        table[f"hours on {count}"] = table["documents"] / rate / 3600 / count
+    table.loc["all"] = table.sum(min_count=len(table))
+    table.loc["all", "documents per second"] = float("nan")
+    shown = {name: table[name].map(lambda value: "-" if value != value else f"{value:,.1f}".removesuffix(".0")) for name in table}
+    print(pd.DataFrame(shown).to_markdown(stralign="right", disable_numparse=True))
+    if rate.isna().any():
+        print(f"\nNo rate for {', '.join(map(str, rate.index[rate.isna()]))}: run a small cell of it first, or give --rate.")
+
+
+if __name__ == "__main__":
+    main()

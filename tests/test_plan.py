@@ -1,0 +1,38 @@
+"""The plan of experiments: what is still to be done, once, at rates that were measured or given."""
+
+import sys
+
+import pytest
+
+from scripts import plan
+
+
+def run(monkeypatch, capsys, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+    plan.main()
+    return capsys.readouterr().out
+
+
+def test_hours_follow_from_documents_and_the_given_rate(tmp_path, monkeypatch, capsys):
+    printed = run(monkeypatch, capsys, "promprune_table1", "--results", str(tmp_path), "--rate", "10")
+    # unpruned once, four methods at three budgets, on POPE, ScienceQA-IMG, GQA and MME
+    documents = 13 * (9000 + 2017 + 12578 + 2374)
+    row = next(line for line in printed.splitlines() if "llava_1_5_7b" in line)
+    assert f"{13 * 4} |" in row
+    assert f"{documents:,} |" in row
+    assert f"{documents / 36000:.1f} |" in row
+
+
+def test_experiments_share_cells_and_rates_are_never_made_up(tmp_path, monkeypatch, capsys):
+    both = run(monkeypatch, capsys, "promprune_table1", "promprune_table1", "--results", str(tmp_path))
+    assert both == run(monkeypatch, capsys, "promprune_table1", "--results", str(tmp_path))
+    assert "No rate for llava_1_5_7b" in both
+
+
+def test_rates_come_from_finished_cells(tmp_path, monkeypatch):
+    record = {"identity": {"model": {"name": "llava_1_5_7b"}}, "documents": 100, "seconds": 4.0}
+    folder = tmp_path / "runs" / "hub" / "llava_1_5_7b" / "pope" / "none"
+    folder.mkdir(parents=True)
+    (folder / "record.json").touch()
+    monkeypatch.setattr(plan.Store, "read", lambda place: record)
+    assert plan.rates(tmp_path) == {"llava_1_5_7b": pytest.approx(25.0)}
