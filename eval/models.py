@@ -12,6 +12,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 from transformers.models.auto import image_processing_auto
 
@@ -24,7 +25,7 @@ from eval.inject import Sample, SampleRecord, Trace, inject
 from eval.inject.clip import ClipRelevance
 from eval.inject.encoder import ImageCache
 from eval.inject.session import Layout, Positions
-from eval.inputs import Inputs, Prompt
+from eval.inputs import Inputs
 from eval.questions import Scope
 from pruners import InLLMPruner, Pruner, build
 
@@ -51,7 +52,9 @@ class _Request:
 
     task: str
     doc_id: int
-    prompt: Prompt
+    text: str
+    question: str
+    images: int
     inputs: BatchFeature
     new_tokens: int
 
@@ -139,7 +142,11 @@ class PrunedModel(lmms):
         self._clip: ClipRelevance | None = None
         self.batch_tokens = batch_tokens
         identity = f"{fingerprint(pretrained, revision)} {name} {weights} {dtype} {attn_implementation} {self.device} {VERSION}"
+        # the tensors of documents for the cells that ask them again, a quarter of the cache's memory; texts are small
+        self._prepared = EncodeCache(cache.limit_bytes // 4 if cache else 0)
+        self._words: dict[str, tuple[str, str, int]] = {}
         self.images = ImageCache(cache or EncodeCache(0), f"{identity} {layout}")
+        self.images.cache.device = self.device
         self.on_answer: Callable[[], None] = lambda: None
         self.use(build("none"), Budget(), None)
 
@@ -199,10 +206,17 @@ class PrunedModel(lmms):
         _, doc_to_messages, options, doc_id, task, split = request.args
         if options.get("num_beams", 1) != 1 or (options.get("temperature") or 0) > 0:
             raise ValueError(f"task {task} asks for {options}; pruned models generate greedily")
-        chat = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
-        prompt = self.inputs.prompt(chat, f"{task}/{doc_id}")
+        data = self.task_dict[task][split]
+        key = f"{data._fingerprint} {task} {doc_id}"
+
+        def prepare() -> dict[str, Tensor]:
+            prompt = self.inputs.prompt(ChatMessages(messages=doc_to_messages(data[doc_id])), f"{task}/{doc_id}")
+            self._words[key] = (prompt.text, prompt.question, len(prompt.images))
+            return dict(self.inputs(prompt))
+
+        inputs = BatchFeature(self._prepared.fetch(key, prepare))
         new_tokens = options.get("max_new_tokens", _NEW_TOKENS[self.family])
-        return _Request(task, doc_id, prompt, self.inputs(prompt), min(new_tokens, self._most or new_tokens))
+        return _Request(task, doc_id, *self._words[key], inputs, min(new_tokens, self._most or new_tokens))
 
     def _batches(self, requests: Iterable[_Request]) -> Iterator[list[_Request]]:
         """Requests with one limit of new tokens together, as many as `batch_tokens` positions of pruned prompts hold.
@@ -223,7 +237,7 @@ class PrunedModel(lmms):
     def _positions(self, request: _Request) -> int:
         """How long the prompt is behind the pruner, at most."""
         ids, budget = request.inputs["input_ids"], self._method["budget"]
-        visual, images = int((ids == self.model.config.image_token_id).sum()), len(request.prompt.images)
+        visual, images = int((ids == self.model.config.image_token_id).sum()), request.images
         pruned = isinstance(self.method, Pruner) and self.method.name != "none" and images > 0
         return ids.shape[1] - visual + (images * budget.most(visual // images) if pruned else visual)
 
@@ -260,13 +274,12 @@ class PrunedModel(lmms):
             ends = (row == self.tokenizer.eos_token_id).nonzero()
             new = row[: int(ends[0]) + 1] if len(ends) else row  # behind its end a row is filled up for the others
             text = self.tokenizer.decode(new, skip_special_tokens=True)
-            self.answers[request.task, request.doc_id] = Answer(text, request.prompt.text, seconds, len(new), audit)
+            self.answers[request.task, request.doc_id] = Answer(text, request.text, seconds, len(new), audit)
             self.on_answer()
 
     def _sample(self, request: _Request) -> Sample:
-        question = request.prompt.question
-        ids = self.tokenizer(question, add_special_tokens=False)["input_ids"]
-        return Sample(f"{request.task}/{request.doc_id}", tuple(ids), question)
+        ids = self.tokenizer(request.question, add_special_tokens=False)["input_ids"]
+        return Sample(f"{request.task}/{request.doc_id}", tuple(ids), request.question)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

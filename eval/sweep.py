@@ -263,9 +263,7 @@ def _model(settings: str, engine: str) -> Any:
     options = {key: value for key, value in json.loads(settings).items() if key not in ("positions", *_NOT_OF_THE_MODEL)}
     limits = json.loads(engine)
     batch_tokens, folder = limits.pop("batch_tokens"), limits.pop("folder")
-    model = PrunedModel(**options, batch_tokens=batch_tokens)
-    model.images.cache = EncodeCache(folder=folder and Path(folder), device=model.device, **limits)
-    return model
+    return PrunedModel(**options, batch_tokens=batch_tokens, cache=EncodeCache(folder=folder and Path(folder), **limits))
 
 
 @lru_cache
