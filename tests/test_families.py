@@ -181,6 +181,23 @@ class TestInputs:
                 assert len(model.model.generate(**batch, max_new_tokens=2)[0]) > batch["input_ids"].shape[1]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["none", "scope", "fastv"])
+def test_prompts_without_and_with_two_images(folders, family, method):
+    model = PrunedModel(str(folders[family]), dtype="float32", device="cpu", **FAMILIES[family])
+    text, batches = {"type": "text", "text": "Which one?"}, []
+    for count in (0, 2):
+        content = [*({"type": "image", "url": picture(number)} for number in range(count)), text]
+        prompt = model.inputs.prompt(ChatMessages(messages=[{"role": "user", "content": content}]), "x")
+        batches.append(model.inputs(prompt))
+    unpruned = model.model.generate(**batches[0], max_new_tokens=2, min_new_tokens=2)
+    with inject(model.model, build(method, **OPTIONS.get(method, {})), "50%", layout=FAMILIES[family].get("layout")) as trace:
+        outputs = [model.model.generate(**batch, max_new_tokens=2, min_new_tokens=2) for batch in batches]
+    assert torch.equal(outputs[0], unpruned)  # without an image there is nothing to prune
+    assert outputs[1].shape[1] == batches[1]["input_ids"].shape[1] + 2
+    assert [len(record.visual_tokens) for record in trace.records[-2:]] == [0, 2]
+
+
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
 def test_the_unpruned_answers_are_those_of_lmms_evals_own_classes(folders, tasks, family):
     options = {"pretrained": str(folders[family]), "device": "cpu", "device_map": "cpu", "attn_implementation": "sdpa"}
