@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ class Summary(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         begin()
-        try:  # before Hydra writes there
+        try:  # before Hydra writes there, and before hours of a sweep whose runs could not be logged
             Store(Path(config.results))
-        except OSError as error:
+            self._logger = _logger(config)
+        except (OSError, ValueError) as error:
             complain(str(error))
             sys.exit(1)
 
@@ -41,26 +43,34 @@ class Summary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         finish()
-        _sum_up(sorted(Path(config.hydra.sweep.dir).glob(f"*/{OUTCOMES}")), Path(config.results))
+        self._sum_up(sorted(Path(config.hydra.sweep.dir).glob(f"*/{OUTCOMES}")), Path(config.results))
 
     def on_run_end(self, config: DictConfig, **result: Any) -> None:
         finish()
-        _sum_up([Path(result["job_return"].hydra_cfg.hydra.runtime.output_dir) / OUTCOMES], Path(config.results))
+        self._sum_up([Path(result["job_return"].hydra_cfg.hydra.runtime.output_dir) / OUTCOMES], Path(config.results))
+
+    def _sum_up(self, files: list[Path], results: Path) -> None:
+        """Print counts, errors and tables; exit 1 if any cell failed, or if this itself does: Hydra only warns of errors here."""
+        try:
+            failed = _report(files, results, self._logger)
+        except Exception:
+            console.print_exception()
+            failed = True
+        if failed:
+            sys.exit(1)
 
 
-def _sum_up(files: list[Path], results: Path) -> None:
-    """Print counts, errors and tables; exit 1 if any cell failed, or if this itself does: Hydra only warns of errors here."""
-    try:
-        failed = _report(files, results)
-    except Exception:
-        console.print_exception()
-        failed = True
-    if failed:
-        sys.exit(1)
+def _logger(config: DictConfig) -> Callable[[tables.Records], bool]:
+    """What hands the records of a sweep on; gives whether all of them arrived."""
+    if config.logger.name == "none":
+        return lambda _: True
+    from eval.wandb_log import WandbLog
+
+    return WandbLog.of(config).log
 
 
-def _report(files: list[Path], results: Path) -> bool:
-    """Print tables, errors and counts; whether anything failed."""
+def _report(files: list[Path], results: Path, log: Callable[[tables.Records], bool]) -> bool:
+    """Print tables, errors and counts, log the cells; whether anything failed."""
     Bar.stop()
     outcomes = [outcome for file in files if file.exists() for outcome in json.loads(file.read_text())]
     by_cell: dict[str, Outcome] = {}
@@ -85,4 +95,5 @@ def _report(files: list[Path], results: Path) -> bool:
     counts = Counter(outcome["state"] for outcome in by_cell.values())
     shown = [state for state in STATES if counts[state] or state in ("done", "skipped", "failed")]
     console.print(", ".join(f"{counts[state]} cells {state}" for state in shown), style="bold")
-    return bool(counts["failed"]) or not outcomes
+    logged = log(records)
+    return bool(counts["failed"]) or not outcomes or not logged

@@ -1,0 +1,162 @@
+"""Documents of a sweep as a reader sees them: image, question, answers, and which tokens the methods keep of the image."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from filelock import FileLock
+from PIL import Image, ImageOps
+
+from eval.comparison import Cell
+from eval.store import Store
+
+PER_SIDE = 2  # documents shown a task where one method is right, and as many where the other is
+_COLUMNS = ["doc_id", "question", "target", "answer", "score", "visual_tokens", "kept_indices"]
+
+
+class Documents:
+    """The images of a suite's tasks by document, checked against what a record was asked.
+
+    Args:
+        data_root: folder with the data sets; None means the hub. Those of the shapes suite are generated there if missing.
+
+    Raises:
+        FileNotFoundError: a data set that is not there.
+    """
+
+    def __init__(self, suite: str, tasks: Sequence[str], data_root: Path | None) -> None:
+        from eval.tasks import load_tasks  # lmms-eval takes seconds to import
+
+        if suite == "shapes" and data_root:
+            from eval.shapes.datasets import build
+
+            data_root.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(data_root.with_suffix(".lock")):
+                build(data_root)
+        self._tasks = load_tasks(list(tasks), data_root)
+
+    def images(self, task: str, row: pd.Series) -> list[Image.Image]:
+        """The images of the document that a row of samples is about.
+
+        Raises:
+            ValueError: the data set has no such document, or it asks something else.
+        """
+        documents = self._tasks[task].eval_docs
+        if not 0 <= row["doc_id"] < len(documents):
+            raise ValueError(f"{task}: the data set here has no document {row['doc_id']}; it is not the one the cells ran on")
+        parts = [
+            part for message in self._tasks[task].doc_to_messages(documents[row["doc_id"]]) for part in message["content"]
+        ]  # fmt: skip
+        if not all(part["text"].strip() in row["question"] for part in parts if part["type"] == "text"):
+            raise ValueError(
+                f"{task}: document {row['doc_id']} here asks another question than the record; not the same data set"
+            )
+        return [part["url"].convert("RGB") for part in parts if part["type"] == "image"]
+
+
+class Rivals(NamedTuple):
+    """Two methods at one budget."""
+
+    budget: str
+    methods: tuple[str, str]
+
+
+class Disagreement(NamedTuple):
+    """A document that one of two methods answers right and the other wrong."""
+
+    task: str
+    row: pd.Series  # of the method that is right
+    answers: dict[str, str]  # by method
+    right: str
+    kept: dict[str, tuple[int, ...]]  # by method
+
+
+def rivals(comparison: pd.DataFrame, names: Sequence[str] = ()) -> Rivals | None:
+    """The methods of `names`, or else the two best of the table's last column, at the smallest budget they share; None: no two.
+
+    Raises:
+        ValueError: a name that is not in the comparison, or two that share no budget.
+    """
+    rows = comparison[comparison["method"] != "none"]
+    unknown = sorted(set(names) - set(rows["method"]))
+    if unknown or (names and len(set(names)) != 2):
+        raise ValueError(f"rivals {', '.join(names)}: choose two of {', '.join(sorted(set(rows['method'])))}")
+    if names:
+        rows = rows[rows["method"].isin(list(names))]
+    shared = rows.groupby("budget").filter(lambda own: own["method"].nunique() >= 2)
+    if shared.empty:
+        if names:
+            raise ValueError(f"rivals {', '.join(names)}: they share no budget")
+        return None
+    budget = shared.groupby("budget")["tokens"].mean().idxmin()
+    last = shared[(shared["budget"] == budget) & (shared["task"] == shared["task"].iloc[-1])]
+    best = last.sort_values("value", ascending=False, kind="stable")["method"].head(2)
+    return Rivals(str(budget), (best.iloc[0], best.iloc[1]))
+
+
+def disagreements(cells: Sequence[Cell], pair: Rivals, results: Path) -> tuple[dict[str, dict[str, int]], list[Disagreement]]:
+    """Where exactly one of two methods is right.
+
+    Returns:
+        The number of such documents by task and method that is right, and the first `PER_SIDE` of each.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    shown = []
+    for task in dict.fromkeys(cell.task for cell in cells):
+        own = {
+            cell.method: cell for cell in cells if (cell.task, cell.budget) == (task, pair.budget) and cell.method in pair.methods
+        }
+        if len(own) < 2:
+            continue
+        rows = {method: samples(own[method], results).set_index("doc_id", drop=False) for method in pair.methods}
+        both = rows[pair.methods[0]].index.intersection(rows[pair.methods[1]].index)
+        right = {method: rows[method].loc[both, "score"] == 1 for method in pair.methods}
+        counts[task] = {}
+        for method, other in (pair.methods, pair.methods[::-1]):
+            chosen = both[right[method] & ~right[other]]
+            counts[task][method] = len(chosen)
+            for doc in chosen[:PER_SIDE]:
+                pictured = {name: rows[name].loc[doc] for name in pair.methods}
+                shown.append(
+                    Disagreement(
+                        task=task,
+                        row=pictured[method],
+                        answers={name: row["answer"] for name, row in pictured.items()},
+                        right=method,
+                        kept={name: patches(row) for name, row in pictured.items()},
+                    )
+                )
+    return counts, shown
+
+
+def samples(cell: Cell, results: Path, docs: Sequence[int] | None = None) -> pd.DataFrame:
+    """The stored rows of a cell, or those of some documents, with the kept tokens."""
+    path = Store(results).folder(cell.record["identity"]) / "samples.parquet"
+    return pd.read_parquet(path, columns=_COLUMNS, filters=None if docs is None else [("doc_id", "in", list(docs))])
+
+
+def patches(row: pd.Series) -> tuple[int, ...]:
+    """Patches kept of a document's first image; tokens that are none (CLS, merged ones) have negative indices."""
+    return tuple(int(index) for index in row["kept_indices"][0] if index >= 0) if len(row["kept_indices"]) else ()
+
+
+def as_seen(model: dict[str, Any], images: Sequence[Image.Image], row: pd.Series) -> tuple[Image.Image, tuple[int, int]] | None:
+    """The image as the model's encoder sees it, and the grid of its tokens; None where no single grid lies over it.
+
+    That is so for several images, LLaVA-NeXT's crops, and Qwen2.5-VL without a fixed `image_side`.
+    """
+    side = math.isqrt(row["visual_tokens"])
+    family = model.get("family", "llava")
+    whole = family == "llava" or (family == "qwen2_5_vl" and model.get("image_side"))
+    if len(images) != 1 or not whole or side**2 != row["visual_tokens"]:
+        return None
+    image = images[0]
+    if family == "qwen2_5_vl":
+        seen = image.resize((max(image.size),) * 2)
+    elif model.get("geometry") == "pad":
+        seen = ImageOps.pad(image, (max(image.size),) * 2, color="gray")
+    else:  # CLIP's processor: the middle square
+        seen = ImageOps.fit(image, (min(image.size),) * 2)
+    return seen, (side, side)

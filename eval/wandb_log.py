@@ -1,0 +1,272 @@
+"""Finished cells as runs of Weights & Biases: written from the records when a sweep ends, so that it can be done again.
+
+Cells of one setting (suite, model, limit, seed), which may share a table, are a group; its tables are a run of their own.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import wandb
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+
+from eval import comparison, figures, gallery, interval_table, tables
+from eval.comparison import Cell
+from eval.costs import first_token_flops
+from eval.overlay import kept_tokens
+from eval.progress import complain, console
+from eval.stats import METRICS, RESAMPLES
+from eval.store import Store, digest
+
+RETRIES = 4  # half a minute; wandb's own 20 keep a sweep from ending for a quarter of an hour where there is no network
+SETTING = ("suite", "model", "limit", "seed")
+
+
+class _Run(NamedTuple):
+    """A run that may have to be written: its id, the digest of what it is made from, and what writes it."""
+
+    name: str
+    id: str
+    source: str
+    write: Callable[[], None]
+
+
+class WandbLog:
+    """Logs the cells of one sweep.
+
+    A run's id follows from the cell and the sweep, so that no cell is logged twice: what was logged is remembered in
+    `<folder>/wandb/logged` (delete it to log everything again), and online a run of that id is taken up.
+
+    Args:
+        results: folder of the sweep.
+        suite: its settings, which say where the pictures' images are.
+        experiment: name of the sweep's experiment, if it has one.
+        project, entity, mode, folder, samples, overlays: see configs/logger/wandb.yaml.
+
+    Raises:
+        ValueError: a field that makes no sense; mode=online without a login.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        results: Path,
+        suite: dict[str, Any],
+        experiment: str | None,
+        project: str,
+        entity: str | None,
+        mode: str | None,
+        folder: str,
+        samples: int,
+        overlays: int,
+    ) -> None:
+        if mode not in (None, "online", "offline"):
+            raise ValueError(f"logger.mode={mode!r} is not one of online, offline, null")
+        if samples < 0 or overlays < 0:
+            raise ValueError(f"logger.samples={samples}, logger.overlays={overlays}: at least 0")
+        login = bool(wandb.api.is_authenticated)
+        if mode == "online" and not login:
+            raise ValueError("logger.mode=online needs a login: run `wandb login`, or set logger.mode=offline")
+        self.mode: Any = mode or ("online" if login else "offline")
+        self.results, self.store, self.suite, self.experiment = results, Store(results), suite, experiment
+        self.project, self.entity, self.folder, self.samples, self.overlays = project, entity, Path(folder), samples, overlays
+        self._logged = self.folder / "wandb" / "logged" / f"{self.mode}_{entity or 'own'}_{project}"
+        self._logged.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def of(cls, config: DictConfig) -> "WandbLog":
+        """As the config of a sweep says, Hydra's own node included."""
+        fields: dict[str, Any] = OmegaConf.to_container(config.logger, resolve=True)  # type: ignore[assignment]
+        fields.pop("name")
+        suite: dict[str, Any] = OmegaConf.to_container(config.suite, resolve=True)  # type: ignore[assignment]
+        return cls(Path(config.results), suite, config.hydra.runtime.choices.get("experiment"), **fields)
+
+    def log(self, records: tables.Records) -> bool:
+        """Write the runs that are missing, and say what could not be written; whether all are there now.
+
+        Where the service cannot be reached, or refuses, the rest is not tried: each would wait for its time to run out.
+        """
+        runs = [run for group in tables.by_setting(records) for run in self._runs(group)]
+        missing = [run for run in runs if not self._is_logged(run)]
+        failed: list[tuple[str, str]] = []
+        for number, run in enumerate(missing):
+            try:
+                run.write()
+                (self._logged / run.id).write_text(run.source)
+            except wandb.Error as error:
+                failed += [(left.name, f"{type(error).__name__}: {error}") for left in missing[number:]]
+                break
+            except Exception as error:  # of this run; its record is safe, and so are the other runs
+                failed.append((run.name, f"{type(error).__name__}: {error}"))
+        where = f"{self.folder / 'wandb'}; `wandb sync` uploads them" if self.mode == "offline" else f"project {self.project}"
+        new, old = len(missing) - len(failed), len(runs) - len(missing)
+        console.print(f"wandb, {self.mode}: {new} runs logged, {old} were logged before ({where})", highlight=False)
+        for message in dict.fromkeys(text for _, text in failed):
+            names = [name for name, text in failed if text == message]
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            complain(f"NOT LOGGED {shown}: {message}")
+        if failed:
+            complain("The records are complete; the same command logs what is missing.")
+        return not failed
+
+    def _is_logged(self, run: _Run) -> bool:
+        mark = self._logged / run.id
+        return mark.exists() and mark.read_text() == run.source
+
+    def _runs(self, group: tables.Records) -> list[_Run]:
+        """The runs of a setting: its cells, and the tables."""
+        identity = group[0]["identity"]
+        sweep = [self.experiment] if self.experiment else []
+        setting = digest([identity[key] for key in SETTING])[:8]
+        name = "_".join([*sweep, identity["suite"]["name"], identity["model"]["name"], str(identity["limit"] or "all"), setting])
+        runs = []
+        for record in group:
+            own = record["identity"]
+            title = f"{own['task']} {tables.label(own['pruner'])} {own['budget']}"
+            key = digest([name, own])[:16]
+            runs.append(_Run(title, key, record["seal"], partial(self._cell, key, name, record)))
+        seals = digest(sorted(record["seal"] for record in group))
+        key = digest([name, "tables"])[:16]
+        return [*runs, _Run(f"tables of {name}", key, seals, partial(self._tables, key, name, group))]
+
+    def _init(self, key: str, group: str, kind: str, name: str, tags: dict[str, Any], config: dict[str, Any], notes: str) -> Any:
+        """Open a run; console, machine and checkout at the moment of logging stay out of it: the record says where it ran."""
+        return wandb.init(
+            project=self.project,
+            entity=self.entity,
+            mode=self.mode,
+            dir=self.folder,
+            id=key,
+            resume="allow" if self.mode == "online" else None,
+            name=name,
+            group=group,
+            job_type=kind,
+            tags=[f"{tag}:{value}"[:64] for tag, value in tags.items() if value is not None],  # wandb takes no longer ones
+            config=config,
+            notes=notes,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                x_disable_stats=True,
+                x_disable_meta=True,
+                disable_git=True,
+                save_code=False,
+                x_graphql_retry_max=RETRIES,
+            ),
+        )
+
+    def _cell(self, key: str, group: str, record: dict[str, Any]) -> None:
+        identity, cell = record["identity"], self._load(record)
+        tags = {
+            "model": identity["model"]["name"],
+            "method": cell.name,
+            "budget": cell.budget,
+            "suite": identity["suite"]["name"],
+            "task": cell.task,
+            "experiment": self.experiment,
+        }
+        notes: list[str] = []
+        logged: dict[str, Any] = _numbers(cell, notes)
+        logged["samples"] = _table(cell.rows.head(self.samples))
+        if pictures := self._pictures(cell, notes):
+            logged["overlays"] = pictures
+        config = identity | {"method": cell.method, "environment": record["environment"], "cell": digest(identity)}
+        with self._init(key, group, "cell", f"{cell.task} {cell.key}", tags, config, "\n\n".join(notes)) as run:
+            run.log(logged)
+
+    def _tables(self, key: str, name: str, group: tables.Records) -> None:
+        """Accuracy, the comparison with its figures, and as the run's notes the table with intervals."""
+        identity, cells = group[0]["identity"], [self._load(record) for record in group]
+        logged: dict[str, Any] = {"cells": len(cells), "accuracy": _table(tables.accuracy(group))}
+        caption = tables.title(group)
+        try:
+            compared = comparison.compare(cells)
+        except ValueError as error:
+            notes = [f"No comparison: {error}."]
+        else:
+            notes = [interval_table.markdown(cells, compared)]
+            logged |= {"comparison": _table(compared), "tasks": _image(figures.bars(compared, caption))}
+            try:
+                flops = first_token_flops(cells).mean
+                figure = figures.accuracy_against(compared, flops, "FLOPs until the first token", caption)
+                logged["accuracy_flops"] = _image(figure)
+            except ValueError as error:
+                notes.append(f"No accuracy against FLOPs: {error}.")
+            if shares := figures.agreement(cells):
+                logged["agreement"] = _image(figures.agreement_matrices(shares, caption))
+        commits = sorted({record["environment"]["commit"] for record in group})
+        config = {key: identity[key] for key in (*SETTING, "versions")} | {"commits": commits}
+        tags = {"model": identity["model"]["name"], "suite": identity["suite"]["name"], "experiment": self.experiment}
+        with self._init(key, name, "tables", f"tables of {name}", tags, config, "\n\n".join(notes)) as run:
+            run.log(logged)
+
+    def _load(self, record: dict[str, Any]) -> Cell:
+        """A cell with its rows, without the lists of tokens: they are the bulk, and of no use in a table."""
+        rows = Store.samples(self.store.folder(record["identity"]))
+        return Cell(record, rows.drop(columns=["kept_indices", "layer_tokens", "crops"], errors="ignore"))
+
+    def _pictures(self, cell: Cell, notes: list[str]) -> list[wandb.Image]:
+        """The first images beside what the cell kept of them; why there are none is noted."""
+        identity = cell.record["identity"]
+        if not self.overlays or cell.name == "none":
+            return []
+        if identity["suite"] != {key: self.suite[key] for key in ("name", "revision")}:
+            notes.append(f"No pictures of kept tokens: the sweep's suite is {self.suite['name']}.")
+            return []
+        docs = cell.rows.sort_values("doc_id").drop_duplicates("image_id")["doc_id"].head(self.overlays)
+        pictures = []
+        try:
+            source = _documents(identity["suite"]["name"], cell.task, self.suite["data_root"])
+            for _, row in gallery.samples(cell, self.results, docs.tolist()).iterrows():
+                seen = gallery.as_seen(identity["model"], source.images(cell.task, row), row)
+                if seen is None:
+                    notes.append(f"No picture of document {row['doc_id']}: its tokens form no single grid over the image.")
+                else:
+                    figure = kept_tokens(seen[0], {cell.key: gallery.patches(row)}, seen[1])
+                    pictures.append(_image(figure, f"document {row['doc_id']}: {row['question']}"))
+        except (OSError, ValueError) as error:  # data sets that are not here, or others
+            notes.append(f"No pictures of kept tokens: {error}")
+        return pictures
+
+
+def _numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
+    """Every number of a record; metrics with intervals, in the units tables print, the first one also as "score"; latency."""
+    content = {key: value for key, value in cell.record.items() if key not in ("identity", "environment")}
+    flat = pd.json_normalize(content, sep="/").iloc[0].to_dict()
+    numbers = {str(key): float(value) for key, value in flat.items() if isinstance(value, int | float) and value == value}
+    for metric, definition in METRICS[cell.task].items():
+        if definition.stored not in cell.record["metrics"]:  # a half of MME that the limit left without documents
+            continue
+        found = {"value": cell.stored(metric)}
+        try:
+            interval = comparison.estimate(metric, {cell.key: cell}, RESAMPLES).interval(cell.key)
+            if interval.low == interval.low:
+                found |= {"low": interval.low, "high": interval.high}
+            else:
+                notes.append(f"No interval of {metric}: resampling the images does not change it.")
+        except ValueError as error:
+            notes.append(f"No interval of {metric}: {error}.")
+        names = [metric, "score"] if metric == next(iter(METRICS[cell.task])) else [metric]
+        numbers |= {f"{name}/{end}": value for name in names for end, value in found.items()}
+    seconds = cell.rows["seconds"]
+    return numbers | {"answer_seconds/median": float(seconds.median()), "answer_seconds/p90": float(seconds.quantile(0.9))}
+
+
+def _table(frame: pd.DataFrame) -> wandb.Table:
+    frame = frame.astype(object).where(frame.notna(), None)
+    return wandb.Table(columns=[str(name) for name in frame], data=frame.to_numpy().tolist(), allow_mixed_types=True)
+
+
+def _image(figure: Figure, caption: str | None = None) -> wandb.Image:
+    image = wandb.Image(figure, caption=caption)
+    plt.close(figure)
+    return image
+
+
+@cache
+def _documents(suite: str, task: str, data_root: str | None) -> gallery.Documents:
+    return gallery.Documents(suite, [task], Path(data_root).resolve() if data_root else None)

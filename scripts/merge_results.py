@@ -1,0 +1,177 @@
+"""Bring the finished cells of other machines into a results folder: python scripts/merge_results.py SOURCE... --into results
+
+A cell is copied only if its seal is whole and its place is the one its identity names. One that is here already stays as it is;
+where the same cell gave other answers elsewhere, that one is refused, for nothing says which is right. Unfinished cells, failures
+and tables are not merged: run `make tables` afterwards. A seal shows damage and editing, not forgery.
+
+Exit status 1: something was refused. What will keep cells out of one table (other versions, two sources of a method) is reported.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from eval.store import DamagedRecord, Store, digest
+from eval.tables import by_setting
+
+_COUNTS = ("new", "already here", "same answers", "refused", "failed", "unfinished")
+_FILES = ("record.json", "samples.parquet")
+_ANSWER = ["doc_id", "target", "answer", "score", "kept_indices"]  # what two runs of a cell must share; their seconds differ
+
+
+class Refused(RuntimeError):
+    """A cell that cannot be merged."""
+
+
+@dataclass
+class Contribution:
+    """What a source gave: counts of its cells, and why some were refused. Same answers: this cell was run here too."""
+
+    source: Path
+    counts: Counter[str] = field(default_factory=Counter)
+    refused: list[str] = field(default_factory=list)
+
+
+def merge(source: Path, target: Store) -> Contribution:
+    """Copy the cells of a results folder that are missing in another; nothing there is overwritten."""
+    contribution = Contribution(source)
+    for folder in _cells(source / "runs"):
+        try:
+            contribution.counts[_adopt(folder, folder.relative_to(source / "runs"), target)] += 1
+        except (Refused, DamagedRecord) as error:
+            contribution.refused.append(str(error))
+    contribution.counts["refused"] = len(contribution.refused)
+    runs = [path for path in (source / "runs").glob("*/*/*/*") if path.is_file()]
+    contribution.counts["failed"] = sum(path.name.endswith(".failed.json") for path in runs)
+    contribution.counts["unfinished"] = len({path.name.split(".answers")[0] for path in runs if ".answers" in path.name})
+    return contribution
+
+
+def mixtures(target: Store) -> list[str]:
+    """Why cells of a results folder cannot share a table that their settings put them in.
+
+    Raises:
+        DamagedRecord: one of them was damaged before.
+    """
+    found = []
+    for group in by_setting(target.records()):
+        identities = [record["identity"] for record in group]
+        where = f"suite {identities[0]['suite']['name']}, model {identities[0]['model']['name']}, limit {identities[0]['limit']}"
+        versions = Counter(", ".join(f"{k} {v}" for k, v in sorted(identity["versions"].items())) for identity in identities)
+        if len(versions) > 1:
+            found.append(f"{where}: " + " but ".join(f"{count} cells of {text}" for text, count in versions.items()))
+        rows = defaultdict(list)
+        for own in identities:
+            pruner = {key: value for key, value in own["pruner"].items() if key != "source"}
+            rows[digest([own["task"], own["budget"], own["versions"], pruner])].append(own)
+        for same in rows.values():
+            if len(same) > 1:
+                sources = ", ".join(sorted(own["pruner"]["source"] for own in same))
+                found.append(f"{where}: {same[0]['task']} {same[0]['pruner']['name']} {same[0]['budget']} of code {sources}")
+    return found
+
+
+def _cells(runs: Path) -> Iterator[Path]:
+    """Folders of cells, whole or not; the store's own begin with a dot."""
+    yield from (path for path in sorted(runs.glob("[!.]*/*/*/*")) if path.is_dir())
+
+
+def _adopt(folder: Path, place: Path, target: Store) -> str:
+    """Copy one cell if it is missing; which of `_COUNTS` it is."""
+    record = Store.read(folder)
+    try:
+        identity = record["identity"]
+        goal = target.folder(identity)
+    except (KeyError, TypeError) as error:
+        raise Refused(f"{folder}: its identity is none ({type(error).__name__}: {error})") from error
+    if goal.relative_to(target.runs) != place:
+        raise Refused(f"{folder}: the identity inside is that of another cell, {goal.relative_to(target.runs)}")
+    with target.claim(identity) as mine:
+        if not mine:
+            raise Refused(f"{folder}: a sweep is at this cell here; merge again when it has ended")
+        if not target.has(identity):
+            _copy(folder, goal, target)
+            target.forget_answers(identity)
+            return "new"
+        here = target.load(identity)
+        if here["seal"] == record["seal"]:
+            return "already here"
+        if different := _difference(here, record, goal, folder):
+            raise Refused(f"{folder}: the same cell is here with other content ({different}); delete the one that is wrong")
+        return "same answers"
+
+
+def _difference(here: dict[str, Any], record: dict[str, Any], goal: Path, folder: Path) -> str:
+    """In what two runs of one cell differ beside time and place; empty if in nothing."""
+    if here["identity"] != record["identity"]:
+        return "two identities share a name"
+    rows, others = (pq.read_table(path / "samples.parquet", columns=_ANSWER).to_pylist() for path in (goal, folder))
+    if len(rows) != len(others):
+        return f"{len(rows)} documents and {len(others)}"
+    changed = sum(row != other for row, other in zip(rows, others, strict=True))
+    if changed:
+        return f"{changed} of {len(rows)} documents"
+    return "" if here["metrics"] == record["metrics"] else "the metrics"
+
+
+def _copy(folder: Path, goal: Path, target: Store) -> None:
+    """Put a cell in its place, whole or not at all."""
+    if goal.exists():
+        raise Refused(f"{folder}: an incomplete cell is in its place, {goal}; delete that folder")
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    (target.runs / ".writing").mkdir(exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="merge", dir=target.runs / ".writing"))
+    try:
+        for name in _FILES:
+            shutil.copyfile(folder / name, scratch / name)
+        Store.read(scratch)  # what arrived, not what was sent
+        scratch.rename(goal)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", type=Path, nargs="+", metavar="SOURCE", help="results folders of other machines")
+    parser.add_argument("--into", type=Path, required=True, help="the results folder that receives")
+    options = parser.parse_args()
+    for source in options.sources:
+        if not (source / "runs").is_dir():
+            parser.error(f"{source} has no runs/ and is no results folder")
+        if source.resolve() == options.into.resolve():
+            parser.error(f"{source} is the folder to merge into")
+
+    target, console = Store(options.into), Console(soft_wrap=True, highlight=False, markup=False)
+    contributions = [merge(source, target) for source in options.sources]
+    table = Table(title=f"Merged into {options.into}", title_justify="left", box=None)
+    table.add_column("source", overflow="fold")
+    for name in _COUNTS:
+        table.add_column(name, justify="right")
+    for one in contributions:
+        table.add_row(str(one.source), *(str(one.counts[name]) for name in _COUNTS))
+    console.print(table)
+    if any(one.counts["failed"] or one.counts["unfinished"] for one in contributions):
+        console.print("Cells that failed or are unfinished there were not merged.")
+    refused = [text for one in contributions for text in one.refused]
+    try:
+        for text in mixtures(target):
+            console.print(f"MIXED {text}; such cells cannot share a table", style="yellow")
+    except DamagedRecord as error:
+        refused.append(f"already here: {error}")
+    for text in refused:
+        console.print(f"REFUSED {text}", style="red")
+    return int(bool(refused))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
