@@ -7,7 +7,7 @@ PYTHON ?= .venv/bin/python
 OVERRIDES = $(foreach word,$(filter-out EXPERIMENT=% PYTHON=% OUT=%,$(MAKEOVERRIDES)),'$(word)')
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep tables flops test test-faults test-matrix bench-sweep lint golden bench-select methods readme train-shapes clean
+.PHONY: help sweep tables report flops test test-faults test-matrix bench-sweep lint golden bench-select methods readme train-shapes clean
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ test-faults: $(READY)  ## run the long fault tests: kills, full disks, several p
 
 tables: $(READY)  ## print every published table beside what was reproduced, from the records in OUT (default: results)
 	$(PYTHON) scripts/tables.py --results $(or $(OUT),results)
+
+report: $(READY)  ## write the report: one HTML page and a summary, from the records in OUT (default: results)
+	$(PYTHON) scripts/report.py --results $(or $(OUT),results)
 
 flops: $(READY)  ## print the FLOPs of every family, method, budget and convention
 	$(PYTHON) scripts/flops.py

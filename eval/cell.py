@@ -158,12 +158,13 @@ def check_limit(task: str, limit: int | None) -> None:
 
 
 def _row(task: str, sample: dict[str, Any], model: "PrunedModel") -> dict[str, Any]:
-    from eval.metrics import document_score, image_id
+    from eval.metrics import category, document_score, image_id
 
     answer = model.answers[task, sample["doc_id"]]
     return {
         "doc_id": sample["doc_id"],
         "image_id": image_id(task, sample),
+        "category": category(task, sample),
         "question": answer.prompt,
         "target": str(sample["target"]),
         "answer": answer.text,

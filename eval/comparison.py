@@ -108,7 +108,7 @@ def estimate(metric: str, cells: dict[str, Cell], resamples: int) -> stats.Estim
     found = stats.estimate(task, metric, {key: cell.rows for key, cell in cells.items()}, resamples)
     for key, cell in cells.items():
         stored = cell.stored(metric)
-        if abs(stored - found.values[key]) > 0.01:
+        if not abs(stored - found.values[key]) <= 0.01:
             raise ValueError(f"{task}: the record of {key} has {metric} {stored:.2f}, its samples give {found.values[key]:.2f}")
     return found
 

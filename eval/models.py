@@ -145,6 +145,7 @@ class PrunedModel(lmms):
         # the tensors of documents for the cells that ask them again, a quarter of the cache's memory; texts are small
         self._prepared = EncodeCache(cache.limit_bytes // 4 if cache else 0)
         self._words: dict[str, tuple[str, str, int]] = {}
+        self._data: dict[str, tuple[Any, int]] = {}  # the data set of each task whose documents these are, numbered
         self.images = ImageCache(cache or EncodeCache(0), f"{identity} {layout}")
         self.images.cache.device = self.device
         self.on_answer: Callable[[], None] = lambda: None
@@ -207,7 +208,9 @@ class PrunedModel(lmms):
         if options.get("num_beams", 1) != 1 or (options.get("temperature") or 0) > 0:
             raise ValueError(f"task {task} asks for {options}; pruned models generate greedily")
         data = self.task_dict[task][split]
-        key = f"{data._fingerprint} {task} {doc_id}"
+        if task not in self._data or self._data[task][0] is not data:  # other documents under the same name
+            self._data[task] = (data, len(self._words))
+        key = f"{self._data[task][1]} {task} {doc_id}"
 
         def prepare() -> dict[str, Tensor]:
             prompt = self.inputs.prompt(ChatMessages(messages=doc_to_messages(data[doc_id])), f"{task}/{doc_id}")

@@ -23,6 +23,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+class _Lock(FileLock):
+    """A class of its own: lmms-eval makes `FileLock` itself one object a path and process, which then holds it twice."""
+
+
 class Store:
     """The cells under one results folder, which several processes may share.
 
@@ -59,7 +63,7 @@ class Store:
         """
         locks = self.runs / ".locks"
         locks.mkdir(exist_ok=True)
-        lock = FileLock(locks / (digest(identity)[:12] + part))
+        lock = _Lock(locks / (digest(identity)[:12] + part))
         try:
             lock.acquire(blocking=wait)
         except Timeout:

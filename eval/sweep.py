@@ -207,6 +207,7 @@ def _settle(job: Job, task: str, identity: dict[str, Any], part: str) -> Outcome
     try:
         if store.has(identity):
             store.load(identity)
+            store.forget_answers(identity)  # what a kill between sealing and tidying left
             Bar.advance(1)
             return {"state": "skipped"}
         earlier = store.failure(identity, since=_Sweep.started if job.retry_failed else 0)

@@ -1,6 +1,7 @@
 """Accuracy tables of finished cells: printed, Markdown, CSV."""
 
 import dataclasses
+import json
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -37,8 +38,9 @@ def by_setting(records: Records) -> list[Records]:
 
 def label(pruner: dict[str, Any]) -> str:
     """Method name, options that differ from their defaults, and the mark of a reconstruction."""
-    defaults = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in dataclasses.fields(REGISTRY[pruner["name"]])}
-    changed = [f"{name}={pruner[name]}" for name, default in defaults.items() if pruner[name] != default]
+    fields = dataclasses.fields(REGISTRY[pruner["name"]])
+    # JSON has no tuples
+    changed = [f"{f.name}={pruner[f.name]}" for f in fields if json.dumps(pruner[f.name]) != json.dumps(f.default)]
     mark = " (reconstruction)" if pruner["status"] == "reconstruction" else ""
     return " ".join([pruner["name"], *changed]) + mark
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.table import Table
 
 from eval.store import DamagedRecord, Store, digest
 from eval.tables import by_setting
@@ -153,13 +153,8 @@ def main() -> int:
 
     target, console = Store(options.into), Console(soft_wrap=True, highlight=False, markup=False)
     contributions = [merge(source, target) for source in options.sources]
-    table = Table(title=f"Merged into {options.into}", title_justify="left", box=None)
-    table.add_column("source", overflow="fold")
-    for name in _COUNTS:
-        table.add_column(name, justify="right")
-    for one in contributions:
-        table.add_row(str(one.source), *(str(one.counts[name]) for name in _COUNTS))
-    console.print(table)
+    rows = [{"source": str(one.source)} | {name: one.counts[name] for name in _COUNTS} for one in contributions]
+    console.print(f"Merged into {options.into}\n{pd.DataFrame(rows).to_string(index=False)}")
     if any(one.counts["failed"] or one.counts["unfinished"] for one in contributions):
         console.print("Cells that failed or are unfinished there were not merged.")
     refused = [text for one in contributions for text in one.refused]

@@ -1,0 +1,264 @@
+"""What a report shows of a results folder: tables, figures, documents, and where it all comes from."""
+
+import base64
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from eval import comparison, figures, gallery, interval_table, paper_tables, render
+from eval.comparison import Cell
+from eval.costs import first_token_flops, prefill_times
+from eval.layouts import layouts
+from eval.overlay import kept_tokens
+from eval.provenance import Provenance
+from eval.reported import load_reported
+from eval.store import digest
+from eval.tables import title
+
+DEMONSTRATION = "a demonstration on generated scenes with a tiny model, which says nothing about any published model"
+_PER_PICTURE = 5  # methods in a row of pictures of kept tokens
+
+
+class Picture(NamedTuple):
+    path: Path
+    caption: str
+
+    @property
+    def uri(self) -> str:
+        kind = "png" if self.path.suffix == ".png" else "jpeg"
+        return f"data:image/{kind};base64," + base64.b64encode(self.path.read_bytes()).decode()
+
+
+class Entry(NamedTuple):
+    """A document of the gallery; answers as (method, answer, whether it is right)."""
+
+    document: str
+    question: str
+    target: str
+    answers: list[tuple[str, str, bool]]
+    picture: Picture | None
+
+
+@dataclass
+class Section:
+    """The cells of one setting. `warnings` say what is missing or refused, and why."""
+
+    title: str
+    anchor: str
+    suite: str
+    provenance: Provenance
+    warnings: list[str] = field(default_factory=list)
+    markdown: str = ""
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of the comparison, by task
+    charts: list[Picture] = field(default_factory=list)
+    kept: list[tuple[str, str, list[Picture]]] = field(default_factory=list)  # document, question, pictures
+    rivals: gallery.Rivals | None = None
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def demonstration(self) -> bool:
+        return self.suite != "hub"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A paper's table beside what was run of it, or why it was refused."""
+
+    title: str
+    run: int
+    sheet: render.Sheet | None = None
+    verdicts: str = ""
+    refused: str = ""
+
+
+class Report:
+    """What a results folder holds; the figures are drawn into results/figures on the way.
+
+    Args:
+        results: folder of a sweep.
+        data_root: folder with the data sets of suites other than shapes; None means the hub.
+        documents: (task, document) of which to show the kept tokens; none: the first of every task.
+        rivals: labels of two methods for the gallery; none: the two best.
+
+    Raises:
+        ValueError: no finished cells.
+    """
+
+    def __init__(
+        self,
+        results: Path,
+        resamples: int,
+        data_root: Path | None = None,
+        documents: Sequence[tuple[str, int]] = (),
+        rivals: Sequence[str] = (),
+    ) -> None:
+        self.results, self.resamples, self.data_root = results, resamples, data_root
+        self.documents, self.rivals = documents, rivals
+        cells = comparison.load(results)
+        if not cells:
+            raise ValueError(f"no finished cells in {results / 'runs'}; run `make sweep` first")
+        self.sections = [self._section(group) for group in comparison.settings(cells)]
+        self.published = published(cells, resamples)
+
+    @property
+    def problems(self) -> list[str]:
+        """What is refused or missing, with its place."""
+        found = [f"{section.title}: {text}" for section in self.sections for text in section.warnings]
+        return found + [f"{table.title}: REFUSED: {table.refused}" for table in self.published if table.refused]
+
+    @property
+    def refused(self) -> bool:
+        sections = any(text.startswith("REFUSED") for section in self.sections for text in section.warnings)
+        return sections or any(table.refused for table in self.published)
+
+    def _section(self, cells: list[Cell]) -> Section:
+        records = [cell.record for cell in cells]
+        identity = records[0]["identity"]
+        setting = digest([identity[key] for key in ("suite", "model", "limit", "seed")])[:8]
+        suite, model, limit = identity["suite"]["name"], identity["model"]["name"], identity["limit"] or "all"
+        origin = Provenance.of(cells)
+        section = Section(title(records), f"{suite}_{model}_{limit}_{setting}", suite, origin, list(origin.doubts))
+        try:
+            compared = comparison.compare(cells, self.resamples)
+        except ValueError as error:
+            section.warnings.append(f"REFUSED: {error}")
+            return section
+        section.markdown = interval_table.markdown(cells, compared)
+        section.rows = {str(task): rows.to_dict("records") for task, rows in compared.groupby("task", sort=False)}  # type: ignore[misc]
+        self._charts(section, cells, compared)
+        self._documents(section, cells, compared)
+        return section
+
+    def _caption(self, section: Section) -> str:
+        return section.title + (f": {DEMONSTRATION}" if section.demonstration else "")
+
+    def _picture(self, section: Section, name: str, figure: Figure, caption: str) -> Picture:
+        """Draw a figure into its file; the name ends in its format."""
+        path = self.results / "figures" / section.anchor / re.sub("[^a-z0-9.]+", "_", name.lower())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        return Picture(path, caption)
+
+    def _charts(self, section: Section, cells: list[Cell], compared: pd.DataFrame) -> None:
+        caption = self._caption(section)
+
+        def add(name: str, figure: Figure, text: str) -> None:
+            section.charts.append(self._picture(section, name, figure, text))
+
+        try:
+            costs = first_token_flops(cells)
+        except ValueError as error:
+            section.warnings.append(f"No accuracy against FLOPs: {error}")
+        else:
+            text = "Accuracy against FLOPs until the first token (tower, projector, pruner, prefill, head), mean over documents."
+            if costs.uncounted:
+                text += f" Without the cost of the pruner itself: {', '.join(costs.uncounted)}."
+            unit, power = (1e9, "10⁹") if costs.mean.max() < 1e11 else (1e12, "10¹²")
+            axis = f"FLOPs until the first token, {power}"
+            figure = figures.accuracy_against(compared, costs.mean / unit, axis, f"Accuracy against FLOPs, {caption}")
+            add("accuracy_flops.png", figure, text)
+        for number, (axis, times) in enumerate(prefill_times(cells, self.results).items()):
+            text = "Accuracy against measured prefill: the bench's median, on its own prompts, apart from the answers."
+            timed = compared.set_index(["task", "method", "budget"]).index.isin(times.index)
+            if absent := sorted({f"{row['method']} at {row['budget']}" for row in compared[~timed].to_dict("records")}):
+                text += f" Not timed: {', '.join(absent)}."
+            figure = figures.accuracy_against(compared, times, axis, f"Accuracy against measured prefill, {caption}")
+            add(f"accuracy_prefill_{number}.png", figure, text)
+        add("tasks.png", figures.bars(compared, f"Scores by task, {caption}"), "Scores by task and budget, with 95 % intervals.")
+        if shares := figures.agreement(cells):
+            text = "Documents that two methods answer alike, mean over the tasks. Right or wrong does not matter here."
+            figure = figures.agreement_matrices(shares, f"Agreement between methods, {caption}")
+            add("agreement.png", figure, text)
+
+    def _documents(self, section: Section, cells: list[Cell], compared: pd.DataFrame) -> None:
+        """Kept tokens and the gallery; without the data sets, the gallery has no pictures."""
+        tasks = list(dict.fromkeys(cell.task for cell in cells))
+        root = self.results / "data" / "shapes" if section.suite == "shapes" else self.data_root
+        try:
+            source = gallery.Documents(section.suite, tasks, root.resolve() if root else None)
+        except FileNotFoundError as error:
+            section.warnings.append(f"No images: {error}")
+            source = None
+        try:
+            if source:
+                self._kept(section, cells, source)
+            self._gallery(section, cells, compared, source)
+        except ValueError as error:
+            section.warnings.append(f"REFUSED: {error}")
+
+    def _kept(self, section: Section, cells: list[Cell], source: gallery.Documents) -> None:
+        """Pictures of the tokens every method keeps, at the smallest budget."""
+        pruned = [cell for cell in cells if cell.name != "none"]
+        if not pruned:
+            return
+        budget = min(pruned, key=lambda cell: cell.tokens).budget
+        smallest = [cell for cell in pruned if cell.budget == budget]
+        firsts = {cell.task: int(cell.rows["doc_id"].min()) for cell in smallest}
+        for task, doc in self.documents or firsts.items():
+            rows = {}
+            for cell in (cell for cell in smallest if cell.task == task):
+                own = gallery.samples(cell, self.results, [doc])
+                if own.empty:
+                    raise ValueError(f"{cell.key} did not answer document {doc} of {task}")
+                rows[cell.method] = own.iloc[0]
+            if not rows:
+                raise ValueError(f"no pruned cell of task {task} at budget {budget}, of which to show document {doc}")
+            first = next(iter(rows.values()))
+            seen = gallery.as_seen(pruned[0].record["identity"]["model"], source.images(task, first), first)
+            if seen is None:
+                section.warnings.append(f"No kept tokens of {task} {doc}: its tokens form no single grid over the image.")
+                continue
+            names, pictures = sorted(rows), []
+            for start in range(0, len(names), _PER_PICTURE):
+                kept = {_wrapped(name): gallery.patches(rows[name]) for name in names[start : start + _PER_PICTURE]}
+                name = f"kept_{task}_{doc}_{start // _PER_PICTURE}.jpg"
+                text = f"{task} {doc} at budget {budget}: the image, and what is kept of it."
+                pictures.append(self._picture(section, name, kept_tokens(seen[0], kept, seen[1]), text))
+            section.kept.append((f"{task}, document {doc}, budget {budget}", first["question"], pictures))
+
+    def _gallery(self, section: Section, cells: list[Cell], compared: pd.DataFrame, source: gallery.Documents | None) -> None:
+        """Documents that one of two methods answers right and the other wrong."""
+        section.rivals = gallery.rivals(compared, self.rivals)
+        if section.rivals is None:
+            section.warnings.append("No gallery: it needs two methods at one budget.")
+            return
+        section.counts, found = gallery.disagreements(cells, section.rivals, self.results)
+        model = cells[0].record["identity"]["model"]
+        for item in found:
+            document, picture = f"{item.task} {item.row['doc_id']}", None
+            images = source.images(item.task, item.row) if source else []
+            if images:
+                seen = gallery.as_seen(model, images, item.row)
+                shown, grid = seen or (images[0], (1, 1))
+                figure = kept_tokens(shown, {_wrapped(name): kept for name, kept in item.kept.items()} if seen else {}, grid)
+                picture = self._picture(section, f"disagree_{document}.jpg", figure, document)
+            answers = [(name, text, name == item.right) for name, text in item.answers.items()]
+            section.entries.append(Entry(document, item.row["question"], item.row["target"], answers, picture))
+
+
+def _wrapped(label: str) -> str:
+    return textwrap.fill(label, 22, break_long_words=False)
+
+
+def published(cells: list[Cell], resamples: int) -> list[Published]:
+    """Every paper's table beside what was run of it, those with cells first."""
+    numbers, tables = load_reported(), []
+    for layout in layouts():
+        try:
+            table = paper_tables.build(layout, numbers, cells, resamples)
+        except ValueError as error:
+            tables.append(Published(layout.title, 0, refused=str(error)))
+            continue
+        counts = table.cells["verdict"].value_counts()
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        tables.append(Published(layout.title, int(counts.drop("not run", errors="ignore").sum()), render.sheet(table), verdicts))
+    return sorted(tables, key=lambda table: -table.run)

@@ -1,0 +1,52 @@
+"""Write the report of a results folder (`make report`): results/report/index.html and summary.md, figures in results/figures.
+
+The page holds everything and needs no network. Exits with 1 where cells were refused; the page then says which, and why.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from eval.stats import RESAMPLES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _document(text: str) -> tuple[str, int]:
+    task, _, number = text.rpartition(":")
+    return task, int(number)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of a sweep (default: results)")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"of the images (default: {RESAMPLES})")
+    parser.add_argument("--data-root", type=Path, help="folder with the data sets, for the images (default: the hub)")
+    parser.add_argument(
+        "--documents", nargs="+", type=_document, default=[], metavar="TASK:NUMBER", help="of which to show the kept tokens"
+    )
+    parser.add_argument("--rivals", nargs=2, default=[], metavar="METHOD", help="of the gallery (default: the two best)")
+    options = parser.parse_args()
+    os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # of lmms-eval's index of tasks
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from eval.report import Report
+    from eval.report_page import write
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    try:
+        report = Report(options.results, options.resamples, options.data_root, options.documents, options.rivals)
+    except ValueError as error:
+        console.print(str(error), style="red")
+        return 1
+    for problem in report.problems:
+        console.print(problem, style="red" if "REFUSED" in problem else "yellow")
+    for path in write(report, options.results / "report"):
+        console.print(f"written: {path}")
+    return int(report.refused)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

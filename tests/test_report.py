@@ -1,0 +1,270 @@
+"""The report: one page that holds everything, runs nothing, and says what its numbers are and what is missing."""
+
+import base64
+import io
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cells import CONFIGS
+from lxml import html as lxml_html
+from PIL import Image
+from stored import Pictures, grid, store
+
+from eval import gallery
+from eval.report import DEMONSTRATION, Report
+from eval.report_page import page, write
+from eval.store import Store
+
+SCRIPT = CONFIGS.parent / "scripts" / "report.py"
+ATTACK = "<script>alert(1)</script>"
+TARGET = f"![x](http://x.y/z.png){ATTACK}"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gallery, "Documents", Pictures)
+        yield
+
+
+def reported(folder, cells, **options):
+    return Report(store(folder, cells), 200, **options)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The report of a sweep whose questions, targets and some answers are an attack."""
+    folder = tmp_path_factory.mktemp("attack")
+    cells = grid(tasks=("gqa", "scienceqa_img"), random=0.4, scope=0.75, sppruner=0.5)
+    cells = [own._replace(rows=own.rows.replace({"target": "no"}, TARGET)) for own in cells]
+    cells = [own._replace(rows=own.rows.assign(answer=ATTACK)) if own.name == "sppruner" else own for own in cells]
+    report = reported(folder, cells, rivals=["scope", "sppruner (reconstruction)"])
+    return report, write(report, folder / "report")
+
+
+def tree(text: str):
+    """The page, parsed without tolerance for errors."""
+    return lxml_html.document_fromstring(text, parser=lxml_html.HTMLParser(recover=False, huge_tree=True))
+
+
+def text_of(text: str) -> str:
+    return " ".join(tree(text).body.text_content().split())
+
+
+def test_text_of_data_and_models_is_text(written):
+    _, (path, _) = written
+    found = tree(path.read_text())
+    assert not found.xpath("//script | //iframe | //object | //embed | //link | //form | //base")
+    assert not found.xpath("//@*[starts-with(name(), 'on')]")
+    assert {ATTACK, TARGET} <= {answer.text_content() for answer in found.xpath("//dd")}
+    assert any(f"every answer is {ATTACK!r}" in note.text_content() for note in found.xpath("//li"))
+    assert {link.split("#")[0] for link in found.xpath("//@href")} == {""}
+
+
+def test_a_question_is_text(tmp_path):
+    report = Report(store(tmp_path, grid(tasks=("gqa",), random=0.4, scope=0.75), question=ATTACK), 200)
+    prompts = [prompt.text for prompt in tree(page(report)).xpath("//pre")]
+    assert len(prompts) > 1
+    assert set(prompts) == {ATTACK}
+    assert "<script" not in page(report).lower()
+
+
+def test_the_page_is_self_contained(written):
+    _, (path, _) = written
+    found = tree(path.read_text())
+    sources = found.xpath("//img/@src")
+    assert len(sources) > 3 + 2 * 2  # charts, kept tokens and gallery
+    for source in sources:
+        kind, data = re.fullmatch(r"data:image/(png|jpeg);base64,(.*)", source).groups()
+        assert Image.open(io.BytesIO(base64.b64decode(data))).format.lower() == kind
+    assert all(image.get("alt") for image in found.xpath("//img"))
+    assert "url(" not in path.read_text()
+    assert found.xpath("//meta[@http-equiv='Content-Security-Policy']/@content")[0].startswith("default-src 'none'")
+
+
+def test_the_page_holds_tables_tied_best_flips_figures_and_provenance(written):
+    report, (path, _) = written
+    found, text = tree(path.read_text()), text_of(path.read_text())
+    (section,) = report.sections
+    bold = {row.getparent().getparent().xpath("td[2]")[0].text for row in found.xpath("//div[@class='scroll intervals']//strong")
+            if row.getparent().tag == "td"}  # fmt: skip
+    assert bold == {row["method"] for row in section.rows["gqa"] if row["tied_best"]} == {"scope"}
+    rows = {
+        row.xpath("th")[0].text: [cell.text for cell in row.xpath("td")]
+        for row in found.xpath("//details[starts-with(summary, 'gqa')]//tbody/tr")
+    }
+    scope = next(row for row in section.rows["gqa"] if row["method"] == "scope")
+    assert rows["scope"][4].startswith(f"{scope['value']:.1f} [")
+    assert rows["scope"][9:11] == [str(int(scope["right_to_wrong"])), str(int(scope["wrong_to_right"]))]
+    assert [chart.path.name for chart in section.charts] == ["accuracy_flops.png", "tasks.png", "agreement.png"]
+    assert all(picture.path.exists() for picture in section.charts)
+    assert "Without the cost of the pruner itself: sppruner (reconstruction)." in text
+    for fact in ("abc", "x86_64", "secateur 0.1.0", "the first 400", "2026-01-01", "shapes, revision main"):
+        assert fact in text, fact
+
+
+def test_shapes_are_a_demonstration_wherever_their_numbers_are(written, tmp_path):
+    _, (path, markdown) = written
+    figures = [node.text_content() for node in tree(path.read_text()).xpath("//figcaption")]
+    assert all("shapes" in text and DEMONSTRATION in text for text in figures if "Prompt" not in text)
+    assert f"Suite shapes: {DEMONSTRATION}" in text_of(path.read_text())
+    assert f"Suite shapes: {DEMONSTRATION}" in markdown.read_text()
+    real = reported(tmp_path, grid(tasks=("gqa",), suite="hub", scope=0.7))
+    assert not real.sections[0].demonstration
+    assert DEMONSTRATION not in page(real)
+
+
+def test_a_reconstruction_is_named_so_everywhere(written):
+    _, (path, markdown) = written
+    for text in (text_of(path.read_text()), markdown.read_text()):
+        plain = re.findall(r"sppruner(?! \(reconstruction\))", text.replace("sppruner reconstruction", ""))
+        assert "sppruner (reconstruction)" in text
+        assert not plain
+
+
+def test_the_summary_links_to_figures_that_exist(written):
+    _, (_, path) = written
+    text = path.read_text()
+    links = re.findall(r"^!\[[^\]]*\]\(([^)]*)\)$", text, re.MULTILINE)
+    assert len(links) == 3
+    assert all((path.parent / link).exists() for link in links)
+    assert "<script" not in text
+    assert re.search(r"(?<!\\)\[x\]", text) is None
+    assert re.search(r"\| 16 +\| scope +\| \d+ +\| \d+ +\| \d+ +\|", text)  # flips
+    assert "SCOPE Table 1, llava_1_5_7b: 144 not run" in text
+
+
+def test_cells_of_different_limits_stand_apart(tmp_path):
+    cells = grid(tasks=("gqa",), scope=0.7) + grid(tasks=("gqa",), documents=200, limit=200, scope=0.5)
+    report = reported(tmp_path, cells)
+    assert [section.title.split(", ")[2] for section in report.sections] == [
+        "the first 200 documents a task",
+        "the first 400 documents a task",
+    ]
+    values = [[row["value"] for row in section.rows["gqa"]] for section in report.sections]
+    assert np.allclose(values, [[80, 50], [80, 70]])
+    assert len({chart.path for section in report.sections for chart in section.charts}) == 6
+    assert not report.refused
+
+
+def test_cells_of_different_versions_are_refused(tmp_path):
+    cells = grid(tasks=("gqa",), scope=0.7)
+    cells[1].record["identity"]["versions"] = {"secateur": "0.2.0"}
+    report = reported(tmp_path, cells)
+    assert report.refused
+    assert "REFUSED: cells of 2 settings cannot share a table; versions" in text_of(page(report))
+    assert report.sections[0].rows == {}
+    assert report.sections[0].charts == []
+
+
+def test_one_sample_only_is_marked(tmp_path):
+    report = reported(tmp_path, grid(tasks=("gqa",), documents=1, limit=1, scope=1.0))
+    text = text_of(page(report))
+    assert "a single image: no interval can be given" in text
+    assert "No average" in text
+    assert "No gallery: it needs two methods" in text
+
+
+def test_equal_answers_and_nan_are_marked(tmp_path):
+    cells = grid(tasks=("gqa",), scope=0.7, random=0.5)
+    same = cells[0].rows.assign(answer="yes")
+    broken = cells[1].rows.assign(score=np.nan)
+    report = reported(tmp_path, [cells[0]._replace(rows=same), cells[1]._replace(rows=broken), cells[2]])
+    text = text_of(page(report))
+    assert "every answer is 'yes'" in text
+    assert "has a score that is not a number from 0 to 1" in text
+    assert all(row["low"] != row["low"] for row in report.sections[0].rows["gqa"])
+
+
+def test_edited_sources_and_several_commits_are_said(tmp_path):
+    cells = grid(tasks=("gqa",), scope=0.7)
+    store(tmp_path, cells[:1])
+    record = {key: value for key, value in Store(tmp_path).records()[0].items() if key not in ("identity", "seal")}
+    samples = Store.samples(Store(tmp_path).folder(cells[0].record["identity"]))
+    record["environment"] = record["environment"] | {"commit": "def-dirty"}
+    record["metrics"] = cells[1].record["metrics"]
+    own = cells[1].rows
+    Store(tmp_path).write(cells[1].record["identity"], record | {"average_tokens": 16.0}, samples.assign(**own))
+    doubts = Report(tmp_path, 200).sections[0].warnings
+    assert any("2 commits, abc, def-dirty" in text for text in doubts)
+    assert any("edited sources that no commit holds: def-dirty" in text for text in doubts)
+
+
+def test_missing_data_sets_leave_the_answers(tmp_path, monkeypatch):
+    def nothing(*_):
+        raise FileNotFoundError("the data set was looked for and not found")
+
+    monkeypatch.setattr(gallery, "Documents", nothing)
+    section = reported(tmp_path, grid(tasks=("gqa",), scope=0.7, random=0.4)).sections[0]
+    assert section.warnings == ["No images: the data set was looked for and not found"]
+    assert len(section.entries) > 1
+    assert all(entry.picture is None for entry in section.entries)
+    assert section.kept == []
+
+
+def run(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--resamples", "100", *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return end.value.code
+
+
+def test_the_script_writes_both_files(tmp_path, monkeypatch, capsys):
+    store(tmp_path, grid(tasks=("gqa",), scope=0.7, random=0.4))
+    assert run(monkeypatch, "--results", str(tmp_path), "--documents", "gqa:7") == 0
+    assert (tmp_path / "report" / "index.html").exists()
+    assert "gqa, document 7, budget 16" in text_of((tmp_path / "report" / "index.html").read_text())
+    assert "summary.md" in capsys.readouterr().out
+    assert run(monkeypatch, "--results", str(tmp_path), "--documents", "gqa:5000") == 1
+    assert "did not answer document 5000 of gqa" in text_of((tmp_path / "report" / "index.html").read_text())
+
+
+def test_a_task_without_pruned_cells_is_left_out_of_the_pictures(tmp_path):
+    cells = [own for own in grid(scope=0.7, random=0.4) if own.name == "none" or own.task == "gqa"]
+    report = reported(tmp_path, cells)
+    assert not report.refused
+    assert [document for document, *_ in report.sections[0].kept] == ["gqa, document 0, budget 16"]
+
+
+def test_no_records_are_an_error(tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "--results", str(tmp_path)) == 1
+    assert "no finished cells" in capsys.readouterr().out
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if BROWSER is None:
+        pytest.skip("no Chromium or Chrome on the path")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_whole_and_runs_nothing(written, chromium, width):
+    _, (path, _) = written
+    opened = chromium.new_page(viewport={"width": width, "height": 800})
+    events = []
+    opened.on("console", lambda message: events.append(message.text))
+    opened.on("pageerror", lambda error: events.append(str(error)))
+    opened.on("dialog", lambda dialog: (events.append(dialog.message), dialog.dismiss()))
+    opened.on("request", lambda request: events.append(request.url) if not request.url.startswith("data:") else None)
+    opened.goto(Path(path).as_uri())
+    assert events == [Path(path).as_uri()]
+    assert opened.evaluate("document.scripts.length") == 0
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width  # wide tables scroll by themselves
+    assert opened.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert opened.evaluate("[...document.querySelectorAll('details')].every(part => part.open = true)")
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    assert ATTACK in opened.inner_text("main")
+    assert "(reconstruction)" in opened.inner_text("main")
+    opened.close()
