@@ -7,7 +7,7 @@ PYTHON ?= .venv/bin/python
 OVERRIDES = $(foreach word,$(filter-out EXPERIMENT=% PYTHON=% OUT=%,$(MAKEOVERRIDES)),'$(word)')
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep tables report flops test test-faults test-matrix bench-sweep lint golden bench-select methods readme train-shapes clean
+.PHONY: help sweep tables report bench bench-gpu flops test test-faults test-matrix bench-sweep lint golden bench-select methods readme train-shapes clean
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -33,7 +33,7 @@ test: $(READY)  ## run the tests
 
 # oldest, middle and newest transformers that injection is tested on; eval/inject/families.py, TESTED
 MATRIX := 5.0.0 5.17.0 newest
-INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry.py tests/test_families.py
+INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry.py tests/test_families.py tests/test_bench.py
 
 test-faults: $(READY)  ## run the long fault tests: kills, full disks, several processes
 	$(PYTHON) -m pytest -n 0 -m faults tests/test_faults.py tests/test_launchers.py
@@ -43,6 +43,12 @@ tables: $(READY)  ## print every published table beside what was reproduced, fro
 
 report: $(READY)  ## write the report: one HTML page and a summary, from the records in OUT (default: results)
 	$(PYTHON) scripts/report.py --results $(or $(OUT),results)
+
+bench: $(READY)  ## latency and memory of every method on this CPU at reduced geometry (two minutes), into results/bench
+	$(PYTHON) scripts/bench.py --config-name bench_cpu $(OVERRIDES)
+
+bench-gpu: $(READY)  ## the same on a GPU at true geometry, random weights, within ten minutes
+	$(PYTHON) scripts/bench.py $(OVERRIDES)
 
 flops: $(READY)  ## print the FLOPs of every family, method, budget and convention
 	$(PYTHON) scripts/flops.py

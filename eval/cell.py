@@ -144,7 +144,7 @@ def _flops(model: "PrunedModel", rows: pd.DataFrame) -> dict[str, float | None]:
     for row in rows.to_dict("records"):
         text = row["prompt_tokens"] - row["layer_tokens"][0]
         habits = conventions(config, row["layer_tokens"], text, row["crops"])
-        count = count_row(config, row, method)
+        count = count_row(config, row, method)  # type: ignore[arg-type]
         found.append(count.record() | {name: habits[name] for name in ("macs_visual", "flops_prompt")})
     means = pd.DataFrame(found).astype(float).mean(skipna=False)
     return {str(name): None if value != value else value for name, value in means.items()}

@@ -1,0 +1,266 @@
+"""The bench: every setting of a model on the same prompts, in turns, batch 1, random weights."""
+
+import contextlib
+import dataclasses
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedConfig
+
+from eval.budget import Budget
+from eval.cell import environment
+from eval.flops import Crops, conventions, count
+from eval.geometry import random_model, random_processor
+from eval.hardware import describe, snapshot
+from eval.inject import Sample, Trace, inject
+from eval.inject.families import adapter_for
+from eval.inject.session import Layout
+from eval.inputs import Inputs, Prompt
+from eval.latency import Timeline, fed, generate, marked_images, marked_prompt, phases
+from eval.memory import footprint
+from eval.shapes.scenes import make_scene, render
+from eval.tables import label
+from pruners import InLLMPruner, Pruner, PrunerError
+
+RECIPE = "scene i of eval.shapes.scenes (seed of the bench, i); text ids drawn by numpy's default_rng([seed, i])"
+Text = tuple[int, int]  # positions of text before the image and behind it
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One thing to measure. `unpruned` and `ceiling` have no pruner: the model fed `tokens` visual tokens."""
+
+    kind: Literal["unpruned", "ceiling", "pruned"]
+    tokens: int
+    pruner: Pruner | InLLMPruner | None = None
+
+    @property
+    def method(self) -> str:
+        if self.pruner is None:
+            return self.kind
+        fields = json.loads(json.dumps(dataclasses.asdict(self.pruner)))  # tuples as the lists of a record
+        return label({"name": self.pruner.name, "status": self.pruner.status, **fields})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a bench goes. `layers` and `shrink` are of `eval.geometry.reduced`; they name the geometry in results."""
+
+    device: torch.device
+    dtype: str
+    attn_implementation: str
+    geometry: str
+    prompts: int
+    text: Text
+    new_tokens: int
+    warm_up: int
+    timed: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        least = {"prompts": 1, "new_tokens": 1, "warm_up": 1, "timed": 2}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)}: at least {low}")
+        if len(self.text) != 2 or min(self.text) < 1:
+            raise ValueError(f"text_tokens={self.text}: positions before the image and behind it, at least 1 each")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype={self.dtype!r} is no dtype of torch, such as bfloat16")
+
+
+class Bench:
+    """One model and its prompts.
+
+    Args:
+        name: of the model in configs/model.
+        config: its geometry.
+        layout, image_side: as in eval.inputs.
+
+    Raises:
+        ValueError: an attention kernel that is not installed, or that the model did not take.
+    """
+
+    def __init__(
+        self, name: str, config: PreTrainedConfig, plan: Plan, layout: Layout | None = None, image_side: int | None = None
+    ) -> None:
+        self.name, self.plan, self.layout = name, plan, layout
+        try:
+            self.model: Any = random_model(config, plan.device, getattr(torch, plan.dtype), plan.attn_implementation, plan.seed)
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"attn_implementation={plan.attn_implementation} is not possible here: {error}. sdpa always is"
+            ) from error
+        self.config: Any = self.model.config
+        inputs = Inputs(random_processor(self.config), self.config, layout=layout, image_side=image_side)
+        self.adapter = adapter_for(self.model, layout)
+        self.prompts = [_prompt(inputs, plan, number) for number in range(plan.prompts)]
+        self.crops = _crops(self.config, self.prompts[0][0])
+        self.tokens = sum(rows * columns for rows, columns in self.crops)
+        self.timeline = Timeline(plan.device)
+
+    def settings(self, pruners: list[Pruner | InLLMPruner], budgets: list[Budget]) -> list[Setting]:
+        """Unpruned, and of every budget its ceiling and all methods.
+
+        Raises:
+            ValueError: a budget above the tokens of the image.
+        """
+        planned = [Setting("unpruned", self.tokens)]
+        for budget in budgets:
+            keep = budget.resolve(self.tokens)
+            planned += [Setting("ceiling", keep), *(Setting("pruned", keep, pruner) for pruner in pruners)]
+        return planned
+
+    def run(
+        self, settings: list[Setting], deadline: float, tick: Callable[[], None]
+    ) -> tuple[pd.DataFrame, dict[str, str], dict[str, str]]:
+        """Warm up and measure, all settings once a round, in an order drawn for each.
+
+        Args:
+            deadline: of `time.monotonic`; the round it falls into is the last.
+            tick: called behind every request.
+
+        Returns:
+            One row a timed request; why settings were left out, whose schedules cannot average the budget; and why others failed,
+            with a traceback on stderr.
+        """
+        before, able, left_out, failed, rows = snapshot(self.plan.device), [], {}, {}, []
+        for setting in settings:
+            try:
+                able.append((setting, self._facts(setting)))
+            except PrunerError as error:
+                left_out[f"{self.name} {setting.method} {setting.tokens}"] = str(error)
+            except Exception as error:  # the other settings go on
+                traceback.print_exc()
+                failed[f"{self.name} {setting.method} {setting.tokens}"] = f"{type(error).__name__}: {error}"
+            tick()
+        rng = np.random.default_rng(self.plan.seed)
+        for number in range(self.plan.warm_up + self.plan.timed):
+            if time.monotonic() > deadline:
+                break
+            for place, index in enumerate(rng.permutation(len(able))):
+                setting, facts = able[index]
+                with self._ready(setting, number) as (inputs, _):
+                    generate(self.model, inputs, self.plan.new_tokens, self.timeline)
+                times = phases(self.timeline.read())
+                tick()
+                if number >= self.plan.warm_up:
+                    where = {"round": number - self.plan.warm_up, "place": place, "prompt": number % self.plan.prompts}
+                    rows.append(facts | where | times)
+        return pd.DataFrame(rows).assign(**self._provenance(before)), left_out, failed
+
+    @contextlib.contextmanager
+    def _ready(self, setting: Setting, number: int) -> Iterator[tuple[BatchFeature, Trace | None]]:
+        """The model in a setting, with marks, and the inputs of a prompt for it."""
+        inputs, sample = self.prompts[number % len(self.prompts)]
+        core, pruner, trace = self.adapter.core, setting.pruner, None
+        cuts: tuple[int, ...] = ()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(marked_images(core, self.timeline, "vision"))
+            if pruner is None:
+                inputs = stack.enter_context(fed(self.adapter, inputs, setting.tokens))
+            else:
+                trace = stack.enter_context(inject(self.model, pruner, setting.tokens, layout=self.layout))
+                trace.announce([sample])
+                if isinstance(pruner, InLLMPruner):
+                    cuts = tuple(pruner.schedule(self.tokens, len(self.adapter.layers), setting.tokens))
+            stack.enter_context(marked_images(core, self.timeline, "images"))
+            stack.enter_context(marked_prompt(self.adapter, self.timeline, cuts))
+            yield inputs, trace
+
+    def _facts(self, setting: Setting) -> dict[str, Any]:
+        """What is the same in all samples of a setting: tokens, FLOPs and memory, of a request that is not timed."""
+        with self._ready(setting, 0) as (inputs, trace):
+            held = footprint(self.adapter, lambda: generate(self.model, inputs, self.plan.new_tokens, self.timeline))
+        layer_tokens = (setting.tokens,) * len(self.adapter.layers)
+        text = inputs["input_ids"].shape[1] - setting.tokens
+        if trace is not None:
+            layer_tokens = trace.records[0].layer_tokens
+            text = trace.records[0].prompt_tokens - layer_tokens[0]
+        name = "none" if setting.pruner is None else setting.pruner.name
+        flops = count(self.config, layer_tokens=layer_tokens, text_tokens=text, crops=self.crops, method=name)
+        return {
+            "kind": setting.kind,
+            "method": setting.method,
+            "pruner": name,
+            "budget": setting.tokens,
+            "tokens_in": layer_tokens[0],
+            "tokens": sum(layer_tokens) / len(layer_tokens),
+            "text_tokens": text,
+            "macs_visual": conventions(self.config, layer_tokens, text, self.crops)["macs_visual"],
+            "flops_first_token": flops.first_token,
+            "kv_bytes": list(held.kv_bytes),
+            "peak_bytes": held.peak_bytes,
+            "peak_delta_bytes": held.peak_delta_bytes,
+            "masked": held.masked,
+        }
+
+    def _provenance(self, before: dict[str, Any]) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "model": self.name,
+            "geometry": plan.geometry,
+            "weights": "random",
+            "device": describe(plan.device),
+            "dtype": plan.dtype,
+            "attn_implementation": plan.attn_implementation,
+            "new_tokens": plan.new_tokens,
+            "warm_up": plan.warm_up,
+            "asked": plan.timed,
+            "seed": plan.seed,
+            "prompts": f"{plan.prompts} prompts: {RECIPE}",
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda or "",
+            "transformers": version("transformers"),
+            **{name: str(value) for name, value in environment(str(plan.device)).items() if name != "device"},
+            "state_before": str(before),
+            "state_behind": str(snapshot(plan.device)),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+
+def _prompt(inputs: Inputs, plan: Plan, number: int) -> tuple[BatchFeature, Sample]:
+    """An image between drawn text, on the device. The same lengths in all prompts, so that all run the same shapes."""
+    processor, config = inputs.processor, inputs.config
+    image = render(make_scene(plan.seed, number))
+    text = processor.image_token
+    if inputs.image_side:
+        image = image.resize((inputs.image_side, inputs.image_side))
+    if inputs.family == "qwen2_5_vl":
+        text = f"<|vision_start|>{text}<|vision_end|>"
+    made = inputs(Prompt(text, [image], ""))
+    named = [config.text_config.bos_token_id, config.text_config.pad_token_id, config.image_token_id]
+    rng = np.random.default_rng([plan.seed, number])
+    before, behind = (torch.tensor(rng.integers(3, min(i for i in named if i > 2), size=(1, size))) for size in plan.text)
+    length = made["input_ids"].shape[1]
+
+    def widened(name: str, value: Tensor) -> Tensor:
+        if value.shape[1:] != (length,):
+            return value
+        if name == "input_ids":
+            return torch.cat([before, value, behind], 1)
+        fill = int(name == "attention_mask")
+        return torch.nn.functional.pad(value, plan.text, value=fill)
+
+    whole = BatchFeature({name: widened(name, value) for name, value in made.items()})
+    sample = Sample(str(number), tuple(behind[0].tolist()), " ".join(map(str, behind[0].tolist())))
+    return whole.to(plan.device, getattr(torch, plan.dtype)), sample
+
+
+def _crops(config: Any, inputs: BatchFeature) -> Crops:
+    """(rows, columns) of tokens of every crop of the image."""
+    vision = config.vision_config
+    if (grid := inputs.get("image_grid_thw")) is not None:
+        _, rows, columns = (grid[0] // torch.tensor([1, vision.spatial_merge_size, vision.spatial_merge_size]).to(grid)).tolist()
+        return [(rows, columns)]
+    side = vision.image_size // vision.patch_size
+    pixels = inputs["pixel_values"]
+    return [(side, side)] * (pixels.shape[1] if pixels.dim() == 5 else 1)

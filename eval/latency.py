@@ -1,0 +1,214 @@
+"""What one request takes, phase by phase. Hooks set marks on the device's own timeline; nothing that runs is changed.
+
+The phases add up to the first token:
+
+vision      the core's `get_image_features`: tower and projector
+captures    what is made of it for the pruner
+selection   between the language model's door and its first layer: choosing, shortening, the audit; of methods inside the language
+            model also their cuts
+prefill     the language model over the prompt, cuts left out
+rest        what `generate` does around them, with the head
+
+Behind it `decode`, the mean of a step.
+"""
+
+import contextlib
+import functools
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature
+from transformers.generation.streamers import BaseStreamer
+
+from eval.inject.adapter import Adapter
+
+PHASES = ("vision", "captures", "selection", "prefill", "rest")
+Marks = list[tuple[str, float]]
+
+
+class ClockJumped(RuntimeError):
+    """Times that cannot be: the sample is worth nothing."""
+
+
+class Timeline:
+    """Marks in the order in which the device reaches them: CUDA events, on a CPU the process's monotonic clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.cuda = device, device.type == "cuda"
+        self._marks: list[tuple[str, float, Any]] = []  # name, host's clock, event
+
+    def start(self) -> None:
+        """Forget the marks; the first, `call`, is set when the device has nothing left to do."""
+        self._marks.clear()
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+        self.mark("call")
+
+    def mark(self, name: str, *_: Any) -> None:
+        event = None
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+        self._marks.append((name, time.perf_counter(), event))
+
+    def read(self) -> Marks:
+        """Milliseconds since the call. The last mark must be one at which the host had waited for the device.
+
+        Raises:
+            ClockJumped: a time is not finite or runs backwards, or the device's clock and the host's differ at the end.
+        """
+        _, start, first = self._marks[0]
+        host = [1e3 * (at - start) for _, at, _ in self._marks]
+        times = host
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+            times = [first.elapsed_time(event) for _, _, event in self._marks]
+        return _checked([(name, at) for (name, *_), at in zip(self._marks, times, strict=True)], host[-1])
+
+
+def _checked(marks: Marks, host: float) -> Marks:
+    """`host` is where the host's clock has the last mark."""
+    before = 0.0
+    for name, at in marks:
+        if not math.isfinite(at) or at < before:
+            raise ClockJumped(
+                f"the clock jumped: mark {name!r} at {at:.3f} ms, behind one at {before:.3f} ms; run the bench again"
+            )
+        before = at
+    if abs(before - host) > 1 + 0.05 * host:
+        raise ClockJumped(f"the device says {before:.3f} ms and the host {host:.3f} ms for one request; run the bench again")
+    return marks
+
+
+def phases(marks: Marks) -> dict[str, float]:
+    """Milliseconds of every phase, of `first_token`, and of `decode` (NaN with a single token)."""
+    first: dict[str, float] = {}
+    for name, at in marks:
+        first.setdefault(name, at)
+    cuts = [(name, at) for name, at in marks if name in ("cut", "cut end") and at <= first["prefill end"]]
+    inside = sum(at if name == "cut end" else -at for name, at in cuts)
+    tokens = [at for name, at in marks if name == "token"]
+    found = {
+        "vision": first["vision end"] - first["vision"],
+        "selection": first["prefill"] - first["door"] + inside,
+        "prefill": first["prefill end"] - first["prefill"] - inside,
+    }
+    found["captures"] = first["images end"] - first["images"] - found["vision"]
+    found["rest"] = tokens[0] - sum(found.values())
+    decode = (tokens[-1] - tokens[0]) / (len(tokens) - 1) if len(tokens) > 1 else math.nan
+    return {name: found[name] for name in PHASES} | {"first_token": tokens[0], "decode": decode}
+
+
+class _Tokens(BaseStreamer):
+    """Marks every token when the host has it; `generate` hands the prompt over first."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline, self.prompt = timeline, True
+
+    def put(self, value: Tensor) -> None:
+        if not self.prompt:
+            self.timeline.mark("token")
+        self.prompt = False
+
+    def end(self) -> None:
+        pass
+
+
+def generate(model: Any, inputs: BatchFeature, new_tokens: int, timeline: Timeline) -> None:
+    """Exactly `new_tokens` tokens of one prompt, greedily."""
+    tokens = _Tokens(timeline)
+    timeline.start()
+    model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=tokens)
+
+
+@contextlib.contextmanager
+def marked_images(core: Any, timeline: Timeline, name: str) -> Iterator[None]:
+    """Marks around the `get_image_features` that the core has now, be it its own or an injection's."""
+    inner = core.get_image_features
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        timeline.mark(name)
+        output = inner(*args, **kwargs)
+        timeline.mark(f"{name} end")
+        return output
+
+    with _instead(core, encode):
+        yield
+
+
+@contextlib.contextmanager
+def marked_prompt(adapter: Adapter, timeline: Timeline, cuts: Iterable[int]) -> Iterator[None]:
+    """Marks where the language model is entered, begins and ends, and around the hooks of the layers `cuts`.
+
+    To be opened inside the block of an injection, whose hooks then lie between `door` and `prefill`.
+    """
+
+    def at(name: str) -> Callable[..., None]:
+        return lambda *_: timeline.mark(name)
+
+    with contextlib.ExitStack() as stack:
+        for module, before, behind in (
+            (adapter.language_model, "door", "prefill"),
+            *((adapter.layers[number], "cut", "cut end") for number in cuts),
+        ):
+            stack.callback(module.register_forward_pre_hook(at(before), prepend=True).remove)
+            stack.callback(module.register_forward_pre_hook(at(behind)).remove)
+        stack.callback(adapter.language_model.register_forward_hook(at("prefill end")).remove)
+        yield
+
+
+@contextlib.contextmanager
+def fed(adapter: Adapter, inputs: BatchFeature, tokens: int) -> Iterator[BatchFeature]:
+    """The ceiling of a budget: the same image and text, but a prompt with `tokens` visual places that were never more.
+
+    Within the block the model takes the inputs handed out. The image is encoded as ever, its first features fill the places; with
+    M-RoPE these form a single row, at other coordinates, which costs the same.
+
+    Args:
+        inputs: of one prompt with one image.
+
+    Raises:
+        ValueError: more tokens than the prompt has places.
+    """
+    visual = inputs["input_ids"][0] == adapter.image_token_id
+    places = int(visual.sum())
+    if tokens > places:
+        raise ValueError(f"{tokens} visual tokens do not fit into the {places} places of the prompt; lower the budget")
+    if tokens == places:
+        yield inputs
+        return
+    stays = ~visual | (visual.cumsum(0) <= tokens)
+    length = len(visual)
+    fewer = {name: value[:, stays] if value.shape[1:] == (length,) else value for name, value in inputs.items()}
+    inner, grid = adapter.core.get_image_features, inputs.get("image_grid_thw")
+    if grid is not None:
+        merge = adapter.model.config.vision_config.spatial_merge_size
+        fewer["image_grid_thw"] = grid.new_tensor([[1, merge, merge * tokens]])
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        arguments = dict(inspect.signature(inner).bind(*args, **kwargs).arguments)
+        arguments |= arguments.pop("kwargs", {}) | ({} if grid is None else {"image_grid_thw": grid})
+        output = inner(**arguments)
+        output.pooler_output = [features[:tokens] for features in output.pooler_output]
+        return output
+
+    with _instead(adapter.core, encode):
+        yield BatchFeature(fewer)
+
+
+@contextlib.contextmanager
+def _instead(core: Any, encode: Callable[..., Any]) -> Iterator[None]:
+    """`encode` in place of `get_image_features`."""
+    own = vars(core).get("get_image_features")
+    core.get_image_features = functools.wraps(core.get_image_features)(encode)
+    try:
+        yield
+    finally:
+        vars(core).pop("get_image_features", None)  # the block of an injection has taken it out already
+        if own is not None:
+            core.get_image_features = own

@@ -1,0 +1,48 @@
+"""What one request holds in memory: the caches of the layers, and the allocator's peak."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from eval.inject.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes behind and during one request; peaks are None on a CPU, whose allocations torch does not count."""
+
+    kv_bytes: tuple[int, ...]  # keys and values of each layer, behind the prefill
+    peak_bytes: int | None  # most that was allocated, weights included
+    peak_delta_bytes: int | None  # the same without what was allocated before
+    masked: bool  # the last layer's attention got a mask, for which sdpa takes another kernel than without
+
+
+def footprint(adapter: Adapter, request: Callable[[], Any]) -> Footprint:
+    """Watch one request, the caches as they really are; not to be timed."""
+    seen: dict[str, Any] = {}
+
+    def cache(_module: Any, _args: Any, output: Any) -> None:
+        if "kv" not in seen:
+            seen["kv"] = tuple(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+
+    def mask(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        seen.setdefault("masked", kwargs.get("attention_mask") is not None)
+
+    handles = [
+        adapter.language_model.register_forward_hook(cache),
+        adapter.layers[-1].register_forward_pre_hook(mask, with_kwargs=True),
+    ]
+    cuda = adapter.device.type == "cuda"
+    try:
+        if cuda:
+            torch.cuda.synchronize(adapter.device)
+            torch.cuda.reset_peak_memory_stats(adapter.device)
+        before = torch.cuda.memory_allocated(adapter.device) if cuda else 0
+        request()
+        peak = torch.cuda.max_memory_allocated(adapter.device) if cuda else None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Footprint(seen["kv"], peak, None if peak is None else peak - before, seen["masked"])
