@@ -36,7 +36,7 @@ MATRIX := 5.0.0 5.17.0 newest
 INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry.py tests/test_families.py tests/test_bench.py
 
 test-faults: $(READY)  ## run the long fault tests: kills, full disks, several processes
-	$(PYTHON) -m pytest -n 0 -m faults tests/test_faults.py tests/test_launchers.py
+	$(PYTHON) -m pytest -n 0 -m faults tests/test_faults.py tests/test_launchers.py tests/test_wandb_log.py
 
 tables: $(READY)  ## print every published table beside what was reproduced, from the records in OUT (default: results)
 	$(PYTHON) scripts/tables.py --results $(or $(OUT),results)

@@ -382,6 +382,7 @@ def _on_a_small_disk(sweeps, tmp_path: Path, options: str, *overrides: str) -> s
     return subprocess.run([*own, "sh", "-c", script, "sh", *words], capture_output=True, text=True, timeout=200, env=environment)
 
 
+@pytest.mark.faults
 def test_a_full_disk_ends_the_sweep_with_what_it_has(sweeps, reference, tmp_path):
     run = _on_a_small_disk(sweeps, tmp_path, "size=88k", *GRID)
     assert run.returncode == 1

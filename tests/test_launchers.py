@@ -79,6 +79,7 @@ def test_every_launcher_composes(name):
     assert launcher._target_ == "hydra_plugins.packed.Packed"
 
 
+@pytest.mark.faults
 def test_two_processes_make_the_same_tables(sweeps, reference, tmp_path):
     code, printed = end(start(sweeps, tmp_path, *GRID, *WORKERS))
     assert code == 0, printed

@@ -180,6 +180,7 @@ def test_a_service_that_refuses_is_asked_once(tmp_path, monkeypatch, printed):
     assert "CommError: quota exceeded" in printed()
 
 
+@pytest.mark.faults
 def test_a_service_out_of_reach_ends_with_a_message_and_keeps_the_records(tmp_path):
     results(tmp_path)
     code = f"""
