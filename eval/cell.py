@@ -11,12 +11,12 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from eval.budget import Budget
+from eval.checkpoints import ROOT
 from pruners import InLLMPruner, Pruner, linalg
 
 if TYPE_CHECKING:  # importing lmms-eval takes seconds, which a sweep with nothing to do need not spend
@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # importing lmms-eval takes seconds, which a sweep with nothi
     from eval.models import PrunedModel
 
 PACKAGES = ("torch", "transformers", "lmms-eval", "secateur")
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class EmptyAnswers(RuntimeError):
@@ -138,7 +137,7 @@ def run(model: "PrunedModel", task: "Task", name: str, limit: int | None, seed: 
 
 def _flops(model: "PrunedModel", rows: pd.DataFrame) -> dict[str, float | None]:
     """Mean FLOPs of a document, phase by phase, and by two conventions of the literature; None where a phase is not counted."""
-    from eval.flops import conventions, count_row
+    from eval.efficiency.flops import conventions, count_row
 
     method, config, found = model.method.name, model.model.config, []
     for row in rows.to_dict("records"):

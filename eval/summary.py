@@ -11,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from eval import tables
 from eval.progress import Bar, complain, console
+from eval.reporting import tables
 from eval.store import DamagedRecord, Store
 from eval.sweep import OUTCOMES, Outcome, begin, finish
 
@@ -64,7 +64,7 @@ def _logger(config: DictConfig) -> Callable[[tables.Records], bool]:
     """What hands the records of a sweep on; gives whether all of them arrived."""
     if config.logger.name == "none":
         return lambda _: True
-    from eval.wandb_log import WandbLog
+    from eval.reporting.wandb_log import WandbLog
 
     return WandbLog.of(config).log
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
-from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -278,7 +277,5 @@ def _task(name: str, suite: str) -> Any:
         from eval.shapes.datasets import build as build_shapes
 
         assert root is not None
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(root.with_suffix(".lock")):
-            root = build_shapes(root)
+        build_shapes(root)
     return load_tasks([name], root)[name]

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @hydra.main(config_path="../configs", config_name="bench", version_base="1.3")
 def main(config: DictConfig) -> None:
-    from eval.hardware import SharedGPU
-    from eval.latency import ClockJumped
+    from eval.efficiency.hardware import SharedGPU
+    from eval.efficiency.latency import ClockJumped
 
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     try:
@@ -33,7 +33,7 @@ def report(settings: dict[str, Any]) -> list[str]:
     """Tables and figures of raw samples that are there already."""
     import pandas as pd
 
-    from eval.bench_report import write
+    from eval.efficiency.bench_report import write
 
     path = Path(settings["report"])
     write(pd.read_parquet(path), path.with_suffix(""), Path(settings["results"]) / "figures")
@@ -46,11 +46,11 @@ def measure(settings: dict[str, Any]) -> list[str]:
     import torch
     from rich.progress import Progress
 
-    from eval.bench import Bench
-    from eval.bench_report import write
     from eval.budget import Budget
+    from eval.efficiency.bench import Bench
+    from eval.efficiency.bench_report import write
+    from eval.efficiency.hardware import check_alone, describe, find_device
     from eval.geometry import config_of, reduced
-    from eval.hardware import check_alone, describe, find_device
 
     device = find_device(settings["device"])
     deadline = time.monotonic() + 60 * settings["minutes"]
@@ -92,7 +92,7 @@ def measure(settings: dict[str, Any]) -> list[str]:
 
 
 def _plan(settings: dict[str, Any], device: Any) -> Any:
-    from eval.bench import Plan
+    from eval.efficiency.bench import Plan
 
     fields = ("dtype", "attn_implementation", "prompts", "new_tokens", "warm_up", "timed", "seed")
     layers = settings["layers"]

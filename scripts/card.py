@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from eval.reporting.tables import TITLES, label
 from eval.store import Store
-from eval.tables import TITLES, label
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "eval" / "shapes" / "model" / "README.md"

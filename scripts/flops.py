@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.budget import Budget
-from eval.flops import conventions, count
-from eval.flops_published import CROPS, explain, layer_tokens, model_config, visual_tokens
-from eval.reported import load_efficiency
+from eval.efficiency.flops import conventions, count
+from eval.efficiency.flops_published import CROPS, explain, layer_tokens, model_config, visual_tokens
+from eval.reporting.reported import load_efficiency
 from pruners import REGISTRY, PrunerError
 
 ROOT = Path(__file__).resolve().parents[1]

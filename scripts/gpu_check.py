@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
-from eval.bench import Bench, Plan
+from eval.efficiency.bench import Bench, Plan
+from eval.efficiency.hardware import describe, find_device
 from eval.geometry import config_of, tiny
-from eval.hardware import describe, find_device
 from eval.inject import inject
 from pruners import build
 

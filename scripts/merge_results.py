@@ -21,8 +21,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from eval.reporting.tables import by_setting
 from eval.store import DamagedRecord, Store, digest
-from eval.tables import by_setting
 
 _COUNTS = ("new", "already here", "same answers", "refused", "failed", "unfinished")
 _FILES = ("record.json", "samples.parquet")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import datasets
 
-from eval.overlay import kept_tokens
+from eval.reporting.overlay import kept_tokens
+from eval.reporting.tables import label
 from eval.shapes.datasets import EVAL, SCHEMAS, documents
 from eval.shapes.scenes import make_scene
 from eval.shapes.training import SIDE
 from eval.store import Store
-from eval.tables import label
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from eval.stats import RESAMPLES
+from eval.reporting.stats import RESAMPLES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,8 +32,8 @@ def main() -> int:
     options = parser.parse_args()
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # of lmms-eval's index of tasks
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from eval.report import Report
-    from eval.report_page import write
+    from eval.reporting.report import Report
+    from eval.reporting.report_page import write
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
     try:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from eval import comparison, interval_table, paper_tables, render, reported
-from eval.layouts import layouts
-from eval.stats import RESAMPLES
+from eval.reporting import comparison, interval_table, paper_tables, render, reported
+from eval.reporting.layouts import layouts
+from eval.reporting.stats import RESAMPLES
 
 ROOT = Path(__file__).resolve().parents[1]
 

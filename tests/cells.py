@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from eval.comparison import Cell
-from eval.stats import METRICS
+from eval.reporting.comparison import Cell
+from eval.reporting.stats import METRICS
 from pruners import build
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

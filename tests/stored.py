@@ -6,7 +6,7 @@ import pandas as pd
 from cells import cell, rows
 from PIL import Image
 
-from eval.comparison import Cell
+from eval.reporting.comparison import Cell
 from eval.store import Store
 
 FULL = 144
@@ -39,7 +39,7 @@ def store(results: Path, cells: list[Cell], question: str = "Is there a cat?") -
 
 
 class Pictures:
-    """Takes the place of `eval.gallery.Documents`, which imports lmms-eval: a picture for every document."""
+    """Takes the place of `eval.reporting.gallery.Documents`, which imports lmms-eval: a picture for every document."""
 
     def __init__(self, suite: str, tasks: list[str], data_root: Path | None) -> None:
         pass

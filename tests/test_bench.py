@@ -15,13 +15,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from test_inject import hooks
 
-from eval import hardware, latency
-from eval.bench import Bench, Plan, Setting
-from eval.bench_report import figure, markdown, published, summarise, write
 from eval.budget import Budget
+from eval.efficiency import hardware, latency
+from eval.efficiency.bench import Bench, Plan, Setting
+from eval.efficiency.bench_report import figure, markdown, published, summarise, write
+from eval.efficiency.latency import PHASES, ClockJumped, Timeline, fed, phases
 from eval.geometry import config_of, tiny
 from eval.inject import inject
-from eval.latency import PHASES, ClockJumped, Timeline, fed, phases
 from pruners import REGISTRY, build
 from scripts import bench as script
 from scripts import bundle_gpu, gpu_check

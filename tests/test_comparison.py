@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from cells import cell, rows
 
-from eval.comparison import compare, load, settings
-from eval.interval_table import markdown, write
+from eval.reporting.comparison import compare, load, settings
+from eval.reporting.interval_table import markdown, write
 from eval.store import Store
 
 MODEL = "llava_1_5_7b"

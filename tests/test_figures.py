@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 from stored import FULL, grid, store
 
-from eval import figures, gallery
-from eval.comparison import compare, load
-from eval.costs import first_token_flops, prefill_times
+from eval.reporting import figures, gallery
+from eval.reporting.comparison import compare, load
+from eval.reporting.costs import first_token_flops, prefill_times
 from eval.shapes.datasets import build as build_shapes
 
 

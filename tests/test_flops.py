@@ -9,8 +9,8 @@ from conftest import picture
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DynamicCache
 
-from eval.flops import conventions, count, count_row, head, prefill, projector, tower
-from eval.flops_published import explain
+from eval.efficiency.flops import conventions, count, count_row, head, prefill, projector, tower
+from eval.efficiency.flops_published import explain
 from eval.geometry import config_of, random_model, random_processor, reduced, tiny
 from eval.inject import inject
 from pruners import build

@@ -14,11 +14,11 @@ from cells import cell, rows
 from lxml import etree
 from lxml import html as lxml_html
 
-from eval import paper_tables, render, reported
-from eval.layouts import layouts
-from eval.stats import Interval
+from eval.reporting import paper_tables, render, reported
+from eval.reporting.layouts import layouts
+from eval.reporting.stats import Interval
+from eval.reporting.verdicts import VERDICTS, Verdict, judge, judge_method
 from eval.store import Store
-from eval.verdicts import VERDICTS, Verdict, judge, judge_method
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "llava_1_5_7b"

@@ -15,9 +15,9 @@ from lxml import html as lxml_html
 from PIL import Image
 from stored import Pictures, grid, store
 
-from eval import gallery
-from eval.report import DEMONSTRATION, Report
-from eval.report_page import page, write
+from eval.reporting import gallery
+from eval.reporting.report import DEMONSTRATION, Report
+from eval.reporting.report_page import page, write
 from eval.store import Store
 
 SCRIPT = CONFIGS.parent / "scripts" / "report.py"

@@ -5,7 +5,7 @@ import re
 import pandas as pd
 import pytest
 
-from eval import reported
+from eval.reporting import reported
 
 ROW = {
     "paper": "P",

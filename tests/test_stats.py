@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eval import stats, terms
-from eval.stats import Estimates, Interval, estimate, flips, holm, resample
+from eval.reporting import stats, terms
+from eval.reporting.stats import Estimates, Interval, estimate, flips, holm, resample
 
 SIMULATIONS = 1000
 

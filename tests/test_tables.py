@@ -5,7 +5,7 @@ import dataclasses
 import pandas as pd
 import pytest
 
-from eval import tables
+from eval.reporting import tables
 from pruners import build
 
 RECONSTRUCTED = "sppruner (reconstruction)"

@@ -17,8 +17,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
 
 from eval.progress import console
+from eval.reporting.wandb_log import WandbLog
 from eval.store import Store
-from eval.wandb_log import WandbLog
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {"project": "p", "entity": None, "mode": "offline", "samples": 5, "overlays": 0}
@@ -187,7 +187,7 @@ def test_a_service_out_of_reach_ends_with_a_message_and_keeps_the_records(tmp_pa
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from eval import wandb_log
+from eval.reporting import wandb_log
 wandb_log.RETRIES = 1
 from eval.store import Store
 folder = Path({str(tmp_path)!r})

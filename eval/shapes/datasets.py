@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Features, Image, Sequence, Value
+from filelock import FileLock
 
 from eval.shapes.questions import DOCUMENTS, Doc
 from eval.shapes.scenes import make_scene, render
@@ -126,14 +127,14 @@ def _write(folder: Path, tables: dict[str, tuple[str, Dataset]]) -> None:
 def build(root: Path) -> Path:
     """Generate the suite under `root` unless this version of it is already there; returns `root`.
 
-    The folder appears whole or not at all: it is built beside its place and renamed.
+    The folder appears whole or not at all: it is built beside its place and renamed, by one process at a time.
     """
     stamp = json.dumps({"version": VERSION, "sizes": SIZES})
     marker = root / "shapes.json"
-    if marker.exists() and marker.read_text() == stamp:
-        return root
     root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
+    with FileLock(root.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=root.parent) as scratch:
+        if marker.exists() and marker.read_text() == stamp:
+            return root
         new = Path(scratch) / "new"
         for task, (repository, config, split, features) in SCHEMAS.items():
             rows, images = _rows(task)

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pandas as pd
 
-FOLDER = Path(__file__).resolve().parents[1] / "results" / "reported"
+from eval.checkpoints import ROOT
+
+FOLDER = ROOT / "results" / "reported"
 
 _COMMON = {
     "paper": "string",

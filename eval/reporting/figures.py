@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
-from eval.comparison import Cell
-from eval.tables import TITLES
+from eval.reporting.comparison import Cell
+from eval.reporting.tables import TITLES
 
 UNPRUNED = "none"
 _MARKERS = "osDv^<>Pp*hX8dH"
@@ -46,7 +46,7 @@ def accuracy_against(comparison: pd.DataFrame, cost: pd.Series, axis: str, capti
     """One panel a task: value with its 95 % interval against a cost, and the Pareto front of the values.
 
     Args:
-        comparison: of `eval.comparison.compare`.
+        comparison: of `eval.reporting.comparison.compare`.
         cost: by task, method and budget; rows without one are not drawn.
         axis: what the cost is, with its unit.
 

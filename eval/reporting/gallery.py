@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from filelock import FileLock
 from PIL import Image, ImageOps
 
-from eval.comparison import Cell
+from eval.reporting.comparison import Cell
 from eval.store import Store
 
 PER_SIDE = 2  # documents shown a task where one method is right, and as many where the other is
@@ -32,9 +31,7 @@ class Documents:
         if suite == "shapes" and data_root:
             from eval.shapes.datasets import build
 
-            data_root.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(data_root.with_suffix(".lock")):
-                build(data_root)
+            build(data_root)
         self._tasks = load_tasks(list(tasks), data_root)
 
     def images(self, task: str, row: pd.Series) -> list[Image.Image]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from eval.comparison import Cell
+from eval.reporting.comparison import Cell
 from eval.store import digest
 from pruners import REGISTRY
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from eval.comparison import TOKENS, Cell
+from eval.reporting.comparison import TOKENS, Cell
 
 
 class Costs(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from eval.terms import METRICS, Metric
+from eval.reporting.terms import METRICS, Metric
 
 RESAMPLES = 10_000
 LEVEL = 0.95

@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
-from eval.latency import PHASES
-from eval.reported import load_efficiency
+from eval.efficiency.latency import PHASES
+from eval.reporting.reported import load_efficiency
 
 SETTING = ["model", "kind", "method", "pruner", "budget"]
 # what may not differ between samples that are compared

@@ -12,15 +12,15 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from eval import comparison, figures, gallery, interval_table, paper_tables, render
-from eval.comparison import Cell
-from eval.costs import first_token_flops, prefill_times
-from eval.layouts import layouts
-from eval.overlay import kept_tokens
-from eval.provenance import Provenance
-from eval.reported import load_reported
+from eval.reporting import comparison, figures, gallery, interval_table, paper_tables, render
+from eval.reporting.comparison import Cell
+from eval.reporting.costs import first_token_flops, prefill_times
+from eval.reporting.layouts import layouts
+from eval.reporting.overlay import kept_tokens
+from eval.reporting.provenance import Provenance
+from eval.reporting.reported import load_reported
+from eval.reporting.tables import title
 from eval.store import digest
-from eval.tables import title
 
 DEMONSTRATION = "a demonstration on generated scenes with a tiny model, which says nothing about any published model"
 _PER_PICTURE = 5  # methods in a row of pictures of kept tokens

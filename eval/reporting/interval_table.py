@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from eval.comparison import Cell, provenance
-from eval.stats import LEVEL
-from eval.tables import title
+from eval.reporting.comparison import Cell, provenance
+from eval.reporting.stats import LEVEL
+from eval.reporting.tables import title
 
 
 def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:

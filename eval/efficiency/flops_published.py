@@ -1,16 +1,16 @@
-"""Published FLOPs, and the conventions of `eval.flops` that give them."""
+"""Published FLOPs, and the conventions of `eval.efficiency.flops` that give them."""
 
 import contextlib
 from collections import defaultdict
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from scipy.optimize import brentq
 from transformers import AutoConfig, PreTrainedConfig
 
-from eval.flops import Crops, conventions
+from eval.checkpoints import ROOT
+from eval.efficiency.flops import Crops, conventions
 from eval.geometry import config_of
 from pruners import REGISTRY, InLLMPruner, PrunerError, build
 
@@ -28,7 +28,7 @@ Span = tuple[float, float]
 
 def model_config(model: str) -> PreTrainedConfig:
     """The configuration of a model of `CROPS`."""
-    return AutoConfig.from_pretrained(Path(__file__).parent / "shapes/model") if model == "shapes_llava" else config_of(model)
+    return AutoConfig.from_pretrained(ROOT / "eval/shapes/model") if model == "shapes_llava" else config_of(model)
 
 
 def visual_tokens(model: str) -> int:

@@ -14,12 +14,12 @@ import wandb
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from eval import comparison, figures, gallery, interval_table, tables
-from eval.comparison import Cell
-from eval.costs import first_token_flops
-from eval.overlay import kept_tokens
 from eval.progress import complain, console
-from eval.stats import METRICS, RESAMPLES
+from eval.reporting import comparison, figures, gallery, interval_table, tables
+from eval.reporting.comparison import Cell
+from eval.reporting.costs import first_token_flops
+from eval.reporting.overlay import kept_tokens
+from eval.reporting.stats import METRICS, RESAMPLES
 from eval.store import Store, digest
 
 RETRIES = 4  # half a minute; wandb's own 20 keep a sweep from ending for a quarter of an hour where there is no network

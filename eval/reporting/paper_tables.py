@@ -1,18 +1,18 @@
 """The main tables of the papers in their own layout, every printed number beside what the cells of a results folder give."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from eval import stats
-from eval.comparison import Cell, check_one_setting, estimate, provenance
-from eval.layouts import Layout, Row, rows_of, yaml
-from eval.reported import averages
-from eval.verdicts import Verdict, changed_fields, foreign, judge, judge_method, off_budget
+from eval.checkpoints import ROOT
+from eval.reporting import stats
+from eval.reporting.comparison import Cell, check_one_setting, estimate, provenance
+from eval.reporting.layouts import Layout, Row, rows_of, yaml
+from eval.reporting.reported import averages
+from eval.reporting.verdicts import Verdict, changed_fields, foreign, judge, judge_method, off_budget
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 AVERAGE = "average"  # the paper's own
 OVER_RUN = "over tasks run"  # the same mean over the columns that have cells, of the printed and of our scores
 NAN = float("nan")

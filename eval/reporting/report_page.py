@@ -10,8 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from eval.render import LEGEND
-from eval.report import DEMONSTRATION, Report, Section
+from eval.reporting.render import LEGEND
+from eval.reporting.report import DEMONSTRATION, Report, Section
 
 
 def page(report: Report) -> str:

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from eval import stats
+from eval.reporting import stats
+from eval.reporting.tables import by_setting, label
 from eval.store import Store
-from eval.tables import by_setting, label
 
 FEW_IMAGES = 30  # below, percentile intervals are too short
 TOKENS = 0.01  # methods whose mean tokens differ by more are not compared

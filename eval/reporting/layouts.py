@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from omegaconf import OmegaConf
 
-from eval.reported import FOLDER
+from eval.reporting.reported import FOLDER
 
 
 @dataclass(frozen=True)

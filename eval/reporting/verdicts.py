@@ -15,8 +15,8 @@ import dataclasses
 import json
 from typing import Any, NamedTuple
 
-from eval.comparison import TOKENS, Cell
-from eval.stats import Interval
+from eval.reporting.comparison import TOKENS, Cell
+from eval.reporting.stats import Interval
 from pruners import REGISTRY, InLLMPruner
 
 MATCH = 1.0

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from eval.paper_tables import OVER_RUN, PaperTable
-from eval.verdicts import CLOSE, MATCH
+from eval.reporting.paper_tables import OVER_RUN, PaperTable
+from eval.reporting.verdicts import CLOSE, MATCH
 
 COLUMNS = {
     ("gqa", "accuracy"): "GQA",

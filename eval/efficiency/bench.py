@@ -18,17 +18,17 @@ from transformers import BatchFeature, PreTrainedConfig
 
 from eval.budget import Budget
 from eval.cell import environment
-from eval.flops import Crops, conventions, count
+from eval.efficiency.flops import Crops, conventions, count
+from eval.efficiency.hardware import describe, snapshot
+from eval.efficiency.latency import Timeline, fed, generate, marked_images, marked_prompt, phases
+from eval.efficiency.memory import footprint
 from eval.geometry import random_model, random_processor
-from eval.hardware import describe, snapshot
 from eval.inject import Sample, Trace, inject
 from eval.inject.families import adapter_for
 from eval.inject.session import Layout
 from eval.inputs import Inputs, Prompt
-from eval.latency import Timeline, fed, generate, marked_images, marked_prompt, phases
-from eval.memory import footprint
+from eval.reporting.tables import label
 from eval.shapes.scenes import make_scene, render
-from eval.tables import label
 from pruners import InLLMPruner, Pruner, PrunerError
 
 RECIPE = "scene i of eval.shapes.scenes (seed of the bench, i); text ids drawn by numpy's default_rng([seed, i])"

@@ -1,0 +1,1 @@
+"""What pruning saves: FLOPs by every convention, latency phase by phase, memory."""

@@ -1,0 +1,1 @@
+"""From records to verdicts: statistics, published numbers, tables, figures, the page, wandb."""
