@@ -6,7 +6,8 @@
     python scripts/bench_select.py --device cuda         the same on a GPU, with the kernels launched per selection
 
 Times are of `prune`, its checks included, on random clustered tokens that lie on the device in float32. The literal formulation
-(scripts/literal_select.py, one image) runs interleaved with it in the same process. Writes CSV and Markdown to --out.
+(scripts/literal_select.py, one image) runs interleaved with it in the same process. The cosine Gram matrix alone is timed beside
+them: no method that needs it can be faster. Writes CSV and Markdown to --out.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -25,7 +27,9 @@ from literal_select import METHODS as LITERAL
 from rich.progress import track
 
 from pruners import REGISTRY, InLLMPruner, LayerTokens, VisualTokens, build
+from pruners.linalg import cosine_gram
 
+GRAM = "cosine Gram"  # stands where a pruner's name does
 PREFIX, TEXT, HEADS = 35, 40, 16  # positions before the image and behind it, attention heads
 FEWEST, SECONDS = 5, 1.0  # a slow measurement ends after a second, with at least so many repeats
 
@@ -147,7 +151,7 @@ def count_kernels(call: Callable[[], Any]) -> int:
 
 
 def measure(name: str, label: str, keep: int, batch: int, repeats: int, device: torch.device, literal: bool) -> Row:
-    """Median and quartiles, after two rounds of warm-up; literal and product take turns, at least FEWEST times."""
+    """Median and quartiles of a pruner's `prune`, in turns with the literal formulation."""
     pruner, shape = build(name), SHAPES[label]
     tokens: Any
     if isinstance(pruner, InLLMPruner):
@@ -159,26 +163,39 @@ def measure(name: str, label: str, keep: int, batch: int, repeats: int, device: 
         return pruner.prune(tokens, budget)
 
     reference = LITERAL.get(name) if literal and batch == shape.crops == 1 else None
-    times: list[float] = []
-    literal_times: list[float] = []
-    start = time.perf_counter()
-    for turn in range(repeats + 2):
-        elapsed = timed(ours, device) / batch
-        reference_elapsed = timed(lambda: reference(tokens, budget), device) if reference else 0.0
-        if turn >= 2:
-            times.append(elapsed)
-            literal_times.append(reference_elapsed)
-        if len(times) >= FEWEST and time.perf_counter() - start > SECONDS:
-            break
-    q1, median, q3 = quantiles(times, n=4, method="inclusive")
+    calls = [ours, lambda: reference(tokens, budget)] if reference else [ours]
+    times, *literal_times = in_turns(calls, repeats, device)
+    q1, median, q3 = (value / batch for value in quantiles(times, n=4, method="inclusive"))
     row = Row(name, label, keep, batch, median, q1, q3, len(times))
     if reference:
-        row.literal = quantiles(literal_times, n=4, method="inclusive")[1]
+        row.literal = quantiles(literal_times[0], n=4, method="inclusive")[1]
         row.speedup = row.literal / median
         row.identical = reference(tokens, budget) == ours().indices[0].tolist()
     if device.type == "cuda":
         row.kernels = count_kernels(ours)
     return row
+
+
+def measure_gram(label: str, batch: int, repeats: int, device: torch.device) -> Row:
+    """The same of the cosine Gram matrix of all tokens, which most methods begin with."""
+    features = visual_tokens(frozenset({"features"}), SHAPES[label], batch, device).features
+    (times,) = in_turns([lambda: cosine_gram(features)], repeats, device)
+    q1, median, q3 = (value / batch for value in quantiles(times, n=4, method="inclusive"))
+    return Row(GRAM, label, 0, batch, median, q1, q3, len(times))
+
+
+def in_turns(calls: list[Callable[[], Any]], repeats: int, device: torch.device) -> list[list[float]]:
+    """Milliseconds of each call, turn by turn, after two turns of warm-up; at least FEWEST turns."""
+    times: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    for turn in range(repeats + 2):
+        for call, found in zip(calls, times, strict=True):
+            elapsed = timed(call, device)
+            if turn >= 2:
+                found.append(elapsed)
+        if len(times[0]) >= FEWEST and time.perf_counter() - start > SECONDS:
+            break
+    return times
 
 
 def describe(device: torch.device) -> str:
@@ -199,11 +216,13 @@ def markdown(rows: list[Row], where: str) -> str:
     batches = sorted({row.batch for row in rows})
     cuda = any(row.kernels is not None for row in rows)
     for label in dict.fromkeys(row.shape for row in rows):
+        gram = ", ".join(f"{row.median:.2f} (batch {row.batch})" for row in rows if row.shape == label and row.pruner == GRAM)
         heads = ["pruner", "keep", *(f"batch {batch}" for batch in batches), "literal, batch 1", "speed-up", "same indices"]
         heads += ["kernels, batch 1"] if cuda else []
-        lines += [f"## {label}", "", f"| {' | '.join(heads)} |", "|---" * 2 + "|---:" * (len(heads) - 2) + "|"]
-        cells = {(row.pruner, row.keep, row.batch): row for row in rows if row.shape == label}
-        for pruner, keep in dict.fromkeys((row.pruner, row.keep) for row in rows if row.shape == label):
+        lines += [f"## {label}", "", f"The cosine Gram matrix alone: {gram}.", ""]
+        lines += [f"| {' | '.join(heads)} |", "|---" * 2 + "|---:" * (len(heads) - 2) + "|"]
+        cells = {(row.pruner, row.keep, row.batch): row for row in rows if row.shape == label and row.pruner != GRAM}
+        for pruner, keep in dict.fromkeys((pruner, keep) for pruner, keep, _ in cells):
             found = [cells.get((pruner, keep, batch)) for batch in batches]
             one = next((row for row in found if row), None)
             line = [pruner, str(keep), *(f"{r.median:.2f} ({r.q1:.2f}-{r.q3:.2f})" if r else "" for r in found)]
@@ -240,13 +259,19 @@ def main() -> None:
     device = torch.device(args.device)
     where = describe(device)
 
-    plan = []
+    plan: list[Callable[[], Row]] = []
+    batches = [int(batch) for batch in args.batch.split(",")]
     for label in args.shapes.split(","):
+        plan += [partial(measure_gram, label, batch, args.repeats, device) for batch in batches]
         for name in args.pruners.split(","):
             # the grid fixes the budget of pooling
             budgets = [SHAPES[label].tokens // 4] if name == "pooling" else [int(keep) for keep in args.keep.split(",")]
-            plan += [(name, label, keep, int(batch)) for keep in budgets for batch in args.batch.split(",")]
-    rows = [measure(*job, args.repeats, device, not args.no_literal) for job in track(plan, f"{len(plan)} measurements")]
+            plan += [
+                partial(measure, name, label, keep, batch, args.repeats, device, not args.no_literal)
+                for keep in budgets
+                for batch in batches
+            ]
+    rows = [job() for job in track(plan, f"{len(plan)} measurements")]
 
     args.out.mkdir(parents=True, exist_ok=True)
     stem = f"select-{device.type}{'-quick' if args.quick else ''}"

@@ -28,6 +28,8 @@ def test_benchmark_writes_its_tables(tmp_path: Path) -> None:
     with (tmp_path / "select-cpu-quick.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["pruner"], row["batch"], row["identical"]) for row in rows] == [
+        ("cosine Gram", "1", ""),
+        ("cosine Gram", "8", ""),
         ("fastervlm", "1", "True"),
         ("fastervlm", "8", ""),
         ("fastv", "1", ""),
