@@ -1,10 +1,12 @@
 """How long experiments take: documents still to be answered, and hours on one and several devices at measured rates.
 
     python scripts/plan.py promprune_table1 prunesid_table2          some experiments; shared cells count once
-    python scripts/plan.py --rate 12                                 all experiments of papers, at 12 documents a second
+    python scripts/plan.py --rate llava_1_5_7b=8.3 llava_next_7b=3.9 all experiments of papers, at so many documents a second
+    python scripts/plan.py --rate 12                                 the same for every model
 
 Rates come from finished cells in --results (documents over seconds, by model), for models without any from --rate; without
 either the hours stay open. Run one small cell of each model first: python scripts/sweep.py model=... suite=hub limit=200.
+docs/PLANNING.md has the sum for the whole grid.
 """
 
 import argparse
@@ -49,12 +51,35 @@ def rates(results: Path) -> dict[str, float]:
     return {str(model): float(rate) for model, rate in (total["documents"] / total["seconds"]).items()}
 
 
+def given(words: list[str], models: set[str]) -> dict[str, float]:
+    """Rates from the command line, `12` for every model or `model=12`.
+
+    Raises:
+        ValueError: no positive number, or a model that is not in the plan.
+    """
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, number = word.rpartition("=")
+        if name and name not in models:
+            raise ValueError(f"--rate {word}: {name!r} is not in this plan, which has {', '.join(sorted(models))}")
+        try:
+            rate = float(number)
+        except ValueError:
+            rate = 0.0
+        if not 0 < rate < float("inf"):
+            raise ValueError(f"--rate {word}: documents a second are a positive number, 12 or model=12")
+        found |= {name: rate} if name else {model: rate for model in models if model not in found}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml") if not path.stem.startswith("shapes"))
     parser.add_argument("experiments", nargs="*", default=every, metavar="experiment", help="default: all of papers")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
-    parser.add_argument("--rate", type=float, help="documents a second and device, where none was measured")
+    parser.add_argument(
+        "--rate", nargs="+", default=[], help="documents a second and device where none was measured: 12, or model=12 ..."
+    )
     options = parser.parse_args()
 
     measured, cells = rates(options.results), {}
@@ -67,7 +92,11 @@ def main() -> None:
                     cells[job.store.folder(identity)] = (job.model["name"], documents)
     table = pd.DataFrame(cells.values(), columns=["model", "documents"]).groupby("model")["documents"].agg(["size", "sum"])
     table.columns = pd.Index(["cells", "documents"])
-    rate = pd.Series({model: measured.get(str(model), options.rate) for model in table.index}, dtype=float)
+    try:
+        known = given(options.rate, set(map(str, table.index))) | measured
+    except ValueError as error:
+        parser.error(str(error))
+    rate = pd.Series({model: known.get(str(model)) for model in table.index}, dtype=float)
     table["documents per second"] = rate
     for count in DEVICES:
         table[f"hours on {count}"] = table["documents"] / rate / 3600 / count

@@ -41,9 +41,7 @@ REFUSED = {"prumerge": "do not provide", "prumerge_plus": "do not provide", "poo
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.shapes.datasets.SIZES", dict.fromkeys(TASKS, (4, 2)))
-        root = build_shapes(tmp_path_factory.mktemp("data") / "shapes")
+    root = build_shapes(tmp_path_factory.mktemp("data") / "shapes", dict.fromkeys(TASKS, 4))
     return load_tasks(list(TASKS), root)
 
 

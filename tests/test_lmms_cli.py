@@ -17,9 +17,7 @@ WEIGHTS = ROOT / "eval" / "shapes" / "model"
 
 
 def test_the_entry_point_runs_a_pruned_task(tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.shapes.datasets.SIZES", dict.fromkeys(TASKS, (6, 3)))
-        root = build_shapes(tmp_path / "shapes")
+    root = build_shapes(tmp_path / "shapes", dict.fromkeys(TASKS, 6))
     arguments = f"pretrained={WEIGHTS},dtype=float32,device=cpu,pruner=scope,budget=16,pruner.alpha=1.5,batch_tokens=500"
     command = ["-m", "lmms_eval", "--model", "secateur", "--model_args", arguments, "--tasks", "pope", "--limit", "6"]
     ended = subprocess.run(

@@ -13,7 +13,6 @@ from eval import cell
 from eval.budget import Budget
 from eval.metrics import image_id
 from eval.models import PrunedModel
-from eval.shapes.datasets import SIZES
 from eval.shapes.datasets import build as build_shapes
 from eval.shapes.training import Recipe, train
 from eval.tasks import TASKS, load_tasks
@@ -136,12 +135,11 @@ def test_unknown_tasks_and_missing_data_are_named(tmp_path):
         load_tasks(["pope"], tmp_path)
 
 
-def test_another_folder_of_the_same_data_sets_is_read_anew(tmp_path, monkeypatch):
+def test_another_folder_of_the_same_data_sets_is_read_anew(tmp_path):
     """The cache of `datasets` goes by the data set's name and would give the first folder's documents again."""
     seen = []
     for name, count in (("one", 4), ("two", 6)):
-        monkeypatch.setattr("eval.shapes.datasets.SIZES", SIZES | {"pope": (count, 3)})
-        seen.append(len(load_tasks(["pope"], build_shapes(tmp_path / name))["pope"].eval_docs))
+        seen.append(len(load_tasks(["pope"], build_shapes(tmp_path / name, {"pope": count}))["pope"].eval_docs))
     assert seen == [4, 6]
 
 

@@ -36,3 +36,12 @@ def test_rates_come_from_finished_cells(tmp_path, monkeypatch):
     (folder / "record.json").touch()
     monkeypatch.setattr(plan.Store, "read", lambda place: record)
     assert plan.rates(tmp_path) == {"llava_1_5_7b": pytest.approx(25.0)}
+
+
+def test_rates_are_given_for_all_models_or_by_name():
+    models = {"llava_1_5_7b", "llava_next_7b"}
+    assert plan.given(["12"], models) == dict.fromkeys(models, 12.0)
+    assert plan.given(["llava_next_7b=4", "12"], models) == {"llava_1_5_7b": 12.0, "llava_next_7b": 4.0}
+    for wrong, told in (("lava=4", "lava"), ("0", "positive"), ("fast", "positive"), ("llava_next_7b=nan", "positive")):
+        with pytest.raises(ValueError, match=told):
+            plan.given([wrong], models)

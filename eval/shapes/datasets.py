@@ -4,8 +4,9 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from datasets import Dataset, Features, Image, Sequence, Value
@@ -95,11 +96,11 @@ def documents(task: str, split: int, count: int) -> Iterator[tuple[tuple[int, ..
             made += 1
 
 
-def _rows(task: str) -> tuple[list[Doc], list[Doc]]:
-    """The rows of a task and, for GQA, of its images table."""
+def _rows(task: str, count: int) -> tuple[list[Doc], list[Doc]]:
+    """The first `count` rows of a task and, for GQA, of its images table."""
     rows: list[Doc] = []
     images: dict[str, Doc] = {}
-    for seed, doc in documents(task, EVAL, SIZES[task][0]):
+    for seed, doc in documents(task, EVAL, count):
         name, image = "-".join(map(str, seed)), render(make_scene(*seed))
         if task == "gqa":
             images.setdefault(name, {"id": name, "image": image})
@@ -124,12 +125,16 @@ def _write(folder: Path, tables: dict[str, tuple[str, Dataset]]) -> None:
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
-def build(root: Path) -> Path:
+def build(root: Path, counts: Mapping[str, int] = MappingProxyType({})) -> Path:
     """Generate the suite under `root` unless this version of it is already there; returns `root`.
+
+    Args:
+        counts: documents of some tasks, where not those of SIZES.
 
     The folder appears whole or not at all: it is built beside its place and renamed, by one process at a time.
     """
-    stamp = json.dumps({"version": VERSION, "sizes": SIZES})
+    sizes = {task: (counts.get(task, count), keys) for task, (count, keys) in SIZES.items()}
+    stamp = json.dumps({"version": VERSION, "sizes": sizes})
     marker = root / "shapes.json"
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=root.parent) as scratch:
@@ -137,7 +142,7 @@ def build(root: Path) -> Path:
             return root
         new = Path(scratch) / "new"
         for task, (repository, config, split, features) in SCHEMAS.items():
-            rows, images = _rows(task)
+            rows, images = _rows(task, sizes[task][0])
             tables = {config: (split, Dataset.from_list(rows, features=features))}
             if images:
                 tables[GQA_IMAGES[0]] = (split, Dataset.from_list(images, features=GQA_IMAGES[1]))
