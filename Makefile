@@ -53,8 +53,9 @@ bench-gpu: $(READY)  ## the same on a GPU at true geometry, random weights, with
 flops: $(READY)  ## print the FLOPs of every family, method, budget and convention
 	$(PYTHON) scripts/flops.py
 
-bench-sweep: $(READY)  ## documents per second of a sweep, beside lmms-eval's own model class
+bench-sweep: $(READY)  ## documents per second of a sweep, beside lmms-eval's own model class; memory of a long cell
 	$(PYTHON) scripts/bench_sweep.py
+	$(PYTHON) scripts/bench_memory.py
 
 test-matrix: $(READY)  ## run the injection tests on three releases of transformers, in environments of their own
 	set -e; for release in $(MATRIX); do \

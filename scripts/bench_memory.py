@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow
 import torch
 
 from eval import cell
@@ -52,6 +53,7 @@ class Ledger:
         """Write a row down."""
         gc.collect()
         standing = resident("RssAnon")
+        pyarrow.default_memory_pool().release_unused()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         cache = self.model.images.cache
         self.rows.append(
