@@ -25,7 +25,7 @@ from pruners import InLLMPruner, Pruner, build
 
 OUTCOMES = "cells.json"  # what a job leaves in its Hydra folder for the summary
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_NOT_OF_THE_MODEL = ("budgets", "relevance_space", "pruner_fields")  # what its config holds for grids and pruners
+_NOT_OF_THE_MODEL = ("budgets", "pruner_fields")  # what its config holds for grids and pruners
 Outcome = dict[str, Any]
 
 

@@ -108,10 +108,14 @@ def _composed(model: str, settings: dict[str, Any]) -> tuple[Any, list[Any]]:
     """The model's layout and a pruner for every method, as a sweep would compose them."""
     from pruners import build
 
-    spaces = [f"++model.relevance_space.{name}={value}" for name, value in settings["relevance_space"].items()]
+    fields = [
+        f"++model.pruner_fields.{name}.{key}={value}"
+        for name, of in settings["pruner_fields"].items()
+        for key, value in of.items()
+    ]
     layout, pruners = None, []
     for method in settings["methods"]:
-        config = hydra.compose("sweep", [f"model={model}", f"pruner={method}", *spaces])
+        config = hydra.compose("sweep", [f"model={model}", f"pruner={method}", *fields])
         composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         layout = composed["model"]["layout"]
         pruners.append(build(**composed["pruner"]))

@@ -21,7 +21,7 @@ PER_IMAGE = {"pope": 10, "gqa": 10, "mme": 2}
 def identity(model: str, method: str, budget: str, task: str, suite: str = "hub", limit: int | None = None, **fields: Any):
     settings = yaml.safe_load((CONFIGS / "model" / f"{model}.yaml").read_text())
     overrides = settings.get("pruner_fields", {}).get(method, {})
-    for name in ("budgets", "device", "relevance_space", "pruner_fields"):
+    for name in ("budgets", "device", "pruner_fields"):
         settings.pop(name, None)
     pruner = build(method, **overrides, **fields)
     return {

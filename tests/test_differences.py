@@ -26,7 +26,7 @@ def test_fields_it_names_exist(group):
 
 
 def test_it_names_every_field_that_decides_what_a_model_sees():
-    about_the_run = {"name", "family", "pretrained", "weights", "device", "budgets", "relevance_space", "pruner_fields"}
+    about_the_run = {"name", "family", "pretrained", "weights", "device", "budgets", "pruner_fields"}
     assert fields("model") - {f"model.{field}" for field in about_the_run} == set(re.findall(r"`(model\.\w+)`", PAGE))
 
 

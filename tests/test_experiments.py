@@ -205,7 +205,7 @@ def test_cells_left_out_for_their_budget_cannot_run(model, method, budget):
 @pytest.mark.parametrize("model", sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))
 def test_a_model_states_every_field_in_order(model):
     config = OmegaConf.load(CONFIGS / "model" / f"{model}.yaml")
-    assert [key for key in config if key not in ("relevance_space", "pruner_fields")] == FIELDS
+    assert [key for key in config if key != "pruner_fields"] == FIELDS
     assert config.name == model
     assert all(Budget.parse(budget) != Budget() for budget in config.budgets)
 
@@ -213,9 +213,7 @@ def test_a_model_states_every_field_in_order(model):
 @pytest.mark.parametrize("method", ["promprune", "prunesid", "prunesid_dyn", "visionzip", "cdpruner", "sppruner", "fsr"])
 def test_a_model_decides_the_fields_that_depend_on_it(method):
     config = composed("model=qwen2_5_vl_7b", f"pruner={method}")
-    fields = dict(config.model.pruner_fields.get(method, {}))
-    if method in config.model.relevance_space:
-        fields["relevance_space"] = config.model.relevance_space[method]
+    fields = dict(config.model.pruner_fields[method])
     assert fields
     assert {key: config.pruner[key] for key in fields} == fields
     assert "cls_token" not in build(**config.pruner).needs

@@ -54,8 +54,6 @@ def changed_fields(cell: Cell, model: dict[str, Any]) -> list[str]:
     pruner = cell.record["identity"]["pruner"]
     expected = {field.name: field.default for field in dataclasses.fields(REGISTRY[cell.name])}
     expected |= model.get("pruner_fields", {}).get(cell.name, {})
-    if cell.name in model.get("relevance_space", {}):
-        expected["relevance_space"] = model["relevance_space"][cell.name]
     expected = json.loads(json.dumps(expected))  # records hold lists for tuples
     return [f"{name}={pruner[name]}" for name, value in expected.items() if name not in MEASURED and pruner[name] != value]
 
