@@ -1,17 +1,19 @@
-"""The encode cache: what the image encoder gave for an image, kept in memory and on disk, each within a limit of bytes."""
+"""Tensors by key, kept in memory and on disk, each within a limit of bytes: what the image encoder gave for an image."""
 
+import contextlib
 import hashlib
+import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -61,29 +63,35 @@ class EncodeCache:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def fetch(self, key: str, encode: Callable[[], Tensors]) -> Tensors:
-        """The tensors of a key (hexadecimal, as `image_key` gives it), encoded if they are in neither tier.
+    def fetch(self, key: str, encode: Callable[[], Tensors], names: Set[str] = frozenset()) -> Tensors:
+        """The tensors of a key, encoded where neither tier has them, or not all of `names`: those then join the entry.
 
         Hit or miss, the same bits in the same layout (contiguous). The tensors are shared: do not write into them.
+
+        Args:
+            key: with a folder the name of a file, as `image_key` gives it; without one any text.
 
         Raises:
             OSError: the folder cannot be written, or its disk is full.
         """
-        if key in self._entries:
+        tensors = self._entries.get(key, {})
+        if key in self._entries and names <= tensors.keys():
             self.counts.memory_hits += 1
             self._entries.move_to_end(key)
-            return self._entries[key]
-        tensors = self._read(key)
-        if tensors is None:
+            return tensors
+        on_disk = self._read(key)
+        tensors = tensors | (on_disk or {})
+        if on_disk is not None and names <= tensors.keys():
+            self.counts.disk_hits += 1
+        else:
             self.counts.misses += 1
-            # copies, which hold no larger storage alive
-            tensors = {
+            # copies, which hold no larger storage alive; what is known stays as it is
+            tensors |= {
                 name: tensor.detach().to(self.device).clone(memory_format=torch.contiguous_format)
                 for name, tensor in encode().items()
+                if name not in tensors
             }
             self._write(key, tensors)
-        else:
-            self.counts.disk_hits += 1
         self._remember(key, tensors)
         return tensors
 
@@ -91,6 +99,7 @@ class EncodeCache:
         size = _size(tensors)
         if size > self.limit_bytes:
             return
+        self.bytes -= _size(self._entries.pop(key, {}))
         while self.bytes + size > self.limit_bytes:
             self.bytes -= _size(self._entries.popitem(last=False)[1])
             self.counts.memory_evictions += 1
@@ -102,12 +111,13 @@ class EncodeCache:
             return None
         path = self.folder / f"{key}.safetensors"
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-                intact = (file.metadata() or {}).get("sha256") == _digest(tensors)
-            if not intact:
+            content = path.read_bytes()  # at once: another process may delete or replace the file
+            tensors = load(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            if header.get("__metadata__", {}).get("sha256") != _digest(tensors):
                 raise SafetensorError("its content is not what was written")
-            os.utime(path)  # used now
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)  # used now
         except FileNotFoundError:
             return None
         except SafetensorError as error:

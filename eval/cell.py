@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ import pandas as pd
 
 from eval.budget import Budget
 from eval.checkpoints import ROOT
-from pruners import InLLMPruner, Pruner, linalg
+from pruners import InLLMPruner, Pruner
 
 if TYPE_CHECKING:  # importing lmms-eval takes seconds, which a sweep with nothing to do need not spend
+    import torch
     from lmms_eval.api.task import Task
 
     from eval.models import PrunedModel
@@ -43,17 +45,16 @@ def identity(
 ) -> dict[str, Any]:
     """Everything that decides a cell's answers, as JSON; two cells with equal identities are the same cell.
 
-    The unpruned model has no budget. The source of the pruner's own file and of the shared maths counts, so that editing a
-    method runs it again.
+    The unpruned model has no budget. The source of the pruner and of all it uses in `pruners` counts, so that editing a method
+    runs it again.
     """
-    method = inspect.getsource(sys.modules[type(pruner).__module__]) + inspect.getsource(linalg)
     return {
         "model": {**model, "weights": weights},
         "pruner": {
             "name": pruner.name,
             "status": pruner.status,
             **dataclasses.asdict(pruner),
-            "source": hashlib.sha256(method.encode()).hexdigest()[:12],
+            "source": _source(type(pruner).__module__),
         },
         "budget": str(Budget() if pruner.name == "none" else budget),
         "suite": suite,
@@ -64,7 +65,19 @@ def identity(
     }
 
 
-def environment(device: str) -> dict[str, Any]:
+@cache
+def _source(module: str) -> str:
+    """Digest of a pruner's file and of all files of `pruners` that it uses, directly or through one another."""
+    found, waiting = set[str](), {module}
+    while waiting:
+        found.add(name := waiting.pop())
+        used = {str(getattr(value, "__module__", "")) for value in vars(sys.modules[name]).values()}
+        waiting |= {other for other in used if other.startswith("pruners.")} - found
+    sources = [inspect.getsource(sys.modules[name]) for name in sorted(found)]
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
+
+
+def environment(device: "torch.device") -> dict[str, Any]:
     """Where a cell ran; does not count for its identity."""
     import torch
 
@@ -73,8 +86,16 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "commit": commit.stdout.strip() or "not a checkout",
+    }
+
+
+def sources(model: "PrunedModel", task: "Task") -> dict[str, Any]:
+    """What `main` of the hub was when a cell ran: the commit of the weights, and the fingerprint of the data set."""
+    return {
+        "weights_commit": getattr(model.model.config, "_commit_hash", None),
+        "data_fingerprint": getattr(task.eval_docs, "_fingerprint", None),
     }
 
 
@@ -124,6 +145,7 @@ def run(model: "PrunedModel", task: "Task", name: str, limit: int | None, seed: 
     record = {
         "metrics": metrics,
         "documents": len(rows),
+        "images": float(rows["images"].mean()),
         "visual_tokens": float(rows["visual_tokens"].mean()),
         "kept_tokens": float(rows["kept_tokens"].mean()),
         "average_tokens": float(rows["average_tokens"].mean()),
@@ -164,10 +186,11 @@ def _row(task: str, sample: dict[str, Any], model: "PrunedModel") -> dict[str, A
         "doc_id": sample["doc_id"],
         "image_id": image_id(task, sample),
         "category": category(task, sample),
-        "question": answer.prompt,
+        "prompt": answer.prompt,
         "target": str(sample["target"]),
         "answer": answer.text,
         "score": document_score(task, sample),
+        "images": len(answer.audit.visual_tokens),
         "visual_tokens": sum(answer.audit.visual_tokens),
         "kept_tokens": sum(answer.audit.kept_tokens),
         "average_tokens": sum(answer.audit.layer_tokens) / len(answer.audit.layer_tokens),

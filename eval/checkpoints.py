@@ -23,7 +23,7 @@ def fingerprint(pretrained: str, revision: str) -> str:
         return f"{pretrained}@{revision}"
     digest = hashlib.sha256()
     for file in sorted(place.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".jinja", ".model"):
+        if file.is_file() and file.suffix != ".md":
             digest.update(file.name.encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

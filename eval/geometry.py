@@ -264,7 +264,7 @@ def _qwen(
         "depth": depth,
         "num_heads": heads,
         "window_size": window,
-        "fullatt_block_indexes": full,
+        "fullatt_block_indexes": list(full),
         "out_hidden_size": text[0],
         "patch_size": 14,
         "spatial_merge_size": 2,

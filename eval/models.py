@@ -11,21 +11,20 @@ import transformers
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
-from transformers.models.auto import image_processing_auto
+from transformers import BatchFeature
 
 from eval.answers import Unanswered
 from eval.budget import Budget
 from eval.cache import EncodeCache
-from eval.checkpoints import fingerprint, locate, not_loaded
-from eval.geometry import config_of, random_model, random_processor
+from eval.checkpoints import fingerprint
 from eval.inject import Sample, SampleRecord, Trace, inject
 from eval.inject.clip import ClipRelevance
 from eval.inject.encoder import ImageCache
+from eval.inject.families import adapter_for
 from eval.inject.session import Layout, Positions
-from eval.inputs import Inputs
+from eval.inputs import Family, Inputs
+from eval.loading import limit_pixels, load
 from eval.questions import Scope
 from pruners import InLLMPruner, Pruner, build
 
@@ -93,7 +92,7 @@ class PrunedModel(lmms):
         self,
         pretrained: str,
         name: str = "",
-        family: Literal["llava", "llava_next", "qwen2_5_vl"] | None = None,
+        family: Family | None = None,
         weights: Literal["pretrained", "random"] = "pretrained",
         revision: str = "main",
         dtype: str = "auto",
@@ -114,29 +113,16 @@ class PrunedModel(lmms):
     ) -> None:
         super().__init__()
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        if weights == "random":
-            config = config_of(name)
-            processor = random_processor(config)
-            self.model: Any = random_model(config, self.device, getattr(torch, dtype), attn_implementation or "sdpa")
-        elif weights == "pretrained":
-            try:
-                processor = AutoProcessor.from_pretrained(str(locate(pretrained)), revision=revision, **_backend(resize))
-                self.model = AutoModelForImageTextToText.from_pretrained(
-                    str(locate(pretrained)),
-                    revision=revision,
-                    dtype=dtype,
-                    device_map=str(self.device),
-                    attn_implementation=attn_implementation,
-                ).eval()
-            except (OSError, SafetensorError) as error:
-                raise FileNotFoundError(not_loaded(pretrained, revision, error)) from error
-        else:
-            raise ValueError(f"weights={weights!r} is not one of pretrained, random")
+        if self.device.type == "cuda":  # some of lmms-eval's modules switch it on, and greedy choices would differ
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        model, processor = load(pretrained, name, weights, revision, dtype, attn_implementation, self.device, resize)
+        self.model: Any = model
         self.family = self.model.config.model_type
         if family not in (None, self.family):
             raise ValueError(f"model.family={family} but {pretrained} holds a model of type {self.family!r}")
-        _limit_pixels(processor, self.family, min_pixels, max_pixels)
+        limit_pixels(processor, self.family, min_pixels, max_pixels)
         self.inputs = Inputs(processor, self.model.config, prompt, geometry, layout, image_side, text_scope)
+        adapter_for(model, layout)  # warns of releases of transformers; later lmms-eval's output is caught
         self.tokenizer = self.inputs.processor.tokenizer
         self._layout, self._clip_name, self._most = layout, clip, max_new_tokens
         self._clip: ClipRelevance | None = None
@@ -152,11 +138,14 @@ class PrunedModel(lmms):
         self.use(build("none"), Budget(), None)
 
     def use(self, pruner: Pruner | InLLMPruner, budget: Budget, positions: Positions | None) -> None:
-        """Answer with this method from now on, all documents; forgets the answers so far."""
+        """Answer with this method from now on, all documents; forgets the answers so far.
+
+        `positions` is for methods before the language model; those inside it have a field of their own.
+        """
         self._method: dict[str, Any] = {
             "pruner": pruner,
             "budget": budget,
-            "positions": positions,
+            "positions": None if isinstance(pruner, InLLMPruner) else positions,
             "layout": self._layout,
             "clip": self._relevance(pruner),
         }
@@ -247,15 +236,17 @@ class PrunedModel(lmms):
     def _answer(self, batch: list[_Request], trace: Trace) -> None:
         """Answer a batch; where the accelerator's memory does not hold it, in halves, and the rest in batches of that size."""
         try:
-            self._generate(batch, trace)
+            return self._generate(batch, trace)
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-            torch.cuda.empty_cache()
-            self.batch_tokens //= 2
-            log.warning("out of memory at a batch of %d: batch_tokens is now %d", len(batch), self.batch_tokens)
-            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-                self._answer(half, trace)
+        # only out here the tensors of the failed call are gone: the exception's traceback held them
+        torch.cuda.empty_cache()
+        self.batch_tokens = min(self.batch_tokens, len(batch) * max(map(self._positions, batch)) // 2)
+        log.warning("out of memory at a batch of %d: batch_tokens is now %d", len(batch), self.batch_tokens)
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            self._answer(half, trace)
+        return None
 
     def _generate(self, batch: list[_Request], trace: Trace) -> None:
         inputs = self.inputs.collate([request.inputs for request in batch]).to(self.device, self.model.dtype)
@@ -288,26 +279,3 @@ class PrunedModel(lmms):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-def _backend(resize: str | None) -> dict[str, Any]:
-    """What makes transformers take this backend of its image processors; early releases of 5.x have another name for it."""
-    if resize not in (None, "pil", "torchvision"):
-        raise ValueError(f"model.resize={resize!r} is not one of pil, torchvision")
-    if resize is None:
-        return {}
-    known = hasattr(image_processing_auto, "_resolve_backend")
-    return {"backend": resize} if known else {"use_fast": resize == "torchvision"}
-
-
-def _limit_pixels(processor: Any, family: str, least: int | None, most: int | None) -> None:
-    """Set the smallest and largest number of pixels Qwen2.5-VL resizes images to."""
-    if least is None and most is None:
-        return
-    if family != "qwen2_5_vl":
-        raise ValueError(f"model.min_pixels and model.max_pixels are for Qwen2.5-VL, not for the family {family!r}")
-    size = processor.image_processor.size
-    processor.image_processor.size = {
-        "shortest_edge": size["shortest_edge"] if least is None else least,
-        "longest_edge": size["longest_edge"] if most is None else most,
-    }

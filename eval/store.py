@@ -1,5 +1,6 @@
 """Results on disk: a folder a cell, holding record.json and samples.parquet, written whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors of a disk that takes nothing more
 
 
 class DamagedRecord(RuntimeError):
@@ -49,8 +52,9 @@ class Store:
 
     def folder(self, identity: dict[str, Any]) -> Path:
         """Where a cell of this identity is or will be."""
-        name = f"{identity['pruner']['name']}_{identity['budget']}_{digest(identity)[:12]}"
-        return self.runs / identity["suite"]["name"] / identity["model"]["name"] / identity["task"] / name.replace("%", "pct")
+        budget = identity["budget"].replace("%", "pct").replace("/", "-per-")
+        name = f"{identity['pruner']['name']}_{budget}_{digest(identity)[:12]}"
+        return self.runs / identity["suite"]["name"] / identity["model"]["name"] / identity["task"] / name
 
     @contextmanager
     def claim(self, identity: dict[str, Any], part: str = "", wait: bool = False) -> Iterator[bool]:

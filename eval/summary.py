@@ -42,16 +42,15 @@ class Summary(Callback):
             Bar.jobs *= swept.pop(override.get_key_element(), 1)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        finish()
         self._sum_up(sorted(Path(config.hydra.sweep.dir).glob(f"*/{OUTCOMES}")), Path(config.results))
 
     def on_run_end(self, config: DictConfig, **result: Any) -> None:
-        finish()
         self._sum_up([Path(result["job_return"].hydra_cfg.hydra.runtime.output_dir) / OUTCOMES], Path(config.results))
 
     def _sum_up(self, files: list[Path], results: Path) -> None:
         """Print counts, errors and tables; exit 1 if any cell failed, or if this itself does: Hydra only warns of errors here."""
         try:
+            finish()
             failed = _report(files, results, self._logger)
         except Exception:
             console.print_exception()
@@ -96,4 +95,4 @@ def _report(files: list[Path], results: Path, log: Callable[[tables.Records], bo
     shown = [state for state in STATES if counts[state] or state in ("done", "skipped", "failed")]
     console.print(", ".join(f"{counts[state]} cells {state}" for state in shown), style="bold")
     logged = log(records)
-    return bool(counts["failed"]) or not outcomes or not logged
+    return bool(counts["failed"] or counts["locked"]) or not outcomes or not logged

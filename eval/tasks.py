@@ -12,6 +12,8 @@ from lmms_eval.api.task import Task, _resolve_hf_datasets_cache_dir
 from lmms_eval.tasks import TaskManager
 from tenacity import RetryError
 
+from eval.store import UNWRITABLE
+
 # task -> data set, as lmms-eval 0.7.3 names it on the hub
 TASKS = {
     "pope": "lmms-lab-encoder/POPE",
@@ -67,6 +69,7 @@ def load_tasks(names: list[str], data_root: Path | None = None) -> dict[str, Tas
     Raises:
         ValueError: a name that is not one of `TASKS`.
         FileNotFoundError: a data set that is neither under `data_root` nor reachable.
+        OSError: the disk where data sets are kept is full or read-only.
     """
     unknown = [name for name in names if name not in TASKS]
     if unknown:
@@ -79,7 +82,11 @@ def load_tasks(names: list[str], data_root: Path | None = None) -> dict[str, Tas
             try:
                 tasks.update(task_manager().load_task_or_group([name], task_type="chat"))
             except (OSError, RetryError) as error:
-                raise FileNotFoundError(_not_found(name, "the Hugging Face hub")) from error
+                cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+                if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
+                    raise cause from error
+                what = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+                raise FileNotFoundError(f"{_not_found(name, 'the Hugging Face hub')} ({what})") from error
     return tasks
 
 

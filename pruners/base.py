@@ -9,8 +9,11 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from pruners.fields import describe, fits
+
 EXTRA = -1  # index of an output token that stands for no single patch (a kept CLS token, PruMerge's sum)
 Status = Literal["official", "paper", "secondary", "reconstruction", "baseline"]
+Space = Literal["encoder", "projected", "hidden"]
 
 
 class PrunerError(ValueError):
@@ -68,13 +71,13 @@ class Selection:
 
     indices: Tensor  # [B, K] long, positions in 0..N-1 or EXTRA
     features: Tensor | None = None
-    space: Literal["encoder", "projected", "hidden"] = "projected"
+    space: Space = "projected"
     counts: Tensor | None = None  # [B]
     in_order: bool = False  # True: the method's own order; False: ascending
     diagnostics: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # name -> [B]
 
     def check(self, who: str, batch: int, tokens: int) -> None:
-        """Raise PrunerError unless indices are in range, distinct, ascending (unless `in_order`) and features finite."""
+        """Raise PrunerError unless indices are in range, distinct and ascending (unless `in_order`), and all else as declared."""
 
         def wrong(what: str) -> typing.NoReturn:
             raise PrunerError(f"pruner {who!r} returned {what}, for {batch} images of {tokens} tokens; its select() is wrong")
@@ -84,6 +87,12 @@ class Selection:
             wrong(f"indices of shape {tuple(index.shape)} and dtype {index.dtype}, expected [{batch}, K] of torch.int64")
         if index.shape[1] == 0:
             wrong("no indices at all")
+        if not fits(Space, self.space):
+            wrong(f"space={self.space!r}, which is not {describe(Space)}")
+        per_row = {f"diagnostic {name!r}": values for name, values in self.diagnostics.items()}
+        for what, values in (per_row | ({} if self.counts is None else {"counts": self.counts})).items():
+            if values.shape != (batch,):
+                wrong(f"{what} of shape {tuple(values.shape)}, expected [{batch}]")
         if self.counts is not None and bool(((self.counts < 1) | (self.counts > index.shape[1])).any()):
             wrong(f"counts {self.counts.tolist()} outside 1..{index.shape[1]}")
         counts = self.counts if self.counts is not None else torch.full((batch,), index.shape[1], device=index.device)
@@ -121,12 +130,11 @@ class Method:
         raise NotImplementedError
 
     def __post_init__(self) -> None:
-        """Check every field declared as a Literal against its choices."""
-        for name, hint in typing.get_type_hints(type(self)).items():
-            if typing.get_origin(hint) is not Literal or name not in {f.name for f in dataclasses.fields(self)}:
-                continue
-            if getattr(self, name) not in typing.get_args(hint):
-                self.fail(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, typing.get_args(hint)))}")
+        """Check every field against its annotation: type, choices of a Literal, Range of a number."""
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        for name in (f.name for f in dataclasses.fields(self)):
+            if not fits(hints[name], getattr(self, name)):
+                self.fail(f"{name}={getattr(self, name)!r} is not {describe(hints[name])}")
 
     def fail(self, what: str) -> typing.NoReturn:
         """Raise PrunerError in the name of this pruner."""
@@ -235,6 +243,11 @@ class InLLMPruner(Method):
     attention_of: ClassVar[Literal["previous", "next"]] = "previous"  # layer whose rows `attention` holds
     normed: ClassVar[bool] = False  # hidden states go through the LLM's final norm first
 
+    @property
+    def positions(self) -> Literal["original", "reindex"]:
+        """Whether survivors keep their position ids; a field where a method leaves the choice."""
+        return "original"
+
     def schedule(self, tokens: int, layers: int, keep: int) -> dict[int, int]:
         """0-based layer -> `keep` of the `prune` before it, for `tokens` visual tokens and a nominal budget `keep`."""
         raise NotImplementedError
@@ -253,13 +266,17 @@ class InLLMPruner(Method):
         """How many of `tokens` visual tokens go on after `prune` with `keep`; here `keep`."""
         return keep
 
-    def average(self, tokens: int, layers: int, keep: int) -> float:
-        """Visual tokens per layer, mean over the layers: what the budgets of in-LLM methods are compared by."""
-        plan, total = self.schedule(tokens, layers, keep), 0
+    def layer_tokens(self, tokens: int, layers: int, keep: int) -> list[int]:
+        """Visual tokens that each layer processes, by the schedule for `tokens` of them and a nominal budget `keep`."""
+        plan, counts = self.schedule(tokens, layers, keep), []
         for layer in range(layers):
             tokens = self.passed(tokens, plan[layer]) if layer in plan else tokens
-            total += tokens
-        return total / layers
+            counts.append(tokens)
+        return counts
+
+    def average(self, tokens: int, layers: int, keep: int) -> float:
+        """Mean of `layer_tokens`: what the budgets of in-LLM methods are compared by."""
+        return sum(self.layer_tokens(tokens, layers, keep)) / layers
 
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
         """Choose `keep` of n visual tokens (1 <= keep < n) per row; inputs are float32 and finite."""

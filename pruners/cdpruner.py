@@ -1,10 +1,11 @@
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from pruners.base import Pruner, Selection, VisualTokens, register
+from pruners.fields import Range
 from pruners.linalg import cosine_gram, greedy_map
 from pruners.relevance import clip_relevance, embedding_relevance, range_over_image
 
@@ -31,7 +32,7 @@ class CDPruner(Pruner):
     """
 
     relevance_space: Literal["clip", "llm_embed"] = "clip"
-    theta: float | None = None
+    theta: Annotated[float, Range(0, 1, open_high=True)] | None = None
     order: Literal["spatial", "picked"] = "spatial"
 
     paper = "arXiv 2506.10967"

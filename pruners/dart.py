@@ -1,11 +1,12 @@
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from pruners.base import LayerTokens, Selection, register
 from pruners.fastv import SingleCut
+from pruners.fields import Range
 from pruners.linalg import normalize, top_k
 
 
@@ -29,8 +30,8 @@ class Dart(SingleCut):
     Deviations: a pivot takes what is left when fewer candidates remain than its share.
     """
 
-    image_pivots: int = 4
-    text_pivots: int = 4
+    image_pivots: Annotated[int, Range(0)] = 4
+    text_pivots: Annotated[int, Range(0)] = 4
     pivot_order: Literal["cpython_set", "sorted"] = "cpython_set"
     positions: Literal["original", "reindex"] = "original"
 
@@ -41,8 +42,8 @@ class Dart(SingleCut):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_pivots < 0 or self.text_pivots < 0 or self.image_pivots + self.text_pivots < 1:
-            self.fail(f"image_pivots={self.image_pivots} and text_pivots={self.text_pivots} leave no pivot")
+        if self.image_pivots + self.text_pivots == 0:
+            self.fail("image_pivots=0 and text_pivots=0 leave no pivot")
 
     def passed(self, tokens: int, keep: int) -> int:
         if keep == tokens:

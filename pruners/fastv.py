@@ -1,10 +1,11 @@
 from dataclasses import dataclass
 from math import floor
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from pruners.base import InLLMPruner, LayerTokens, Selection, register
+from pruners.fields import Range
 from pruners.linalg import top_k
 
 
@@ -18,11 +19,11 @@ class SingleCut(InLLMPruner):
             budget from `layer` on.
     """
 
-    layer: int = 2
+    layer: Annotated[int, Range(1)] = 2
     budget: Literal["average", "after"] = "average"
 
     def schedule(self, tokens: int, layers: int, keep: int) -> dict[int, int]:
-        if not 0 < self.layer < layers:
+        if self.layer >= layers:
             self.fail(f"layer={self.layer} is not between the layers 0..{layers - 1} of this model")
         kept = keep
         if self.budget == "average":

@@ -1,11 +1,12 @@
 from dataclasses import dataclass
 from math import floor
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pruners.base import Pruner, Selection, VisualTokens, register
+from pruners.fields import Range
 from pruners.linalg import cosine_gram, farthest_point, merge_into_anchors, min_max, take, top_k
 from pruners.relevance import clip_relevance
 
@@ -44,10 +45,10 @@ class FSR(Pruner):
     a question without segments leaves saliency alone.
     """
 
-    alpha: float = 3.0
-    beta: float = 1.0
-    rho: float = 0.9
-    kappa: float = 1.0
+    alpha: Annotated[float, Range(0)] = 3.0
+    beta: Annotated[float, Range(0)] = 1.0
+    rho: Annotated[float, Range(0, 1)] = 0.9
+    kappa: Annotated[float, Range(0)] = 1.0
     relevance_space: Literal["clip", "none", "given"] = "clip"
     relevance_sign: Literal["+", "-"] = "+"
     space: Literal["encoder", "projected"] = "encoder"

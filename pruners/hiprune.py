@@ -1,9 +1,10 @@
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from pruners.base import Pruner, Selection, VisualTokens, register
+from pruners.fields import Range
 from pruners.linalg import top_k
 
 
@@ -23,17 +24,12 @@ class HiPrune(Pruner):
     from the second stage by a mask (released: minus 1, which a map of sums can exceed) and are at most keep / 5.
     """
 
-    alpha: float = 0.1
+    alpha: Annotated[float, Range(0, 1)] = 0.1
     order: Literal["spatial", "picked"] = "spatial"
 
     paper = "arXiv 2508.00553"
     status = "official"
     needs = frozenset({"features", "grid", "object_attention", "output_attention"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.alpha < 0:
-            self.fail(f"alpha={self.alpha} has to be at least 0")
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         assert tokens.grid is not None

@@ -1,11 +1,12 @@
 from dataclasses import dataclass
 from math import log
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from pruners.base import Pruner, Selection, VisualTokens, register
+from pruners.fields import Range
 from pruners.linalg import concatenate_rows, cosine_gram, greedy_map, normalize, top_k
 
 
@@ -32,9 +33,9 @@ class PromPrune(Pruner):
     """
 
     mu: float = 0.42
-    tau: float = 0.02
-    kr_min: float = 0.0
-    kr_max: float = 1.0
+    tau: Annotated[float, Range(0)] = 0.02
+    kr_min: Annotated[float, Range(0, 1)] = 0.0
+    kr_max: Annotated[float, Range(0, 1)] = 1.0
     order: Literal["spatial", "official"] = "spatial"
 
     paper = "arXiv 2603.14892"
@@ -62,10 +63,8 @@ class PromPrune(Pruner):
 
     def saliency_ratio(self, entropy: Tensor) -> Tensor:
         """Share of the budget for salient tokens, per image."""
-        low = min(max(self.kr_min, 0.0), 1.0)
-        high = max(low, min(self.kr_max, 1.0))
         q = ((entropy - self.mu) / (self.tau + 1e-12)).clamp(-20, 20)
-        return low + (1 - q.sigmoid()) * (high - low)
+        return self.kr_min + (1 - q.sigmoid()) * (max(self.kr_min, self.kr_max) - self.kr_min)
 
 
 def spectral_entropy(features: Tensor, similarity: Tensor) -> Tensor:

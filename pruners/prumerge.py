@@ -1,9 +1,11 @@
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
+from pruners.fields import Range
 from pruners.linalg import complement, normalize, take, top_k
 
 
@@ -26,7 +28,7 @@ class PruMerge(Pruner):
     """
 
     adaptive: bool = False  # type: ignore[misc]
-    neighbours: int = 32
+    neighbours: Annotated[int, Range(0)] = 32
 
     paper = "arXiv 2403.15388"
     status = "official"

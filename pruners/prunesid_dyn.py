@@ -1,11 +1,13 @@
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from pruners.base import Selection, VisualTokens, register
+from pruners.fields import Range
 from pruners.linalg import cosine_gram, mean_similarity
 from pruners.prunesid import PruneSID
 
@@ -15,19 +17,21 @@ from pruners.prunesid import PruneSID
 class PruneSIDDyn(PruneSID):
     """PruneSID with a budget per image: proportional to 1 - rho, the less redundant the more, equal to `keep` on average.
 
-    Fang et al., arXiv 2603.09480 (PruneSID-Dyn). Not in the released code; rounding and bounds are our reading.
+    Fang et al., arXiv 2603.09480 (PruneSID-Dyn). Not in the released code.
 
     Args:
-        mean_phi: mean of 1 - rho over the benchmark, from a first pass that reads the diagnostic `phi`; None takes the mean
-            over the images of the call, so that a call for one image is plain PruneSID.
+        mean_phi: mean of 1 - rho over the benchmark; None for the first pass, which finds it: PruneSID as it is, every crop at
+            `keep`, with 1 - rho as the diagnostic `phi`. The images of a call never share a budget, for the caller chooses them.
         min_tokens: smallest budget of an image (unless the average itself is below).
 
-    All other fields as PruneSID. Deviations: the budgets are read from the device, and images are pruned one by one, because
-    the number of groups depends on them.
+    All other fields as PruneSID.
+
+    Deviations: rounding and bounds of the budgets are ours. The budgets are read from the device, and images are pruned one by
+    one, because the number of groups depends on them.
     """
 
-    mean_phi: float | None = None
-    min_tokens: int = 16
+    mean_phi: Annotated[float, Range(0, 2, open_low=True)] | None = None
+    min_tokens: Annotated[int, Range(1)] = 16
 
     paper = "arXiv 2603.09480"
     status = "paper"
@@ -37,8 +41,10 @@ class PruneSIDDyn(PruneSID):
         x = tokens.encoder_features if self.variant == "llava" else tokens.features
         assert x is not None
         phi = (1 - mean_similarity(cosine_gram(x))).clamp_min(1e-6)
-        mean = phi.mean() if self.mean_phi is None else self.mean_phi
-        budgets = (keep * phi / mean).round().long().clamp(min(self.min_tokens, keep), x.shape[1])
+        if self.mean_phi is None:
+            first = super().select(tokens, keep)
+            return dataclasses.replace(first, diagnostics={"phi": phi} | first.diagnostics)
+        budgets = (keep * phi / self.mean_phi).round().long().clamp(min(self.min_tokens, keep), x.shape[1])
         rows = [super(PruneSIDDyn, self).select(_row(tokens, i), budget) for i, budget in enumerate(budgets.tolist())]
         width = max(row.indices.shape[1] for row in rows)
         features = [_padded(row.features, width, 1) for row in rows if row.features is not None]

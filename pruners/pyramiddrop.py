@@ -1,8 +1,10 @@
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from operator import mul
+from typing import Annotated, Literal
 
 from pruners.base import InLLMPruner, LayerTokens, Selection, register
+from pruners.fields import Range
 from pruners.linalg import top_k
 
 
@@ -26,8 +28,8 @@ class PyramidDrop(InLLMPruner):
     x = 0.307).
     """
 
-    stages: tuple[int, ...] = (8, 16, 24)
-    ratios: tuple[float, ...] | None = None
+    stages: tuple[Annotated[int, Range(1)], ...] = (8, 16, 24)
+    ratios: tuple[Annotated[float, Range(0, 1)], ...] | None = None
     positions: Literal["reindex", "original"] = "reindex"
 
     paper = "arXiv 2410.17247"
@@ -40,19 +42,17 @@ class PyramidDrop(InLLMPruner):
         for name in ("stages", "ratios"):  # configs give lists
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
-        if not self.stages or self.stages[0] < 1 or any(a >= b for a, b in pairwise(self.stages)):
-            self.fail(f"stages={self.stages} have to be positive and ascend")
-        if self.ratios is not None and (
-            len(self.ratios) != len(self.stages) or any(a < b for a, b in pairwise((1.0, *self.ratios, 0.0)))
-        ):
-            self.fail(f"ratios={self.ratios} have to be one per stage, descending within 0..1")
+        if not self.stages or any(a >= b for a, b in pairwise(self.stages)):
+            self.fail(f"stages={self.stages} have to be at least one and ascend")
+        if self.ratios is not None and (len(self.ratios) != len(self.stages) or any(a < b for a, b in pairwise(self.ratios))):
+            self.fail(f"ratios={self.ratios} have to be one per stage and descend")
 
     def schedule(self, tokens: int, layers: int, keep: int) -> dict[int, int]:
         if self.ratios is not None:
             if self.stages[-1] >= layers:
                 self.fail(f"stages={self.stages} do not fit into {layers} layers")
             plan = {stage: max(1, int(tokens * ratio)) for stage, ratio in zip(self.stages, self.ratios, strict=True)}
-            mean = sum(_counts(plan, tokens, layers)) / layers
+            mean = sum(map(mul, _lengths(self.stages, layers), (tokens, *plan.values()))) / layers
             if keep != round(mean):
                 self.fail(f"ratios={self.ratios} average {mean:.1f} tokens, which is not the budget of {keep}")
             return plan
@@ -61,21 +61,17 @@ class PyramidDrop(InLLMPruner):
             if stages[0] == 1:
                 self.fail(f"cannot average {keep} of {tokens} tokens over {layers} layers, even with stages={stages}")
             stages = tuple(dict.fromkeys(max(1, stage // 2) for stage in stages))
-        lengths = [b - a for a, b in pairwise((0, *stages, layers))]
         # the root found for 1 lies just below it, where int() would drop a token
-        x = 1.0 if keep == tokens else _root(lengths, layers * keep / tokens)
+        x = 1.0 if keep == tokens else _root(_lengths(stages, layers), layers * keep / tokens)
         return {stage: max(1, int(tokens * x**power)) for power, stage in enumerate(stages, 1)}
 
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
         return Selection(top_k(tokens.relevance(), keep).sort(1).values)
 
 
-def _counts(plan: dict[int, int], tokens: int, layers: int) -> list[int]:
-    counts = []
-    for layer in range(layers):
-        tokens = plan.get(layer, tokens)
-        counts.append(tokens)
-    return counts
+def _lengths(stages: tuple[int, ...], layers: int) -> list[int]:
+    """Layers before the first stage and from each stage on."""
+    return [b - a for a, b in pairwise((0, *stages, layers))]
 
 
 def _root(lengths: list[int], target: float) -> float:

@@ -1,9 +1,10 @@
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from pruners.base import Pruner, Selection, VisualTokens, register
+from pruners.fields import Range
 from pruners.linalg import cosine_gram, facility_location
 
 
@@ -25,7 +26,7 @@ class Scope(Pruner):
     the number of images in a call).
     """
 
-    alpha: float = 1.0
+    alpha: Annotated[float, Range(0)] = 1.0
     combine: Literal["multiply", "add"] = "multiply"
     saliency: Literal["cls", "none"] = "cls"
     order: Literal["spatial", "picked"] = "spatial"

@@ -1,10 +1,12 @@
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from pruners.base import EXTRA, InLLMPruner, LayerTokens, Selection, register
+from pruners.fields import Range
 from pruners.linalg import complement, take, top_k
 
 # budget at 576 visual tokens -> tokens kept at each stage, before merging
@@ -31,8 +33,8 @@ class SparseVLM(InLLMPruner):
     rates when no position stands out. Counts derived from the rank of the attention (paper) and version 2 are left out.
     """
 
-    stages: tuple[int, ...] = (3, 7, 16)
-    kept: tuple[int, ...] | None = None
+    stages: tuple[Annotated[int, Range(1)], ...] = (3, 7, 16)
+    kept: tuple[Annotated[int, Range(1)], ...] | None = None
     merge: bool = True
     seed: int = 0
     positions: Literal["reindex", "original"] = "reindex"
@@ -47,6 +49,8 @@ class SparseVLM(InLLMPruner):
         for name in ("stages", "kept"):  # configs give lists
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
+        if not self.stages or any(a >= b for a, b in pairwise(self.stages)):
+            self.fail(f"stages={self.stages} have to be at least one and ascend")
         if self.kept is not None and len(self.kept) != len(self.stages):
             self.fail(f"kept={self.kept} has to name one count for each of stages={self.stages}")
 

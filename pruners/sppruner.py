@@ -1,12 +1,13 @@
 from dataclasses import dataclass
 from math import floor
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from pruners.base import Pruner, Selection, VisualTokens, register
+from pruners.fields import Range
 from pruners.linalg import complement, cosine_gram, evenly_spaced, farthest_point, merge_into_anchors, min_max, take, top_k
 from pruners.relevance import clip_relevance, embedding_relevance, range_over_image
 
@@ -55,15 +56,15 @@ class SPpruner(Pruner):
     """
 
     focus_score: Literal["additive", "product"] = "additive"
-    saliency_weight: float = 0.5
-    interplay: float = 1.0
-    focus_share: float = 0.5
-    window: int = 1
-    scan_weight: float = 1.0
+    saliency_weight: Annotated[float, Range(0, 1)] = 0.5
+    interplay: Annotated[float, Range(0)] = 1.0
+    focus_share: Annotated[float, Range(0, 1)] = 0.5
+    window: Annotated[int, Range(0)] = 1
+    scan_weight: Annotated[float, Range(0)] = 1.0
     anchors: Literal["scan", "grid"] = "scan"
     merge: bool = True
-    merge_radius: int = 3
-    merge_factor: float = 1.0
+    merge_radius: Annotated[int, Range(0)] = 3
+    merge_factor: Annotated[float, Range(0)] = 1.0
     relevance_space: Literal["clip", "llm_embed", "given"] = "clip"
     saliency_norm: Literal["minmax", "rank"] = "minmax"
 

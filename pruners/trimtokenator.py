@@ -1,9 +1,10 @@
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from pruners.base import Pruner, Selection, VisualTokens, register
+from pruners.fields import Range
 from pruners.linalg import cosine_gram, farthest_point, take, top_k
 from pruners.relevance import mean_text, text_mask
 
@@ -24,7 +25,7 @@ class TrimTokenator(Pruner):
     stage 1, which therefore mostly drops tokens of large norm.
     """
 
-    survivors: float = 0.8
+    survivors: Annotated[float, Range(0, 1)] = 0.8
     order: Literal["spatial", "picked"] = "spatial"
 
     paper = "arXiv 2509.00320"

@@ -1,10 +1,12 @@
 from dataclasses import dataclass
 from math import floor
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
+from pruners.fields import Range
 from pruners.linalg import complement, normalize, take, top_k
 
 
@@ -25,7 +27,7 @@ class VisionZip(Pruner):
     Deviations: float32 (released: float16); a key of length zero has cosine 0 (released: NaN).
     """
 
-    contextual: int | None = None
+    contextual: Annotated[int, Range(0)] | None = None
     keep_cls: bool = True
 
     paper = "arXiv 2412.04467"
@@ -40,7 +42,7 @@ class VisionZip(Pruner):
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         assert tokens.encoder_features is not None
         context = floor(keep * 5 / 32 + 0.5) if self.contextual is None else self.contextual
-        if not 0 <= context <= keep - self.keep_cls:
+        if context > keep - self.keep_cls:
             self.fail(f"{context} contextual tokens do not fit into a budget of {keep}{' beside CLS' * self.keep_cls}")
         count = tokens.encoder_features.shape[1]
         dominant = self.dominant(tokens, keep - context - self.keep_cls)

@@ -1,10 +1,11 @@
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from pruners.base import Pruner, Selection, VisualTokens, register
+from pruners.fields import Range
 from pruners.linalg import cosine_gram, take, top_k
 
 
@@ -25,18 +26,13 @@ class VisPruner(Pruner):
     puts the middle one in the half that is dropped from; a zero vector has cosine 0.
     """
 
-    important_ratio: float = 0.5
-    step: int = 8
+    important_ratio: Annotated[float, Range(0, 1)] = 0.5
+    step: Annotated[int, Range(1)] = 8
     order: Literal["spatial", "picked"] = "spatial"
 
     paper = "arXiv 2412.01818"
     status = "official"
     needs = frozenset({"features", "encoder_features", "saliency"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.important_ratio <= 1 or self.step < 1:
-            self.fail(f"important_ratio={self.important_ratio} has to be in 0..1 and step={self.step} at least 1")
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         assert tokens.encoder_features is not None

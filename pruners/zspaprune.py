@@ -1,13 +1,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import floor
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from pruners.base import Pruner, Selection, VisualTokens, register
+from pruners.fields import Range
 from pruners.linalg import cosine_gram, farthest_point, most_isolated, normalize, top_k
 from pruners.relevance import embedding_relevance, text_mask
 
@@ -35,7 +36,7 @@ class ZSPAPrune(Pruner):
     that `maxmin` becomes DivPrune.
     """
 
-    core_ratio: float = 0.6
+    core_ratio: Annotated[float, Range(0, 1)] = 0.6
     diversity_rule: Literal["maxmin", "mean", "minmin"] = "maxmin"
     pool: Literal["mean", "max"] = "mean"
     order: Literal["spatial", "picked"] = "spatial"

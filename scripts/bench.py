@@ -12,8 +12,6 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 @hydra.main(config_path="../configs", config_name="bench", version_base="1.3")
 def main(config: DictConfig) -> None:

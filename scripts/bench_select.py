@@ -13,7 +13,6 @@ them: no method that needs it can be faster. Writes CSV and Markdown to --out.
 import argparse
 import csv
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -26,6 +25,7 @@ import torch
 from literal_select import METHODS as LITERAL
 from rich.progress import track
 
+from eval.efficiency.hardware import describe
 from pruners import REGISTRY, InLLMPruner, LayerTokens, VisualTokens, build
 from pruners.linalg import cosine_gram
 
@@ -198,17 +198,6 @@ def in_turns(calls: list[Callable[[], Any]], repeats: int, device: torch.device)
     return times
 
 
-def describe(device: torch.device) -> str:
-    """The device, and what else shapes the times."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    model = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the start, torch {torch.__version__}"
-
-
 def markdown(rows: list[Row], where: str) -> str:
     """A table per shape: a row per pruner and budget, a column per batch, the literal formulation and the kernels."""
     lines = ["# Selection time, milliseconds per image", "", f"{where}. Median (quartiles); `prune` with its checks, float32."]
@@ -257,7 +246,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device(args.device)
-    where = describe(device)
+    load = f", load {os.getloadavg()[0]:.1f} at the start" if device.type == "cpu" else ""
+    where = f"{describe(device)}{load}, torch {torch.__version__}"
 
     plan: list[Callable[[], Row]] = []
     batches = [int(batch) for batch in args.batch.split(",")]

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import io
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from eval import cell
 from eval.budget import Budget
 from eval.cache import EncodeCache
 from eval.checkpoints import ROOT
+from eval.efficiency.hardware import describe
 from eval.inject import Sample, inject
 from eval.models import PrunedModel
 from eval.shapes.datasets import build as build_shapes
@@ -145,7 +145,7 @@ def _write(rows: pd.DataFrame, options: argparse.Namespace) -> None:
     total["speed-up"] = speed / float(speed["lmms-eval"])
     overhead = (float(around["one at a time"]) - float(around["lmms-eval"])) / float(total["generating"]["one at a time"])
     cells = len(rows) // len(total)
-    machine = f"{_processor()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the end"
+    machine = f"{describe(torch.device('cpu'))}, load {os.getloadavg()[0]:.1f} at the end"
     text = f"""# Documents per second of a sweep
 
 {machine}, torch {torch.__version__}, float32. {cells} cells of the shapes suite, the first {options.limit} documents of each,
@@ -161,13 +161,6 @@ class does, both at one prompt at a time: records, audits, content hashes.
     (options.out / "sweep-cpu.md").write_text(text)
     rows.to_csv(options.out / "sweep-cpu.csv", index=False)
     print(text)
-
-
-def _processor() -> str:
-    names = [
-        line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-    ]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

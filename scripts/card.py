@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pandas as pd
 
+from eval.checkpoints import ROOT
 from eval.reporting.tables import TITLES, label
 from eval.store import Store
 
-ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "eval" / "shapes" / "model" / "README.md"
 
 
 def chance(rows: pd.DataFrame) -> float:
     """Accuracy of the best constant answer to each wording of a question (its first three words), all letters taken as one."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for question, target in zip(rows["question"], rows["target"], strict=True):
+    for prompt, target in zip(rows["prompt"], rows["target"], strict=True):
         letters = len(target) == 1 and target.isalpha()
-        answers["letter" if letters else " ".join(question.split()[2:5])][target.lower()] += 1
+        answers["letter" if letters else " ".join(prompt.split()[2:5])][target.lower()] += 1
     return sum(counts.most_common(1)[0][1] for counts in answers.values()) / len(rows)
 
 

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.budget import Budget
+from eval.checkpoints import ROOT
 from eval.efficiency.flops import conventions, count
 from eval.efficiency.flops_published import CROPS, explain, layer_tokens, model_config, visual_tokens
 from eval.reporting.reported import load_efficiency
 from pruners import REGISTRY, PrunerError
 
-ROOT = Path(__file__).resolve().parents[1]
 INSIDE = ("fastv", "pyramiddrop")  # schedules inside the LLM, beside one cut before it
 PHASES = ["tower", "projector", "prefill", "head", "step", "first_token"]
 

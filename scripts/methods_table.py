@@ -6,11 +6,10 @@ python scripts/methods_table.py
 import dataclasses
 import inspect
 import json
-from pathlib import Path
 
+from eval.checkpoints import ROOT
 from pruners import REGISTRY, InLLMPruner, Pruner, build
 
-ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "pruners" / "METHODS.md"
 
 HEAD = """# Methods

@@ -18,8 +18,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from eval.checkpoints import ROOT
+from eval.job import Job
 from eval.store import Store
-from eval.sweep import Job
 
 # documents of the real data sets as lmms-eval 0.7.3 loads them
 DOCUMENTS = {"pope": 9000, "scienceqa_img": 2017, "gqa": 12578, "mme": 2374, "mmmu_val": 900, "mmstar": 1500}

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import datasets
 
+from eval.checkpoints import ROOT
 from eval.reporting.overlay import kept_tokens
 from eval.reporting.tables import label
 from eval.shapes.datasets import EVAL, SCHEMAS, documents
 from eval.shapes.scenes import make_scene
 from eval.shapes.training import SIDE
 from eval.store import Store
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:

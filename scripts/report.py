@@ -10,9 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from eval.checkpoints import ROOT
 from eval.reporting.stats import RESAMPLES
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def _document(text: str) -> tuple[str, int]:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from eval.checkpoints import ROOT
 from eval.reporting import comparison, interval_table, paper_tables, render, reported
 from eval.reporting.layouts import layouts
 from eval.reporting.stats import RESAMPLES
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:

@@ -60,14 +60,23 @@ def rows(task: str, share: float, documents: int = 2000, shift: int = 0) -> pd.D
 
 
 def cell(
-    model: str, method: str, budget: str, task: str, samples: pd.DataFrame, tokens: float, full: int = 576, **options: Any
+    model: str,
+    method: str,
+    budget: str,
+    task: str,
+    samples: pd.DataFrame,
+    tokens: float,
+    full: int = 576,
+    images: float = 1.0,
+    **options: Any,
 ) -> Cell:
-    """A cell whose record says what its samples give."""
+    """A cell whose record says what its samples give; tokens are those of an image, `images` a document."""
     record = {
         "identity": identity(model, method, budget, task, **options),
         "metrics": {},
-        "visual_tokens": float(full),
-        "average_tokens": tokens,
+        "images": images,
+        "visual_tokens": full * images,
+        "average_tokens": tokens * images,
         "environment": {"commit": "abc"},
     }
     for metric in METRICS[task].values():

@@ -9,70 +9,52 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": _CACHE.name, "OMP_NUM
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import PreTrainedModel, ProcessorMixin
 
-from eval.prompts import LLAVA
-from eval.shapes.training import make_tokenizer
-
-SIDE, PATCH = 56, 14  # 4 x 4 visual tokens
+from eval.geometry import random_model, random_processor, tiny
 
 
-@pytest.fixture(scope="session")
-def processor() -> LlavaProcessor:
-    square = {"height": SIDE, "width": SIDE}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=square),
-        tokenizer=make_tokenizer([], 300),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LLAVA,
-        image_token="<image>",
-    )
-
-
-def tiny_llava(processor: LlavaProcessor, attention: str) -> LlavaForConditionalGeneration:
-    tokenizer = processor.tokenizer
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE, patch_size=PATCH
-        ),
-        text_config=LlamaConfig(
-            hidden_size=64,
-            intermediate_size=160,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            vocab_size=len(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(SIDE // PATCH) ** 2,
-        attn_implementation=attention,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of the vectors, which are not drawn anew
-        model = LlavaForConditionalGeneration(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
+def tiny_model(family: str, attention: str) -> PreTrainedModel:
+    return random_model(tiny(family), attn_implementation=attention, std=0.2)
 
 
 @pytest.fixture(scope="session", params=["sdpa", "eager"])
-def model(request: pytest.FixtureRequest, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    return tiny_llava(processor, request.param)
+def attention(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def processor() -> ProcessorMixin:
+    return random_processor(tiny("llava"))
+
+
+@pytest.fixture(scope="session")
+def model(attention: str) -> PreTrainedModel:
+    return tiny_model("llava", attention)
+
+
+@pytest.fixture(scope="session")
+def qwen_processor() -> ProcessorMixin:
+    return random_processor(tiny("qwen2_5_vl"))
+
+
+@pytest.fixture(scope="session")
+def qwen_model(attention: str) -> PreTrainedModel:
+    return tiny_model("qwen2_5_vl", attention)
+
+
+@pytest.fixture(scope="session")
+def qwen_eager() -> PreTrainedModel:
+    return tiny_model("qwen2_5_vl", "eager")
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory: pytest.TempPathFactory):
+    """Sweeps over two small tasks that this module may disturb."""
+    from sweeping import make_sweeps  # needs `datasets`, which most tests do without
+
+    return make_sweeps(tmp_path_factory.mktemp("data"))
 
 
 def picture(seed: int) -> Image.Image:

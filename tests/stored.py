@@ -1,4 +1,4 @@
-"""Made-up cells as a sweep of the shapes suite stores them, with kept tokens and questions."""
+"""Made-up cells as a sweep of the shapes suite stores them, with kept tokens and prompts."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from eval.reporting.comparison import Cell
 from eval.store import Store
 
 FULL = 144
+SPPRUNER = "sppruner relevance_space=llm_embed (reconstruction)"  # its label on shapes_llava, which has no CLIP text encoder
 ENVIRONMENT = {"commit": "abc", "device": "cpu", "machine": "x86_64", "cores": 2, "python": "3.11.7"}
 
 
@@ -22,12 +23,12 @@ def grid(tasks=("pope", "gqa"), documents=400, limit=400, suite="shapes", **shar
     return found
 
 
-def store(results: Path, cells: list[Cell], question: str = "Is there a cat?") -> Path:
+def store(results: Path, cells: list[Cell], prompt: str = "Is there a cat?") -> Path:
     """Write the cells into a results folder; returns it."""
     for own in cells:
         keep = int(own.tokens)
         samples = own.rows.assign(
-            question=question,
+            prompt=prompt,
             visual_tokens=FULL,
             kept_indices=[[list(range(0, FULL, FULL // keep))]] * len(own.rows),
         )

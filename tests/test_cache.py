@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import eval.cache as cache_module
 from eval.cache import EncodeCache, image_key
 
 
@@ -60,6 +61,60 @@ def test_what_the_encoder_does_to_its_tensor_later_does_not_reach_the_cache():
     assert torch.equal(cache.fetch(key(0), never)["features"], before)
 
 
+class TestGrowingEntries:
+    """An entry may lack names that are asked for: what is encoded for them joins it."""
+
+    one = frozenset({"features"})
+    both = one | {"saliency"}
+
+    def later(self) -> dict[str, torch.Tensor]:
+        """Encoded for both: the features, were they taken, are others."""
+        return {"features": torch.zeros(10, 100), "saliency": entry(7)["features"]}
+
+    @pytest.mark.parametrize("tier", ["memory", "disk"])
+    def test_what_is_there_stays_bit_for_bit(self, tmp_path, tier):
+        made = [EncodeCache(10**6)] * 4 if tier == "memory" else [EncodeCache(0, tmp_path, 10**6) for _ in range(4)]
+        made[0].fetch(key(0), lambda: entry(0), self.one)
+        grown = made[1].fetch(key(0), self.later, self.both)
+        for names in (self.both, self.one):
+            again = made[2].fetch(key(0), never, names)
+            for found in (grown, again):
+                assert found.keys() == self.both
+                assert torch.equal(found["features"], entry(0)["features"])
+                assert torch.equal(found["saliency"], entry(7)["features"])
+        if tier == "memory":
+            assert made[0].bytes == 8000
+            assert (made[0].counts.misses, made[0].counts.memory_hits) == (2, 2)
+        else:
+            assert len(files(tmp_path)) == 1
+
+    def test_what_another_process_added_is_read_from_disk(self, tmp_path):
+        cache, other = (EncodeCache(10**6, tmp_path, 10**6) for _ in range(2))
+        cache.fetch(key(0), lambda: entry(0), self.one)
+        other.fetch(key(0), self.later, self.both)
+        assert cache.fetch(key(0), never, self.both).keys() == self.both
+        assert (cache.counts.misses, cache.counts.disk_hits, cache.bytes) == (1, 1, 8000)
+
+    def test_limits_hold_while_it_grows(self):
+        cache = EncodeCache(9_000)
+        cache.fetch(key(0), lambda: entry(0), self.one)
+        cache.fetch(key(1), lambda: entry(1), self.one)
+        cache.fetch(key(0), self.later, self.both)  # 4,000 bytes more than there are
+        assert (cache.bytes, cache.counts.memory_evictions) == (8000, 1)
+        cache.fetch(key(0), never, self.both)
+        small = EncodeCache(5_000)
+        small.fetch(key(0), lambda: entry(0), self.one)
+        assert small.fetch(key(0), self.later, self.both).keys() == self.both
+        assert small.bytes == 4000
+        assert small.fetch(key(0), never, self.one).keys() == self.one, "what fits is still there"
+
+
+def test_without_a_folder_any_text_is_a_key():
+    cache, text = EncodeCache(10**6), "0 pope/val 17?"
+    cache.fetch(text, lambda: entry(0))
+    assert torch.equal(cache.fetch(text, never)["features"], entry(0)["features"])
+
+
 def test_memory_stays_within_its_limit_and_the_least_recently_used_leaves():
     cache = EncodeCache(12_000)  # three entries
     for seed in (0, 1, 2):
@@ -106,6 +161,27 @@ def test_an_entry_larger_than_a_limit_is_given_but_not_kept(tmp_path):
     assert cache.bytes == 4_000
     assert [file.stem for file in files(tmp_path)] == [key(0)], "the others stay"
     assert not list(tmp_path.glob("*.writing"))
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced"])
+def test_a_file_that_another_process_takes_away_while_it_is_read(tmp_path, monkeypatch, change):
+    """What was read counts, and is no damage."""
+    EncodeCache(0, tmp_path, 10**6).fetch(key(0), lambda: entry(0))
+    plain = cache_module.load
+
+    def meanwhile(content):
+        (file,) = files(tmp_path)
+        if change == "deleted":
+            file.unlink()
+        else:
+            file.write_bytes(save(entry(1)))
+        return plain(content)
+
+    monkeypatch.setattr(cache_module, "load", meanwhile)
+    cache = EncodeCache(0, tmp_path, 10**6)
+    got = cache.fetch(key(0), never)
+    assert torch.equal(got["features"], entry(0)["features"])
+    assert (cache.counts.disk_hits, cache.counts.damaged) == (1, 0)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])

@@ -88,6 +88,16 @@ def test_questions_differ_and_blank_ones_have_no_segment(clip):
         assert clip.text(blank).shape == (0, JOINT)
 
 
+def test_a_question_is_encoded_once_a_device(clip, monkeypatch):
+    calls, tower = [], clip.text_model.forward
+    monkeypatch.setattr(clip.text_model, "forward", lambda **inputs: calls.append(inputs) or tower(**inputs))
+    first, again, other = (clip.text(question) for question in ("how many?", "how many?", "how many??"))
+    assert len(calls) == 2
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert clip._remembered.cache_info().maxsize is not None
+
+
 def test_patches_are_those_of_clips_own_modules(clip, model):
     pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
     states = []

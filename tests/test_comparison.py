@@ -7,6 +7,7 @@ from cells import cell, rows
 
 from eval.reporting.comparison import compare, load, settings
 from eval.reporting.interval_table import markdown, write
+from eval.reporting.stats import Estimates
 from eval.store import Store
 
 MODEL = "llava_1_5_7b"
@@ -82,6 +83,33 @@ def test_methods_that_keep_more_tokens_are_not_compared():
     table = compare(cells, 500).set_index("method")
     assert table.loc["sparsevlm", "mark"] == "82.0 tokens where the others of its budget keep 64.0"
     assert set(table.index[table["tied_best"]]) == {"scope", "visionzip"}
+
+
+@pytest.mark.parametrize(("few", "many"), [(60, 64), (0, 64)])
+def test_two_methods_of_other_token_numbers_are_marked_and_the_task_estimated(few, many):
+    table = compare(grid(tasks=["gqa"], scope=(0.7, 0, few), visionzip=(0.6, 0, many)), 200).set_index("method")
+    assert table["low"].notna().all()
+    assert table["mark"].to_dict() == {
+        "none": "",
+        "scope": "",
+        "visionzip": f"{many:.1f} tokens where the others of its budget keep {few:.1f}",
+    }
+    assert set(table.index[table["tied_best"]]) == {"scope"}
+
+
+def test_an_error_behind_the_estimate_is_no_missing_estimate(monkeypatch):
+    def broken(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Estimates, "tied_best", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        compare(grid(tasks=["gqa"], scope=0.7), 200)
+
+
+def test_an_average_over_an_unpruned_score_of_0_is_refused():
+    cells = [*grid(scope=0.7)[1:], cell(MODEL, "none", "full", "pope", rows("pope", 0.0), 576)]
+    with pytest.raises(ValueError, match="none at full scores 0 in a task"):
+        compare(cells, 200)
 
 
 def test_a_model_that_says_one_thing_is_marked():

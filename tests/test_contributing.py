@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECK = """
 import torch
 from hydra import compose, initialize_config_dir
-from eval.sweep import Job
+from eval.job import Job
 from pruners import VisualTokens, build
 
 with initialize_config_dir("{copy}/configs", version_base="1.3"):

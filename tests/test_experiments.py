@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from eval.budget import Budget
-from eval.sweep import Job
+from eval.job import Job
 from pruners import InLLMPruner, PrunerError, build
 
 ROOT = Path(__file__).resolve().parents[1]

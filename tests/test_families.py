@@ -1,5 +1,7 @@
 """Every family through lmms-eval: all six tasks, all methods, tiny real models loaded from their folders as a user's would be."""
 
+import weakref
+
 import pytest
 import torch
 from conftest import picture
@@ -223,7 +225,7 @@ def test_the_unpruned_answers_are_those_of_lmms_evals_own_classes(folders, tasks
 
 
 def test_random_weights_need_no_checkpoint(monkeypatch):
-    monkeypatch.setattr("eval.models.config_of", lambda name: tiny(name))
+    monkeypatch.setattr("eval.loading.config_of", lambda name: tiny(name))
     model = PrunedModel("nowhere/at-all", name="llava", weights="random", dtype="float32", device="cpu")
     assert model.family == "llava"
     assert config_of("llava_1_5_7b").text_config.hidden_size == 4096
@@ -272,10 +274,14 @@ class TestBatches:
 
     def test_a_batch_that_does_not_fit_is_halved(self, quick, tasks, monkeypatch):
         expected, generate, sizes = self.answers(quick, tasks, "none"), quick.model.generate, []
+        failed = []
 
         def short_of_memory(**inputs):
+            assert all(held() is None for held in failed), "the tensors of a failed call are still held"
             sizes.append(len(inputs["input_ids"]))
             if sizes[-1] > 1:
+                activations = torch.zeros(1)
+                failed.append(weakref.ref(activations))
                 raise torch.cuda.OutOfMemoryError("no room")
             return generate(**inputs)
 

@@ -14,12 +14,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from lmms_eval.api.task import ConfigurableTask
-from sweeping import cells, make_sweeps, output, tables, wait_for
+from sweeping import cells, output, tables, wait_for
 from transformers import PreTrainedTokenizerBase
 
 from eval import sweep as engine
@@ -29,11 +30,6 @@ from pruners import REGISTRY
 from pruners.base import Pruner, Selection, VisualTokens, register
 
 GRID = ("-m", "pruner=none,random")
-
-
-@pytest.fixture(scope="module")
-def sweeps(tmp_path_factory):
-    return make_sweeps(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +170,28 @@ def test_an_error_of_the_harness_itself_is_shown_and_kept_to_its_job(sweeps, tmp
     def refuse(*_):
         raise AttributeError("not of ours")
 
-    monkeypatch.setattr(engine, "_model", refuse)
+    monkeypatch.setattr(engine.loaded, "model", refuse)
     code, printed = sweeps.here(tmp_path, "-m", "pruner=random,uniform")
     assert code == 1
     assert "0 cells done, 0 cells skipped, 4 cells failed" in printed
     assert "AttributeError: not of ours (traceback in " in printed
     assert "refuse" in next(tmp_path.rglob("traceback.txt")).read_text()
+
+
+def test_what_goes_wrong_with_a_cell_that_was_waited_for_fails_it(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("not of ours")
+
+    path = tmp_path / "cells.json"
+    path.write_text(json.dumps([{"state": "locked", "cell": "pope random 16"}]))
+    job = SimpleNamespace(tasks=["pope"], pruner=SimpleNamespace(name="random"), budget=16)
+    monkeypatch.setattr(engine, "_run_cell", refuse)
+    monkeypatch.setattr(engine._Sweep, "waiting", [(job, "pope", path)])
+    engine.finish()
+    (outcome,) = json.loads(path.read_text())
+    assert outcome["state"] == "failed"
+    assert "RuntimeError: not of ours (traceback in " in outcome["message"]
+    assert "refuse" in (tmp_path / "traceback.txt").read_text()
 
 
 def test_a_failing_cell_is_retried_once_a_sweep(sweeps, broken, tmp_path, monkeypatch):

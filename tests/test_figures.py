@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from stored import FULL, grid, store
+from stored import FULL, SPPRUNER, grid, store
 
 from eval.reporting import figures, gallery
 from eval.reporting.comparison import compare, load
@@ -120,7 +120,7 @@ def test_flops_are_the_records_own(results):
     costs = first_token_flops(cells)
     assert costs.mean["pope", "scope", "16"] == costs.mean["average", "scope", "16"] == 1.016e9
     assert costs.mean["average", "none", "full"] == 1.144e9
-    assert costs.uncounted == ["sppruner (reconstruction)"]
+    assert costs.uncounted == [SPPRUNER]
     partly = first_token_flops([own for own in cells if (own.method, own.task) != ("scope", "gqa")]).mean
     assert ("average", "scope", "16") not in partly
     older = cells[0]._replace(record={key: value for key, value in cells[0].record.items() if key != "flops"})
@@ -146,6 +146,11 @@ def test_prefill_is_the_benchs_median_for_the_same_method_and_tokens(results, tm
     assert times.xs("pope").to_dict() == {("none", "full"): 9, ("scope", "16"): 3}
     assert times.xs("average").to_dict() == {("none", "full"): 9, ("scope", "16"): 3}
     assert prefill_times(load(results), tmp_path / "elsewhere") == {}
+
+    several = [own._replace(record=own.record | {"images": 1.05, "average_tokens": own.tokens * 1.05}) for own in load(results)]
+    assert prefill_times(several, tmp_path)[axis].to_dict() == times.to_dict()  # the bench counts tokens an image
+    blind = [own._replace(record=own.record | {"images": 0.0, "average_tokens": 0.0}) for own in load(results)]
+    assert prefill_times(blind, tmp_path) == {}
 
 
 def test_the_gallery_counts_where_exactly_one_is_right(compared, results):
@@ -176,6 +181,17 @@ def test_rivals_must_be_two_of_the_table(compared):
     assert gallery.rivals(table[table["method"].isin(["none", "scope"])]) is None
 
 
+def test_rivals_are_the_best_of_a_task_that_both_ran(compared):
+    _, table = compared
+    apart = ((table["method"] != "scope") | (table["task"] == "pope")) & (table["task"] != "average")
+    table = table[apart & table["method"].isin(["none", "scope", "random"])]  # scope ran POPE only, random GQA too
+    assert gallery.rivals(table) == gallery.Rivals("16", ("scope", "random"))
+    disjoint = table[(table["method"] != "random") | (table["task"] == "gqa")]
+    assert gallery.rivals(disjoint) is None
+    with pytest.raises(ValueError, match="share no budget of a task"):
+        gallery.rivals(disjoint, ["scope", "random"])
+
+
 def test_the_image_is_cut_as_the_encoder_sees_it():
     image = Image.new("RGB", (60, 40), "red")
     image.paste("blue", (0, 0, 10, 40))
@@ -193,7 +209,7 @@ def test_the_image_is_cut_as_the_encoder_sees_it():
 
 def test_images_come_from_the_tasks_own_documents(tmp_path):
     documents = gallery.Documents("shapes", ["gqa"], build_shapes(tmp_path / "shapes"))
-    row = pd.Series({"doc_id": 3, "question": "USER: <image>\nIs there a cross in the image?\nAnswer the question using a single "
+    row = pd.Series({"doc_id": 3, "prompt": "USER: <image>\nIs there a cross in the image?\nAnswer the question using a single "
                      "word or phrase. ASSISTANT:"})  # fmt: skip
     (image,) = documents.images("gqa", row)
     assert image.size == (96, 96)

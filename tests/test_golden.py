@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scripts.check_golden import METHODS, Comparison, GoldenError, check, files, main
+from scripts.check_golden import GoldenError, check, files, main
+from scripts.golden_cases import METHODS, Comparison
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -1,13 +1,15 @@
 """The contract of `inject`, on a tiny real LLaVA: what the pruned model computes, and that nothing is left behind."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import picture
+from conftest import picture, tiny_model
 from torch import Tensor
 
 from eval.inject import Sample, inject
@@ -197,9 +199,7 @@ def test_the_audit_equals_the_budget(model, processor, name):
 
 
 def test_captures_equal_those_of_an_eager_tower(processor):
-    from conftest import tiny_llava
-
-    model = tiny_llava(processor, "sdpa")
+    model = tiny_model("llava", "sdpa")
     inputs = encode(processor, 2)
     seen = {}
 
@@ -283,6 +283,52 @@ def test_nothing_is_left_behind(model, processor):
     assert hooks(model) == count
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
     assert torch.equal(logits(model.generate(**inputs, **STEPS)), logits(before))
+
+
+def test_an_encoder_of_the_models_own_is_put_back(model, processor, monkeypatch):
+    inputs, calls, encoder = encode(processor, 1), [], model.model.get_image_features
+
+    def own(pixel_values, **options):
+        calls.append(options)
+        return encoder(pixel_values, **options)
+
+    monkeypatch.setattr(model.model, "get_image_features", own, raising=False)
+    with inject(model, build("uniform"), 3):
+        model.generate(**inputs, max_new_tokens=1)
+    assert len(calls) == 1, "it is what encodes within the block"
+    assert vars(model.model)["get_image_features"] is own
+    with pytest.raises(KeyboardInterrupt), inject(model, build("uniform"), 3):
+        raise KeyboardInterrupt
+    assert vars(model.model)["get_image_features"] is own
+
+
+@pytest.mark.parametrize("inner", [("scope", {}), ("fastv", {"layer": 1})])
+def test_a_block_within_a_block_is_refused_and_the_outer_one_goes_on(model, processor, inner):
+    inputs = encode(processor, 2)
+    with inject(model, build("uniform"), 5):
+        want = model.generate(**inputs, **STEPS)
+    with inject(model, build("uniform"), 5) as trace:
+        with pytest.raises(ValueError, match="leave its block first"), inject(model, build(inner[0], **inner[1]), 3):
+            pass
+        assert torch.equal(logits(model.generate(**inputs, **STEPS)), logits(want))
+    assert [record.kept_tokens for record in trace.records] == [(5,), (5,)]
+    with inject(model, build(inner[0], **inner[1]), 8):
+        model.generate(**inputs, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(("name", "options"), [("scope", {}), ("fastv", {"layer": 1})])
+def test_a_block_keeps_no_prompt_and_no_cache_alive(model, processor, name, options):
+    inputs, seen = encode(processor, 2), []
+    with inject(model, build(name, **options), 8):
+        handle = model.model.language_model.layers[0].register_forward_pre_hook(
+            lambda _module, args, kwargs: seen.append(weakref.ref(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
+        )
+        output = model.generate(**inputs, **STEPS)
+        handle.remove()
+        seen.append(weakref.ref(output.past_key_values))
+        del output
+        gc.collect()
+        assert [ref() for ref in seen] == [None] * 9
 
 
 @pytest.mark.parametrize(

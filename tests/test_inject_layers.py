@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import picture, tiny_llava
+from conftest import picture, tiny_model
 from test_inject import QUESTIONS, STEPS, N, encode, hooks, logits
 from torch import Tensor
 from transformers import DynamicCache
@@ -41,7 +41,7 @@ class Spy(InLLMPruner):
     paper = "-"
     status = "baseline"
     needs = property(lambda self: self.inner.needs)  # type: ignore[assignment]
-    positions = property(lambda self: getattr(self.inner, "positions", "original"))
+    positions = property(lambda self: self.inner.positions)  # type: ignore[assignment]
     attention_of = property(lambda self: self.inner.attention_of)  # type: ignore[assignment]
     normed = property(lambda self: self.inner.normed)  # type: ignore[assignment]
 
@@ -262,7 +262,7 @@ def test_score_rows_equal_those_of_an_eager_model(model, eager, processor, name,
 
 
 def test_grouped_keys_are_those_of_an_eager_model(processor, eager):
-    model = tiny_llava(processor, "sdpa")
+    model = tiny_model("llava", "sdpa")
     for layer in model.model.language_model.layers:  # two groups of two heads each
         attention = layer.self_attn
         for projection in (attention.k_proj, attention.v_proj):
@@ -421,6 +421,13 @@ def test_calls_that_cannot_be_pruned_are_errors(model, processor):
         cache = model(**inputs, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="in one piece"):
             model(**inputs | {"attention_mask": None}, past_key_values=cache)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_positions_of_a_block_are_for_methods_before_the_language_model(model, positions):
+    message = rf"positions='{positions}' .* 'pyramiddrop' .* its field `positions`, .* \('reindex' here\)"
+    with pytest.raises(ValueError, match=message), inject(model, build("pyramiddrop", stages=(1,)), 8, positions):
+        pass
 
 
 def test_a_method_without_positions_keeps_them(model, processor):

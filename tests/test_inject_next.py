@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from transformers import BatchFeature
 from eval.geometry import random_model, random_processor, tiny
 from eval.inject import Sample, inject
 from eval.inputs import Inputs, Prompt
-from pruners import VisualTokens, build
+from pruners import Selection, VisualTokens, build
+from pruners.cdpruner import CDPruner
 
 N, SIDE = 16, 4  # tokens of a crop
 SIZES = [(90, 60), (60, 150), (112, 112)]  # width, height: other numbers of crops each
@@ -28,11 +30,6 @@ def setting(layout: str, attention: str):
     config = tiny("llava_next")
     model = random_model(config, "cpu", torch.float32, attention, seed=0, std=0.2)
     return model, Inputs(random_processor(config), model.config, layout=layout)
-
-
-@pytest.fixture(params=["sdpa", "eager"])
-def attention(request):
-    return request.param
 
 
 @pytest.fixture
@@ -189,6 +186,49 @@ def test_divprune_ranks_the_packed_sequence(anyres, fixed):
         new = kept.sequences[0, batch["input_ids"].shape[1] :]
         want = language(model, around(model, batch, 0, packed[index]), new)
         assert (logits(kept)[0] - want).abs().max() < 1e-4
+
+
+@dataclass(frozen=True)
+class Shown(CDPruner):
+    """CDPruner, which scales relevance over all crops of an image, and what it was shown."""
+
+    seen: list = field(default_factory=list)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        self.seen.append((tokens, keep))
+        return super().select(tokens, keep)
+
+
+@pytest.mark.parametrize(("budget", "keeps"), [(12, [2, 3]), (10, [2]), ("25%/tile", [4])])
+def test_the_crops_of_an_image_are_pruned_together(fixed, budget, keeps):
+    model, inputs = fixed
+    pruner = Shown(relevance_space="llm_embed")
+    with inject(model, pruner, budget, layout="fixed2880") as trace:
+        trace.announce([Sample("a", (7, 8, 9)), Sample("b", (5,))])
+        model.generate(**encode(inputs, 2), max_new_tokens=1)
+    assert [(tokens.shape, keep) for tokens, keep in pruner.seen] == [((10, N), keep) for keep in keeps]
+    expected = {}
+    for tokens, keep in pruner.seen:
+        assert tokens.image_of_row == (0,) * 5 + (1,) * 5
+        indices = build("cdpruner", relevance_space="llm_embed").prune(tokens, keep).indices.view(2, 5, keep)
+        expected[keep] = indices + N * torch.arange(5)[:, None]
+    for record, number in zip(trace.records, range(2), strict=True):
+        each = [3, 3, 2, 2, 2] if budget == 12 else keeps * 5
+        want = torch.cat([expected[keep][number, crop] for crop, keep in enumerate(each)])
+        assert sorted(record.kept_indices[0]) == want.tolist()
+
+
+def test_an_image_is_pruned_with_its_own_budgets_only(anyres):
+    """Of five, four and five crops: 16 tokens are 4 of each of four, and 4 or 3 of five."""
+    model, inputs = anyres
+    pruner = Shown(relevance_space="llm_embed")
+    with inject(model, pruner, 16) as trace:
+        trace.announce([Sample(name, (7,)) for name in "abc"])
+        model.generate(**encode(inputs, 3), max_new_tokens=1)
+    assert [len(record.crops) for record in trace.records] == [5, 4, 5]
+    shown = [(keep, tokens.image_of_row) for tokens, keep in pruner.seen]
+    first, second, third = (0,) * 5, (1,) * 4, (2,) * 5
+    assert shown == [(3, first + third), (4, first + second + third)]
 
 
 @pytest.mark.parametrize(("budget", "each"), [(12, [3, 3, 2, 2, 2]), ("3/tile", [3] * 5), ("12.5%/tile", [2] * 5), (10, [2] * 5)])

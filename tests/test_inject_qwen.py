@@ -11,26 +11,10 @@ from PIL import Image
 from test_inject import QUESTIONS, STEPS, logits
 from torch import Tensor
 
-from eval.geometry import random_model, random_processor, tiny
 from eval.inject import Sample, inject
 from pruners import REGISTRY, Pruner, Selection, VisualTokens, build
 
 SIZES = [(140, 196), (168, 112), (112, 224)]  # 7 x 5, 4 x 6 and 8 x 4 tokens; windows are 2 x 2
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return random_processor(tiny("qwen2_5_vl"))
-
-
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
-def model(request):
-    return random_model(tiny("qwen2_5_vl"), attn_implementation=request.param, std=0.2)
-
-
-@pytest.fixture(scope="module")
-def eager():
-    return random_model(tiny("qwen2_5_vl"), attn_implementation="eager", std=0.2)
 
 
 def scene(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -146,37 +130,37 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 class TestAnswers:
-    def test_keeping_all_changes_no_bit(self, model, processor, case):
-        inputs = encode(processor, CASES[case])
-        plain = model.generate(**inputs, **STEPS)
+    def test_keeping_all_changes_no_bit(self, qwen_model, qwen_processor, case):
+        inputs = encode(qwen_processor, CASES[case])
+        plain = qwen_model.generate(**inputs, **STEPS)
         for pruner in (build("none"), build("scope")):
-            with inject(model, pruner, "full"):
-                kept = model.generate(**inputs, **STEPS)
+            with inject(qwen_model, pruner, "full"):
+                kept = qwen_model.generate(**inputs, **STEPS)
             assert torch.equal(kept.sequences, plain.sequences)
             assert torch.equal(logits(kept), logits(plain))
 
-    def test_a_subset_equals_the_model_fed_only_that_subset(self, model, processor, case):
-        inputs = encode(processor, CASES[case])
-        rows = prompts(model, inputs)
+    def test_a_subset_equals_the_model_fed_only_that_subset(self, qwen_model, qwen_processor, case):
+        inputs = encode(qwen_processor, CASES[case])
+        rows = prompts(qwen_model, inputs)
         kept = [[some(len(places), seed=i) for i, places in enumerate(row.visual)] for row in rows]
         named = {f"{b}|{i}": indices for b, row in enumerate(kept) for i, indices in enumerate(row)}
-        with inject(model, Chosen(named), "25%") as trace:
-            pruned = model.generate(**inputs, **STEPS)
+        with inject(qwen_model, Chosen(named), "25%") as trace:
+            pruned = qwen_model.generate(**inputs, **STEPS)
         new = pruned.sequences[:, inputs["input_ids"].shape[1] :]
-        assert (logits(pruned) - reference(model, kept_rows(rows, kept), new)).abs().max() < 1e-4
-        assert (logits(pruned) - logits(model.generate(**inputs, **STEPS))).abs().max() > 0.1  # it does matter
+        assert (logits(pruned) - reference(qwen_model, kept_rows(rows, kept), new)).abs().max() < 1e-4
+        assert (logits(pruned) - logits(qwen_model.generate(**inputs, **STEPS))).abs().max() > 0.1  # it does matter
         assert [[list(indices) for indices in record.kept_indices] for record in trace.records] == kept
         assert torch.equal(pruned.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
 
-    def test_generated_tokens_stand_behind_the_unpruned_prompt(self, model, processor, case):
-        inputs, seen = encode(processor, CASES[case]), []
-        with inject(model, build("uniform"), "25%"):
-            handle = model.model.language_model.register_forward_pre_hook(
+    def test_generated_tokens_stand_behind_the_unpruned_prompt(self, qwen_model, qwen_processor, case):
+        inputs, seen = encode(qwen_processor, CASES[case]), []
+        with inject(qwen_model, build("uniform"), "25%"):
+            handle = qwen_model.model.language_model.register_forward_pre_hook(
                 lambda _module, _args, kwargs: seen.append(kwargs["position_ids"][-3:]), with_kwargs=True
             )
-            model.generate(**inputs, **STEPS)
+            qwen_model.generate(**inputs, **STEPS)
             handle.remove()
-        for b, row in enumerate(prompts(model, inputs)):
+        for b, row in enumerate(prompts(qwen_model, inputs)):
             assert int(seen[0][:, b].max()) == row.end - 1
             for step, positions in enumerate(seen[1:]):
                 assert positions[:, b].tolist() == [[row.end + step]] * 3
@@ -185,40 +169,40 @@ class TestAnswers:
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.17"), reason="generate of 5.0 does not take embeddings and M-RoPE positions"
 )
-def test_a_subset_equals_generation_from_its_embeddings(model, processor):
+def test_a_subset_equals_generation_from_its_embeddings(qwen_model, qwen_processor):
     """The other way to prune: `generate` is handed the shortened prompt itself, and counts its frame."""
     for size in SIZES:
-        inputs = encode(processor, [[size]])
-        with inject(model, build("random"), "25%") as trace:
-            pruned = model.generate(**inputs, **STEPS)
-        (row,) = kept_rows(prompts(model, inputs), [[list(trace.records[0].kept_indices[0])]])
+        inputs = encode(qwen_processor, [[size]])
+        with inject(qwen_model, build("random"), "25%") as trace:
+            pruned = qwen_model.generate(**inputs, **STEPS)
+        (row,) = kept_rows(prompts(qwen_model, inputs), [[list(trace.records[0].kept_indices[0])]])
         options = {"inputs_embeds": row.embeds[None], "attention_mask": torch.ones(1, len(row.embeds), dtype=torch.long)}
-        output = model.generate(**options, position_ids=row.positions[:, None], **STEPS)
+        output = qwen_model.generate(**options, position_ids=row.positions[:, None], **STEPS)
         assert torch.equal(logits(pruned), logits(output))
         # token by token it takes the offset between positions and the shortened frame
         with torch.no_grad():
-            step = model(**options, position_ids=row.positions[:, None], use_cache=True)
-            model.model.rope_deltas = torch.tensor([[row.end - len(row.embeds)]])
+            step = qwen_model(**options, position_ids=row.positions[:, None], use_cache=True)
+            qwen_model.model.rope_deltas = torch.tensor([[row.end - len(row.embeds)]])
             for number, want in enumerate(output.logits):
                 assert (step.logits[:, -1] - want).abs().max() < 1e-4
-                step = model(input_ids=output.sequences[:, number : number + 1], past_key_values=step.past_key_values)
+                step = qwen_model(input_ids=output.sequences[:, number : number + 1], past_key_values=step.past_key_values)
 
 
-def test_rows_of_a_batch_equal_the_rows_alone(model, processor):
-    with inject(model, build("scope"), "25%") as trace:
-        together = model.generate(**encode(processor, [[size] for size in SIZES]), **STEPS)
+def test_rows_of_a_batch_equal_the_rows_alone(qwen_model, qwen_processor):
+    with inject(qwen_model, build("scope"), "25%") as trace:
+        together = qwen_model.generate(**encode(qwen_processor, [[size] for size in SIZES]), **STEPS)
         for row, size in enumerate(SIZES):
-            one = model.generate(**encode(processor, [[size]], first=row), **STEPS)
+            one = qwen_model.generate(**encode(qwen_processor, [[size]], first=row), **STEPS)
             assert (logits(one)[0] - logits(together)[row]).abs().max() < 1e-4
             assert trace.records[-1].kept_indices == trace.records[row].kept_indices
 
 
-def test_the_audit_equals_the_budget(model, processor):
-    inputs = encode(processor, [[SIZES[0], SIZES[1]], [SIZES[2]]])
+def test_the_audit_equals_the_budget(qwen_model, qwen_processor):
+    inputs = encode(qwen_processor, [[SIZES[0], SIZES[1]], [SIZES[2]]])
     for budget, keeps in (("33.3%", (12, 8, 11)), (5, (5, 5, 5)), (0.111, (4, 3, 4)), ("full", (35, 24, 32))):
         for name in ("random", "fastervlm", "divprune"):
-            with inject(model, build(name), budget) as trace:
-                model.generate(**inputs, max_new_tokens=1)
+            with inject(qwen_model, build(name), budget) as trace:
+                qwen_model.generate(**inputs, max_new_tokens=1)
             first, second = trace.records
             assert first.visual_tokens == (35, 24)
             assert second.visual_tokens == (32,)
@@ -228,12 +212,12 @@ def test_the_audit_equals_the_budget(model, processor):
             assert first.prompt_tokens == int(inputs["attention_mask"][0].sum()) - 59 + keeps[0] + keeps[1]
 
 
-def test_a_prompt_without_image_passes_through(model, processor):
-    inputs = encode(processor, [[], []])
-    plain = model.generate(**inputs, **STEPS)
+def test_a_prompt_without_image_passes_through(qwen_model, qwen_processor):
+    inputs = encode(qwen_processor, [[], []])
+    plain = qwen_model.generate(**inputs, **STEPS)
     for pruner in (build("scope"), build("fastv", layer=1)):
-        with inject(model, pruner, 4) as trace:
-            output = model.generate(**inputs, **STEPS)
+        with inject(qwen_model, pruner, 4) as trace:
+            output = qwen_model.generate(**inputs, **STEPS)
         assert torch.equal(logits(output), logits(plain))
         assert trace.records[0].visual_tokens == ()
 
@@ -273,26 +257,26 @@ def test_every_method_before_the_language_model_is_listed():
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_method_runs(eager, processor, name):
+def test_a_method_runs(qwen_eager, qwen_processor, name):
     sizes = [(224, 168), (112, 336)]  # 48 tokens each, an even number of rows and columns
-    inputs = encode(processor, [[size] for size in sizes])
-    with inject(eager, build(name, **RUNS[name]), "full" if name == "none" else "25%") as trace:
+    inputs = encode(qwen_processor, [[size] for size in sizes])
+    with inject(qwen_eager, build(name, **RUNS[name]), "full" if name == "none" else "25%") as trace:
         trace.announce([Sample("a", (70, 80, 81)), Sample("b", (75,))])
-        output = eager.generate(**inputs, **STEPS)
+        output = qwen_eager.generate(**inputs, **STEPS)
     assert torch.isfinite(logits(output)).all()
-    assert torch.equal(logits(output), logits(eager.generate(**inputs, **STEPS))) == (name == "none")
+    assert torch.equal(logits(output), logits(qwen_eager.generate(**inputs, **STEPS))) == (name == "none")
     if name not in ("none", "prunesid", "prunesid_dyn"):  # the latter's own least number is 16
         assert [record.kept_tokens for record in trace.records] == [(12,), (12,)]
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_method_that_cannot_run_says_why(eager, processor, name):
+def test_a_method_that_cannot_run_says_why(qwen_eager, qwen_processor, name):
     options, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message), inject(eager, build(name, **options), 4):
-        eager.generate(**encode(processor, [[SIZES[0]]]), max_new_tokens=1)
+    with pytest.raises(ValueError, match=message), inject(qwen_eager, build(name, **options), 4):
+        qwen_eager.generate(**encode(qwen_processor, [[SIZES[0]]]), max_new_tokens=1)
 
 
-def test_settings_of_other_families_are_errors(eager):
+def test_settings_of_other_families_are_errors(qwen_eager):
     for options in ({"positions": "compact"}, {"layout": "anyres"}):
-        with pytest.raises(ValueError, match=next(iter(options))), inject(eager, build("scope"), 4, **options):
+        with pytest.raises(ValueError, match=next(iter(options))), inject(qwen_eager, build("scope"), 4, **options):
             pass

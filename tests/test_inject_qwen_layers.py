@@ -8,27 +8,11 @@ from test_inject_qwen import SIZES, Row, encode, prompts
 from torch import Tensor
 from transformers import DynamicCache
 
-from eval.geometry import random_model, random_processor, tiny
 from eval.inject import inject
 from pruners import InLLMPruner, LayerTokens, build
 from pruners.base import EXTRA
 
 SIXTEEN = [(112, 112), (224, 56)]  # 4 x 4 and 2 x 8
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return random_processor(tiny("qwen2_5_vl"))
-
-
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
-def model(request):
-    return random_model(tiny("qwen2_5_vl"), attn_implementation=request.param, std=0.2)
-
-
-@pytest.fixture(scope="module")
-def eager():
-    return random_model(tiny("qwen2_5_vl"), attn_implementation="eager", std=0.2)
 
 
 @torch.no_grad()
@@ -96,15 +80,15 @@ def layered(eager, rows: list[Row], pruner: InLLMPruner, budget: int, new: Tenso
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_schedule_equals_the_layer_by_layer_reference(model, eager, processor, method, batch):
+def test_a_schedule_equals_the_layer_by_layer_reference(qwen_model, qwen_eager, qwen_processor, method, batch):
     name, options, budget, layer_tokens = METHODS[method]
-    pruner, inputs = build(name, **options), encode(processor, [[size] for size in SIXTEEN[-batch:]])
-    with inject(model, pruner, budget) as trace:
-        pruned = model.generate(**inputs, **STEPS)
+    pruner, inputs = build(name, **options), encode(qwen_processor, [[size] for size in SIXTEEN[-batch:]])
+    with inject(qwen_model, pruner, budget) as trace:
+        pruned = qwen_model.generate(**inputs, **STEPS)
     length = inputs["input_ids"].shape[1]
-    want, survivors = layered(eager, prompts(eager, inputs), pruner, budget, pruned.sequences[:, length:])
+    want, survivors = layered(qwen_eager, prompts(qwen_eager, inputs), pruner, budget, pruned.sequences[:, length:])
     assert (logits(pruned) - want).abs().max() < 1e-4
-    assert (logits(pruned) - logits(model.generate(**inputs, **STEPS))).abs().max() > 0.1  # it does matter
+    assert (logits(pruned) - logits(qwen_model.generate(**inputs, **STEPS))).abs().max() > 0.1  # it does matter
     cache = pruned.past_key_values
     assert [cache.get_seq_length(layer) for layer in range(4)] == [length - 16 + count + 7 for count in layer_tokens]
     for row, record in enumerate(trace.records):
@@ -117,37 +101,37 @@ def test_a_schedule_equals_the_layer_by_layer_reference(model, eager, processor,
     ("name", "options"),
     [("fastv", {"layer": 1}), ("dart", {"layer": 2}), ("pyramiddrop", {"stages": (1, 3), "positions": "original"})],
 )
-def test_keeping_all_inside_changes_no_bit(model, processor, name, options, batch):
-    inputs = encode(processor, [[size] for size in SIXTEEN[-batch:]])
-    plain = model.generate(**inputs, **STEPS)
-    with inject(model, build(name, **options), "full"):
-        kept = model.generate(**inputs, **STEPS)
+def test_keeping_all_inside_changes_no_bit(qwen_model, qwen_processor, name, options, batch):
+    inputs = encode(qwen_processor, [[size] for size in SIXTEEN[-batch:]])
+    plain = qwen_model.generate(**inputs, **STEPS)
+    with inject(qwen_model, build(name, **options), "full"):
+        kept = qwen_model.generate(**inputs, **STEPS)
     assert torch.equal(kept.sequences, plain.sequences)
     assert torch.equal(logits(kept), logits(plain))
 
 
 @pytest.mark.parametrize("name", ["fastv", "sparsevlm"])
-def test_images_of_a_prompt_are_ranked_together(model, eager, processor, name):
+def test_images_of_a_prompt_are_ranked_together(qwen_model, qwen_eager, qwen_processor, name):
     options = {"fastv": {"layer": 1}, "sparsevlm": {"stages": (1, 3), "kept": (20, 8)}}[name]
-    pruner, inputs = build(name, **options), encode(processor, [[SIZES[1], SIZES[2]]])
-    with inject(model, pruner, "50%") as trace:
-        pruned = model.generate(**inputs, **STEPS)
+    pruner, inputs = build(name, **options), encode(qwen_processor, [[SIZES[1], SIZES[2]]])
+    with inject(qwen_model, pruner, "50%") as trace:
+        pruned = qwen_model.generate(**inputs, **STEPS)
     new = pruned.sequences[:, inputs["input_ids"].shape[1] :]
-    want, ((*survivors,),) = layered(eager, prompts(eager, inputs), pruner, 28, new)
+    want, ((*survivors,),) = layered(qwen_eager, prompts(qwen_eager, inputs), pruner, 28, new)
     assert (logits(pruned) - want).abs().max() < 1e-4
     (record,) = trace.records
     assert record.visual_tokens == (24, 32)
     assert [*record.kept_indices[0], *(24 + index for index in record.kept_indices[1])] == survivors
 
 
-def test_score_rows_equal_those_of_an_eager_model(model, eager, processor):
-    inputs = encode(processor, [[size] for size in SIXTEEN])
+def test_score_rows_equal_those_of_an_eager_model(qwen_model, qwen_eager, qwen_processor):
+    inputs = encode(qwen_processor, [[size] for size in SIXTEEN])
     with torch.no_grad():
-        output = eager(**inputs, output_attentions=True, use_cache=True)
+        output = qwen_eager(**inputs, output_attentions=True, use_cache=True)
     rows, keys = Spy(build("fastv", layer=2)), Spy(build("dart", layer=2, image_pivots=1, text_pivots=1))
     for spy in (rows, keys):
-        with inject(model, spy, 9), torch.no_grad():
-            model(**inputs)
+        with inject(qwen_model, spy, 9), torch.no_grad():
+            qwen_model(**inputs)
     attention, cached = rows.seen[0][0].attention, keys.seen[0][0].keys
     assert attention.shape[1] == 4
     assert cached.shape[1] == 2  # four heads of queries share two of keys
@@ -157,7 +141,7 @@ def test_score_rows_equal_those_of_an_eager_model(model, eager, processor):
         assert (cached[row, :, :count] - output.past_key_values.layers[1].keys[row][:, real]).abs().max() < 1e-5
 
 
-def test_a_batch_of_different_sizes_is_refused_inside(model, processor):
-    inputs = encode(processor, [[SIZES[0]], [SIZES[1]]])
-    with inject(model, build("fastv", layer=1), "50%"), pytest.raises(ValueError, match="use batch size 1"):
-        model.generate(**inputs, max_new_tokens=1)
+def test_a_batch_of_different_sizes_is_refused_inside(qwen_model, qwen_processor):
+    inputs = encode(qwen_processor, [[SIZES[0]], [SIZES[1]]])
+    with inject(qwen_model, build("fastv", layer=1), "50%"), pytest.raises(ValueError, match="use batch size 1"):
+        qwen_model.generate(**inputs, max_new_tokens=1)

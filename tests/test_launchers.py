@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from sweeping import SCRIPT, cells, make_sweeps, tables, wait_for
+from sweeping import SCRIPT, cells, tables, wait_for
 
 from eval.workers import packs
 
@@ -32,11 +32,6 @@ SACCT = """#!/bin/bash
 echo "JobID|State"
 for task in 0 1; do echo "7_$task|RUNNING"; done
 """
-
-
-@pytest.fixture(scope="module")
-def sweeps(tmp_path_factory):
-    return make_sweeps(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

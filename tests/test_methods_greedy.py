@@ -165,14 +165,29 @@ def test_prunesid_dyn_gives_redundant_images_less():
     varied, alike = noise(1, 64, 32), noise(1, 1, 32, seed=3) + 2 * noise(1, 64, 32, seed=4)
     x = torch.cat([varied, alike])
     tokens = dataclasses.replace(crops(), features=x, encoder_features=x)
-    selection = build("prunesid_dyn").prune(tokens, 24)
+    first = build("prunesid_dyn").prune(tokens, 24)
+    assert torch.equal(first.indices, build("prunesid").prune(tokens, 24).indices)
+    selection = build("prunesid_dyn", mean_phi=float(first.diagnostics["phi"].mean())).prune(tokens, 24)
     more, less = selection.counts.tolist()
     assert more > 24 > less > 16
     assert more + less == 48
     alone = dataclasses.replace(tokens, **{name: t[:1] for name, t in tokens.tensors().items()})
     assert kept(selection)[:more] == kept(build("prunesid").prune(alone, more))
-    fixed = build("prunesid_dyn", mean_phi=float(selection.diagnostics["phi"].mean())).prune(alone, 24)
-    assert fixed.counts.tolist() == [more]
+
+
+@pytest.mark.parametrize("mean_phi", [None, 0.8])
+@pytest.mark.parametrize("image_of_row", [None, (0, 0), (0, 1)])
+def test_prunesid_dyn_does_not_depend_on_the_call(mean_phi: float | None, image_of_row: tuple[int, int] | None):
+    x = torch.cat([noise(1, 64, 32), noise(1, 1, 32, seed=3) + 2 * noise(1, 64, 32, seed=4)])
+    tokens = dataclasses.replace(crops(), features=x, encoder_features=x, image_of_row=image_of_row)
+    pruner = build("prunesid_dyn", mean_phi=mean_phi)
+    together = pruner.prune(tokens, 24)
+    for row in range(2):
+        own = {name: t[row : row + 1] for name, t in tokens.tensors().items()}
+        alone = pruner.prune(dataclasses.replace(tokens, **own, image_of_row=None), 24)
+        count = alone.indices.shape[1]
+        assert kept(together, row)[:count] == kept(alone)
+        assert together.counts is None or together.counts[row] == count
 
 
 # --- ZSPAPrune, DivPrune, CDPruner, TrimTokenator -------------------------------------------------------------------------

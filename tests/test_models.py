@@ -1,6 +1,8 @@
 """The lmms-eval model class: the embedded model's quality, equality with lmms-eval's own wrapper, fatal errors."""
 
+import errno
 import shutil
+import weakref
 from pathlib import Path
 
 import pandas as pd
@@ -9,13 +11,14 @@ from conftest import picture
 from lmms_eval.models.chat.llava_hf import LlavaHf
 from lmms_eval.protocol import ChatMessages
 
-from eval import cell
+from eval import cell, loaded, models
 from eval.budget import Budget
+from eval.inject import families
 from eval.metrics import image_id
 from eval.models import PrunedModel
 from eval.shapes.datasets import build as build_shapes
 from eval.shapes.training import Recipe, train
-from eval.tasks import TASKS, load_tasks
+from eval.tasks import TASKS, load_tasks, task_manager
 from pruners import build
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "eval" / "shapes" / "model"
@@ -133,6 +136,42 @@ def test_unknown_tasks_and_missing_data_are_named(tmp_path):
         load_tasks(["vqav2"])
     with pytest.raises(FileNotFoundError, match=r"pope.*suite.data_root"):
         load_tasks(["pope"], tmp_path)
+
+
+def test_a_full_disk_is_no_missing_data_set(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(task_manager(), "load_task_or_group", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        load_tasks(["pope"])
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_an_untested_transformers_is_told_before_the_first_cell(monkeypatch):
+    monkeypatch.setattr(families, "TESTED", ("4.0.0", "4.1.0"))
+    families._warn_untested.cache_clear()
+    with pytest.warns(UserWarning, match=r"outside 4\.0\.0\.\.4\.1\.0"):
+        PrunedModel(str(WEIGHTS), dtype="float32", device="cpu")
+
+
+def test_one_model_is_loaded_at_a_time_and_only_when_its_settings_change(monkeypatch):
+    alive = []
+
+    class Held:
+        def __init__(self, **_):
+            assert not [other for other in alive if other() is not None], "the model before is still there"
+            alive.append(weakref.ref(self))
+
+    monkeypatch.setattr(models, "PrunedModel", Held)
+    monkeypatch.setattr(loaded, "_MODELS", {})
+    engine = {"batch_tokens": 0, "limit_bytes": 0, "disk_limit_bytes": 0, "folder": None}
+    settings = {"name": "a", "positions": "compact", "budgets": [1]}
+    first = id(loaded.model(settings, engine))
+    assert id(loaded.model(settings | {"positions": "original", "budgets": [2]}, engine)) == first
+    loaded.model(settings | {"name": "b"}, engine)
+    loaded.model(settings | {"name": "b"}, engine | {"batch_tokens": 8})
+    assert len(alive) == 3
 
 
 def test_another_folder_of_the_same_data_sets_is_read_anew(tmp_path):

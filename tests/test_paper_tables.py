@@ -17,7 +17,7 @@ from lxml import html as lxml_html
 from eval.reporting import paper_tables, render, reported
 from eval.reporting.layouts import layouts
 from eval.reporting.stats import Interval
-from eval.reporting.verdicts import VERDICTS, Verdict, judge, judge_method
+from eval.reporting.verdicts import VERDICTS, Verdict, judge, judge_method, off_budget
 from eval.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,8 +160,45 @@ def test_another_number_of_tokens_is_not_comparable():
         one.record["average_tokens"] = 70.0
     found = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
     row = found.loc[("gqa", "scope", "64")]
-    assert (row["verdict"], row["cause"]) == ("not comparable", "budget: 70.0 visual tokens on average, not 64.0")
+    assert (row["verdict"], row["cause"]) == ("not comparable", "budget: 70.0 visual tokens an image on average, not 64.0")
     assert found.loc[("gqa", "fastv", "64"), "verdict"] == "match"  # inside the LLM a budget names a schedule
+
+
+def test_tokens_are_compared_image_by_image():
+    """MMMU asks of several images at once; records count the tokens of a document."""
+
+    def cause(images, kept=64, **record):
+        cells = ours({("prunesid", "64"): 0.0}, "prunesid_table1", ("mmmu_val",), images=images)
+        cells[1].record.update(average_tokens=kept * images)
+        for one in cells:
+            one.record.update(record)
+        own = paper_tables.build(LAYOUTS["prunesid_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+        row = own.loc[("mmmu_val", "prunesid", "64")]
+        return row["cause"] if row["verdict"] == "not comparable" else row["verdict"]
+
+    assert cause(1.05) == "match"
+    assert cause(1.05, kept=67.2) == "budget: 67.2 visual tokens an image on average, not 64.0"
+    assert cause(1.05, visual_tokens=605.0) == "match"
+    assert cause(1.05, visual_tokens=1.05 * 729) == "layout: 729 visual tokens an image, not 576"
+    assert cause(0.0) == "layout: 0 visual tokens an image, not 576"  # text alone
+
+
+def test_records_from_before_images_were_counted_have_one_a_document():
+    cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
+    for one in cells:
+        del one.record["images"]
+    assert verdicts(paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200), "gqa")["scope", "64"] == "match"
+
+
+def test_a_field_that_a_method_got_later_makes_no_variant():
+    cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
+    del cells[1].record["identity"]["pruner"]["alpha"]
+    assert verdicts(paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200), "gqa")["scope", "64"] == "match"
+
+
+def test_text_alone_meets_a_share_of_its_tokens():
+    (full, own) = ours({("scope", "64"): 0.0}, tasks=("gqa",), images=0.0)
+    assert off_budget(full, None, None) == off_budget(own, None, 0.1) == ""
 
 
 def test_a_suspect_printed_number_is_no_measure():

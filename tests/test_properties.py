@@ -67,6 +67,21 @@ def copy(tokens: VisualTokens | LayerTokens) -> dict[str, Tensor]:
     return {f.name: v.clone() for f in dataclasses.fields(tokens) if isinstance(v := getattr(tokens, f.name), Tensor)}
 
 
+def unlike(make: Any, size: Any, seed: int) -> Any:
+    """Three rows as unlike as the images of a call: independent, clustered and duplicate tokens."""
+    rows = [make(1, size, seed=seed + row, width=48, kind=kind) for row, kind in enumerate(("gauss", "clusters", "duplicates"))]
+    parts: dict[str, Any] = {key: torch.cat([getattr(row, key) for row in rows]) for key in copy(rows[0])}
+    if isinstance(rows[0], VisualTokens):
+        parts["sample_ids"] = tuple(f"document|{row}" for row in range(3))
+    return dataclasses.replace(rows[0], **parts)
+
+
+def without_twins(selection: Selection, ahead: int) -> Selection:
+    """Both of two equal tokens under one number, for rounding may decide between them; `ahead` positions stand before token 0."""
+    index = selection.indices
+    return dataclasses.replace(selection, indices=torch.where(index == EXTRA, EXTRA, (index + ahead) // 2))
+
+
 @pytest.mark.parametrize(("name", "options"), BEFORE, ids=label)
 @generated
 @given(data=st.data(), seed=seeds, kind=st.sampled_from(KINDS), batch=st.integers(1, 3), sides=st.tuples(sides, sides))
@@ -97,17 +112,17 @@ def test_contract_inside(name: str, options: dict, data: Any, seed: int, kind: s
     assert all(torch.equal(before[key], value) for key, value in copy(tokens).items())
 
 
-@pytest.mark.parametrize(("name", "options"), BEFORE + INSIDE, ids=label)
+@pytest.mark.parametrize(("name", "options"), [*BEFORE, *INSIDE, ("prunesid_dyn", {"mean_phi": 0.9})], ids=label)
 @settings(generated, max_examples=15)
 @given(data=st.data(), seed=seeds, rows=sides, columns=sides)
 def test_a_batch_equals_its_rows(name: str, options: dict, data: Any, seed: int, rows: int, columns: int) -> None:
     pruner = build(name, **options)
     if in_llm(name):
-        tokens = layer_tokens(3, rows * columns, seed=seed, width=48)
+        tokens = unlike(layer_tokens, rows * columns, seed)
         keep = data.draw(st.integers(1, rows * columns))
     else:
         grid = (2 * rows, 2 * columns) if name == "pooling" else (rows, columns)
-        tokens = visual_tokens(3, grid, seed=seed, width=48)
+        tokens = unlike(visual_tokens, grid, seed)
         keep = allowed(pruner, tokens, data.draw(st.integers(1, grid[0] * grid[1])))
     together = pruner.prune(tokens, keep)
     for row in range(3):
@@ -117,7 +132,10 @@ def test_a_batch_equals_its_rows(name: str, options: dict, data: Any, seed: int,
             parts["features"] = together.features[[row]]
         if together.counts is not None:
             parts["counts"] = together.counts[[row]]
-        assert same(dataclasses.replace(together, **parts), alone)
+        mine = dataclasses.replace(together, **parts)
+        if row == 2:
+            mine, alone = (without_twins(selection, 3 if in_llm(name) else 0) for selection in (mine, alone))
+        assert same(mine, alone)
 
 
 @pytest.mark.parametrize("name", sorted((EQUIVARIANT | EQUIVARIANT_INSIDE) & set(REGISTRY)))
@@ -285,3 +303,44 @@ def test_unknown_values_and_options_are_errors(name: str) -> None:
 def test_unknown_name() -> None:
     with pytest.raises(PrunerError, match=r"unknown pruner 'unheard'; known: .*scope"):
         build("unheard")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"space": "encodr"}, "space='encodr', which is not one of 'encoder', 'projected', 'hidden'"),
+        ({"diagnostics": {"phi": torch.zeros(2, 1)}}, r"diagnostic 'phi' of shape \(2, 1\), expected \[2\]"),
+        ({"diagnostics": {"phi": torch.zeros(())}}, r"diagnostic 'phi' of shape \(\), expected \[2\]"),
+        ({"counts": torch.tensor([[1], [2]])}, r"counts of shape \(2, 1\), expected \[2\]"),
+        ({"counts": torch.tensor([1, 3])}, r"counts \[1, 3\] outside 1..2"),
+    ],
+)
+def test_a_wrong_answer_is_refused(parts: dict, message: str) -> None:
+    indices = torch.tensor([[0, 1], [2, 3]])
+    Selection(indices, diagnostics={"phi": torch.zeros(2)}, counts=torch.tensor([1, 2])).check("mine", 2, 4)
+    with pytest.raises(PrunerError, match=f"'mine' returned {message}"):
+        Selection(indices, **parts).check("mine", 2, 4)
+
+
+@pytest.mark.parametrize("name", INSIDE_NAMES)
+def test_tokens_by_layer(name: str) -> None:
+    pruner = build(name)
+    counts, plan = pruner.layer_tokens(576, 32, 192), pruner.schedule(576, 32, 192)
+    assert counts[: min(plan)] == [576] * min(plan)
+    for layer in range(1, 32):
+        after = pruner.passed(counts[layer - 1], plan[layer]) if layer in plan else counts[layer - 1]
+        assert counts[layer] == after
+    assert pruner.average(576, 32, 192) == sum(counts) / 32
+
+
+def test_positions_are_declared_by_every_method_in_the_llm() -> None:
+    class Silent(InLLMPruner):
+        name = "silent"
+
+    assert Silent().positions == "original"
+    assert {name: build(name).positions for name in INSIDE_NAMES} == {
+        "dart": "original",
+        "fastv": "original",
+        "pyramiddrop": "reindex",
+        "sparsevlm": "reindex",
+    }

@@ -9,7 +9,7 @@ import torch
 from test_inject_qwen import SIZES, encode
 from torch import Tensor
 
-from eval.geometry import random_model, random_processor, tiny
+from eval.geometry import random_model, tiny
 from eval.inject import inject, qwen
 from eval.inject.families import adapter_for
 from pruners import Pruner, PrunerError, Selection, VisualTokens, build
@@ -35,21 +35,16 @@ class Looks(Pruner):
         return Selection(torch.arange(keep).expand(len(tokens.features), -1))
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
-def model(request):
-    return random_model(tiny("qwen2_5_vl"), attn_implementation=request.param, std=0.2)
+@pytest.fixture(scope="module")
+def inputs(qwen_processor):
+    return encode(qwen_processor, [[SIZES[0], SIZES[1]], [SIZES[2]]])
 
 
 @pytest.fixture(scope="module")
-def inputs():
-    return encode(random_processor(tiny("qwen2_5_vl")), [[SIZES[0], SIZES[1]], [SIZES[2]]])
-
-
-@pytest.fixture(scope="module")
-def seen(model, inputs):
+def seen(qwen_model, inputs):
     looks = Looks()
-    with inject(model, looks, 3):
-        model.generate(**inputs, max_new_tokens=1)
+    with inject(qwen_model, looks, 3):
+        qwen_model.generate(**inputs, max_new_tokens=1)
     return [looks.seen[name] for name in ("0|0", "0|1", "1|0")]
 
 
@@ -93,17 +88,17 @@ def test_the_order_of_windows_is_the_towers(grid, side):
     assert qwen.window_order(*grid, side).tolist() == raster_order(*grid, side)
 
 
-def test_features_are_bit_for_bit_what_the_language_model_gets(model, inputs, seen):
+def test_features_are_bit_for_bit_what_the_language_model_gets(qwen_model, inputs, seen):
     with torch.no_grad():
-        features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        features = qwen_model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
     for tokens, want, (width, height) in zip(seen, features, SIZES, strict=True):
         assert tokens.grid == (height // 28, width // 28)
         assert torch.equal(tokens.features[0], want)
         assert torch.equal(tokens.encoder_features, tokens.features)
 
 
-def test_received_attention_and_keys_equal_those_of_an_eager_tower(model, inputs, seen):
-    maps, qkv = tower(model, inputs, object=1, output=3)  # the tiny tower's blocks with full attention
+def test_received_attention_and_keys_equal_those_of_an_eager_tower(qwen_model, inputs, seen):
+    maps, qkv = tower(qwen_model, inputs, object=1, output=3)  # the tiny tower's blocks with full attention
     keys = qkv["output"][:, 64:128].split([4 * tokens.shape[1] for tokens in seen])
     for number, tokens in enumerate(seen):
         order = torch.tensor(raster_order(*tokens.grid, 2)).argsort()
@@ -146,13 +141,13 @@ def test_blocks_that_attention_is_read_from(depth, full, blocks):
         adapter_for(random_model(config, "meta"))
 
 
-def test_images_are_what_they_are_among_others(model, inputs, seen):
+def test_images_are_what_they_are_among_others(qwen_model, inputs, seen):
     arguments = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")} | {"return_dict": True}
-    calls = list(adapter_for(model).one_by_one(arguments))
+    calls = list(adapter_for(qwen_model).one_by_one(arguments))
     assert len(calls) == len(seen)
     for tokens, call in zip(seen, calls, strict=True):
         with torch.no_grad():
-            (features,) = model.model.get_image_features(**call).pooler_output
+            (features,) = qwen_model.model.get_image_features(**call).pooler_output
         assert (tokens.features[0] - features).abs().max() < 1e-4
 
 
@@ -169,13 +164,13 @@ def test_visionzip_reads_no_row_of_keys_for_cls(seen):
             pruner.prune(dataclasses.replace(tokens, encoder_keys=keys), 13)
 
 
-def test_several_frames_are_refused(model, inputs):
+def test_several_frames_are_refused(qwen_model, inputs):
     grid = torch.tensor([[2, 4, 4]])
     pixels = inputs["pixel_values"][:32]
-    with inject(model, Looks(), 3), pytest.raises(ValueError, match="an image of 2 frames"):
-        model.model.get_image_features(pixels, grid)
+    with inject(qwen_model, Looks(), 3), pytest.raises(ValueError, match="an image of 2 frames"):
+        qwen_model.model.get_image_features(pixels, grid)
 
 
-def test_a_merging_method_hands_over_features_as_they_are(model):
+def test_a_merging_method_hands_over_features_as_they_are(qwen_model):
     features = torch.randn(3, 64)
-    assert torch.equal(adapter_for(model).project(features), features)
+    assert torch.equal(adapter_for(qwen_model).project(features), features)

@@ -13,7 +13,7 @@ import pytest
 from cells import CONFIGS
 from lxml import html as lxml_html
 from PIL import Image
-from stored import Pictures, grid, store
+from stored import SPPRUNER, Pictures, grid, store
 
 from eval.reporting import gallery
 from eval.reporting.report import DEMONSTRATION, Report
@@ -39,12 +39,12 @@ def reported(folder, cells, **options):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The report of a sweep whose questions, targets and some answers are an attack."""
+    """The report of a sweep whose targets and some answers are an attack."""
     folder = tmp_path_factory.mktemp("attack")
     cells = grid(tasks=("gqa", "scienceqa_img"), random=0.4, scope=0.75, sppruner=0.5)
     cells = [own._replace(rows=own.rows.replace({"target": "no"}, TARGET)) for own in cells]
     cells = [own._replace(rows=own.rows.assign(answer=ATTACK)) if own.name == "sppruner" else own for own in cells]
-    report = reported(folder, cells, rivals=["scope", "sppruner (reconstruction)"])
+    report = reported(folder, cells, rivals=["scope", SPPRUNER])
     return report, write(report, folder / "report")
 
 
@@ -67,8 +67,8 @@ def test_text_of_data_and_models_is_text(written):
     assert {link.split("#")[0] for link in found.xpath("//@href")} == {""}
 
 
-def test_a_question_is_text(tmp_path):
-    report = Report(store(tmp_path, grid(tasks=("gqa",), random=0.4, scope=0.75), question=ATTACK), 200)
+def test_a_prompt_is_text(tmp_path):
+    report = Report(store(tmp_path, grid(tasks=("gqa",), random=0.4, scope=0.75), prompt=ATTACK), 200)
     prompts = [prompt.text for prompt in tree(page(report)).xpath("//pre")]
     assert len(prompts) > 1
     assert set(prompts) == {ATTACK}
@@ -104,7 +104,7 @@ def test_the_page_holds_tables_tied_best_flips_figures_and_provenance(written):
     assert rows["scope"][9:11] == [str(int(scope["right_to_wrong"])), str(int(scope["wrong_to_right"]))]
     assert [chart.path.name for chart in section.charts] == ["accuracy_flops.png", "tasks.png", "agreement.png"]
     assert all(picture.path.exists() for picture in section.charts)
-    assert "Without the cost of the pruner itself: sppruner (reconstruction)." in text
+    assert f"Without the cost of the pruner itself: {SPPRUNER}." in text
     for fact in ("abc", "x86_64", "secateur 0.1.0", "the first 400", "2026-01-01", "shapes, revision main"):
         assert fact in text, fact
 
@@ -123,9 +123,8 @@ def test_shapes_are_a_demonstration_wherever_their_numbers_are(written, tmp_path
 def test_a_reconstruction_is_named_so_everywhere(written):
     _, (path, markdown) = written
     for text in (text_of(path.read_text()), markdown.read_text()):
-        plain = re.findall(r"sppruner(?! \(reconstruction\))", text.replace("sppruner reconstruction", ""))
-        assert "sppruner (reconstruction)" in text
-        assert not plain
+        assert SPPRUNER in text
+        assert "sppruner" not in text.replace(SPPRUNER, "")
 
 
 def test_the_summary_links_to_figures_that_exist(written):

@@ -1,13 +1,17 @@
 """What a config may say: everything composes, and every nonsense is refused with the field and the fix."""
 
+import inspect
+import sys
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from eval import cell
 from eval.budget import Budget
-from eval.sweep import Job
+from eval.checkpoints import fingerprint
+from eval.job import Job
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -83,3 +87,35 @@ def test_what_changes_the_answers_changes_the_cell(tmp_path):
     assert identity("retry_failed=true") == base
     assert identity("shard=1/4") == base
     assert identity("pruner=none", "budget=16") == identity("pruner=none", "budget=48")
+
+
+@pytest.mark.parametrize(
+    ("pruner", "module", "counts"),
+    [
+        ("scope", "scope", True),
+        ("scope", "linalg", True),
+        ("scope", "base", True),
+        ("scope", "cdpruner", False),
+        ("cdpruner", "relevance", True),
+        ("dart", "fastv", True),
+        ("prunesid_dyn", "prunesid", True),
+    ],
+)
+def test_editing_what_a_method_uses_makes_its_cells_new(tmp_path, monkeypatch, pruner, module, counts):
+    job, edited, read = Job.of(composed(tmp_path, f"pruner={pruner}")), sys.modules[f"pruners.{module}"], inspect.getsource
+    cell._source.cache_clear()
+    before = job.identity("pope")
+    cell._source.cache_clear()
+    monkeypatch.setattr(inspect, "getsource", lambda of: read(of) + "# edited" * (of is edited))
+    assert (job.identity("pope") != before) is counts
+    cell._source.cache_clear()
+
+
+@pytest.mark.parametrize(("name", "counts"), [("pytorch_model.bin", True), ("merges.txt", True), ("README.md", False)])
+def test_every_file_of_a_local_model_counts_but_its_card(tmp_path, name, counts):
+    (tmp_path / name).write_text("one")
+    before = fingerprint(str(tmp_path), "main")
+    fingerprint.cache_clear()
+    (tmp_path / name).write_text("two")
+    assert (fingerprint(str(tmp_path), "main") != before) is counts
+    fingerprint.cache_clear()

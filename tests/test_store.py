@@ -20,14 +20,15 @@ IDENTITY = {
 ROWS = pd.DataFrame({"doc_id": [0, 1], "score": [1.0, 0.0], "kept_indices": [[[0, 1]], [[2, 3]]]})
 
 
-def test_a_cell_comes_back_as_it_was_written(tmp_path):
-    store = Store(tmp_path)
-    assert not store.has(IDENTITY)
-    folder = store.write(IDENTITY, {"metrics": {"x": 0.5}}, ROWS)
-    assert store.has(IDENTITY)
-    assert store.load(IDENTITY)["metrics"] == {"x": 0.5}
+@pytest.mark.parametrize("budget", ["11.1%", "64", "128/tile", "11.1%/tile", "full"])
+def test_a_cell_comes_back_as_it_was_written(tmp_path, budget):
+    store, identity = Store(tmp_path), IDENTITY | {"budget": budget}
+    assert not store.has(identity)
+    folder = store.write(identity, {"metrics": {"x": 0.5}}, ROWS)
+    assert store.has(identity)
+    assert store.load(identity)["metrics"] == {"x": 0.5}
     assert store.samples(folder)["score"].tolist() == [1.0, 0.0]
-    assert [record["identity"] for record in store.records()] == [IDENTITY]
+    assert [record["identity"] for record in store.records()] == [identity]
     assert not list(tmp_path.rglob(".writing/*"))
 
 

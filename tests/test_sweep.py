@@ -63,7 +63,7 @@ def test_a_record_stands_alone(results, swept):
     assert (rows["visual_tokens"] == 144).all()
     assert (rows["kept_tokens"] == 16).all()
     assert rows["score"].mean() == pytest.approx(record["metrics"]["pope_accuracy"])
-    assert rows["question"].str.contains("Answer the question using a single word or phrase.").all()
+    assert rows["prompt"].str.contains("Answer the question using a single word or phrase.").all()
 
 
 def test_a_second_sweep_does_nothing_and_says_so(results, swept):
@@ -95,7 +95,7 @@ def test_an_edited_record_is_refused_by_name(results, swept):
     finally:
         (folder / "record.json").write_text(text)
     assert run.returncode == 1
-    assert str(folder) in "".join(run.stderr.split("\n")).replace(" ", "") or folder.name in run.stderr
+    assert str(folder) in "".join(run.stderr.split())
 
 
 def test_an_unknown_method_lists_the_known_ones(results):

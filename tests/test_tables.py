@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from eval.reporting import tables
+from eval.reporting.terms import HEADLINE, METRICS
 from pruners import build
 
 RECONSTRUCTED = "sppruner (reconstruction)"
@@ -45,6 +46,25 @@ def test_rows_are_relative_to_the_unpruned_model_and_ordered_by_budget():
     assert pd.isna(table["MME sum"][1])
 
 
+def test_a_method_that_keeps_other_numbers_by_task_is_one_row():
+    uneven = [
+        record("pope", "random", "16", 16, {"pope_f1_score": 0.4}, seed=0),
+        record("mme", "random", "16", 17, {"mme_total_score": 750.0}, seed=0),
+        record("pope", "uniform", "16", 16.4, {"pope_f1_score": 0.2}),
+        record("pope", "divprune", "16", 16.4, {"pope_f1_score": 0.3}),
+    ]
+    full = [UNPRUNED[0], record("mme", "none", "full", 10, {"mme_total_score": 1000.0})]
+    table = tables.accuracy([*uneven, *full])
+    assert table["method"].tolist() == ["none", "random", "divprune", "uniform"]
+    assert table["tokens"].tolist() == [77, 16.5, 16.4, 16.4]
+    assert table["relative %"].tolist()[:2] == [100, pytest.approx((50 + 75) / 2)]
+
+
+def test_every_task_has_a_title_and_a_headline():
+    assert set(tables.TITLES) == set(METRICS) == set(HEADLINE)
+    assert HEADLINE["mme"] == "mme_total"
+
+
 def test_without_an_unpruned_row_nothing_is_relative():
     assert "relative %" not in tables.accuracy(RANDOM)
 
@@ -55,6 +75,14 @@ def test_without_an_unpruned_row_nothing_is_relative():
 )
 def test_labels_name_changed_fields_and_reconstructions(pruner, label):
     assert tables.label({"name": pruner.name, "status": pruner.status, **dataclasses.asdict(pruner)}) == label
+
+
+def test_a_field_that_a_method_got_later_counts_as_its_default():
+    older = {"name": "scope", "status": "official", "source": "x"}
+    assert tables.label(older) == "scope"
+    assert tables.changed_fields(older | {"alpha": 2.0}) == {"alpha": 2.0}
+    assert tables.changed_fields(older | {"alpha": 2.0}, {"alpha": 2.0}) == {}
+    assert tables.changed_fields(older, {"alpha": 2.0}) == {"alpha": build("scope").alpha}
 
 
 def test_other_limits_get_tables_of_their_own():

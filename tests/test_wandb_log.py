@@ -72,7 +72,7 @@ def results(folder: Path, methods: tuple[str, ...] = ("none", "scope"), task: st
         samples = rows(task, share if method != "none" else 0.75, 400)
         full = method == "none"
         made = cell("llava_1_5_7b", method, "full" if full else "64", task, samples, 576 if full else 64)
-        extra = {"kept_indices": [[[1]]] * 400, "layer_tokens": [[64] * 32] * 400, "seconds": 0.5, "question": "<script>"}
+        extra = {"kept_indices": [[[1]]] * 400, "layer_tokens": [[64] * 32] * 400, "seconds": 0.5, "prompt": "<script>"}
         extra |= {"prompt_tokens": 100, "visual_tokens": 576}
         store.write(made.record["identity"], made.record, samples.assign(**extra))
     return store.records()
@@ -143,7 +143,7 @@ def test_tables_of_documents_are_cut_and_hold_text_as_it_is(tmp_path):
     samples = table(runs(tmp_path)[0], "samples")
     assert len(samples["data"]) == 5
     assert "kept_indices" not in samples["columns"]
-    assert samples["data"][0][samples["columns"].index("question")] == "<script>"
+    assert samples["data"][0][samples["columns"].index("prompt")] == "<script>"
 
 
 def test_what_cannot_be_computed_is_noted_and_the_rest_logged(tmp_path):

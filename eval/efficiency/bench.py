@@ -220,7 +220,7 @@ class Bench:
             "torch": torch.__version__,
             "cuda": torch.version.cuda or "",
             "transformers": version("transformers"),
-            **{name: str(value) for name, value in environment(str(plan.device)).items() if name != "device"},
+            **{name: str(value) for name, value in environment(plan.device).items() if name != "device"},
             "state_before": str(before),
             "state_behind": str(snapshot(plan.device)),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

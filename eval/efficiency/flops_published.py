@@ -45,12 +45,7 @@ def layer_tokens(method: str, model: str, keep: int) -> list[int]:
     layers, tokens = model_config(model).get_text_config().num_hidden_layers, visual_tokens(model)
     if not issubclass(REGISTRY.get(method, object), InLLMPruner):
         return [keep] * layers
-    pruner = build(method)
-    plan, counts = pruner.schedule(tokens, layers, keep), []
-    for layer in range(layers):
-        tokens = pruner.passed(tokens, plan[layer]) if layer in plan else tokens
-        counts.append(tokens)
-    return counts
+    return build(method).layer_tokens(tokens, layers, keep)
 
 
 def explain(reported: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,6 @@ Behind it `decode`, the mean of a step.
 """
 
 import contextlib
-import functools
 import inspect
 import math
 import time
@@ -26,6 +25,7 @@ from transformers import BatchFeature
 from transformers.generation.streamers import BaseStreamer
 
 from eval.inject.adapter import Adapter
+from eval.inject.calls import encoding_by
 
 PHASES = ("vision", "captures", "selection", "prefill", "rest")
 Marks = list[tuple[str, float]]
@@ -137,7 +137,7 @@ def marked_images(core: Any, timeline: Timeline, name: str) -> Iterator[None]:
         timeline.mark(f"{name} end")
         return output
 
-    with _instead(core, encode):
+    with encoding_by(core, encode):
         yield
 
 
@@ -197,18 +197,5 @@ def fed(adapter: Adapter, inputs: BatchFeature, tokens: int) -> Iterator[BatchFe
         output.pooler_output = [features[:tokens] for features in output.pooler_output]
         return output
 
-    with _instead(adapter.core, encode):
+    with encoding_by(adapter.core, encode):
         yield BatchFeature(fewer)
-
-
-@contextlib.contextmanager
-def _instead(core: Any, encode: Callable[..., Any]) -> Iterator[None]:
-    """`encode` in place of `get_image_features`."""
-    own = vars(core).get("get_image_features")
-    core.get_image_features = functools.wraps(core.get_image_features)(encode)
-    try:
-        yield
-    finally:
-        vars(core).pop("get_image_features", None)  # the block of an injection has taken it out already
-        if own is not None:
-            core.get_image_features = own

@@ -1,19 +1,23 @@
-"""What every kind of injection shares: the calls of a model as hooks see them, and the audit that comes of them."""
+"""What every kind of injection shares: the calls of a model as hooks see them, and the names of their samples."""
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from eval.budget import Budget
 from eval.inject.adapter import Adapter
+from eval.inject.audit import SampleRecord
 from eval.inject.encoder import Encoder, ImageCache
 from eval.inject.layout import PlacedImage, place
 from eval.inject.shorten import Keywords
+
+_INJECTED: WeakSet[nn.Module] = WeakSet()  # cores with a block open
 
 
 @dataclass(frozen=True)
@@ -26,24 +30,6 @@ class Sample:
     id: str
     question_ids: tuple[int, ...] | None = None
     question: str | None = None
-
-
-@dataclass(frozen=True)
-class SampleRecord:
-    """The audit of one prompt: tokens before and after, one entry an image.
-
-    Methods inside the language model: what is left behind their last stage. They rank the images of a prompt together; merged
-    tokens, which may come of several images, count for the last and have no index. Diagnostics have an entry a stage.
-    """
-
-    id: str
-    visual_tokens: tuple[int, ...]
-    kept_tokens: tuple[int, ...]
-    kept_indices: tuple[tuple[int, ...], ...]  # among the tokens of the image
-    crops: tuple[tuple[int, int], ...]  # (rows, columns) of every crop that was encoded, over all images
-    prompt_tokens: int  # positions the language model sees at prefill
-    layer_tokens: tuple[int, ...]  # visual tokens that each layer of the language model processes at prefill, over all images
-    diagnostics: dict[str, tuple[float, ...]]
 
 
 @dataclass
@@ -83,13 +69,22 @@ class Calls:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks in, hooks out."""
+        """Hooks in, hooks out.
+
+        Raises:
+            ValueError: the model is inside a block already.
+        """
+        core = self.adapter.core
+        if core in _INJECTED:
+            raise ValueError(
+                "a pruner is injected into this model already, and prompts cannot be pruned twice: leave its block first"
+            )
         with contextlib.ExitStack() as stack:
+            _INJECTED.add(core)
+            stack.callback(_INJECTED.discard, core)
             for handle in self.hooks():
                 stack.callback(handle.remove)
-            core = self.adapter.core
-            core.get_image_features = functools.wraps(self.encoder.encode)(functools.partial(self.encoder))
-            stack.callback(delattr, core, "get_image_features")
+            stack.enter_context(encoding_by(core, self.encoder))
             yield
 
     def hooks(self) -> Iterator[Any]:
@@ -129,6 +124,21 @@ class Calls:
         new = self._prompt(kwargs, visual, images)
         self.length = kwargs["inputs_embeds"].shape[1]
         return args, new
+
+
+@contextlib.contextmanager
+def encoding_by(core: Any, encode: Callable[..., Any]) -> Iterator[None]:
+    """`encode` in place of the core's `get_image_features`, under its signature; behind the block the core has what it had."""
+    own = vars(core).get("get_image_features")
+    # partial: wraps writes into what it is given
+    core.get_image_features = functools.wraps(core.get_image_features)(functools.partial(encode))
+    try:
+        yield
+    finally:
+        if own is None:
+            del core.get_image_features
+        else:
+            core.get_image_features = own
 
 
 def real_positions(kwargs: Keywords, visual: Tensor) -> Tensor:

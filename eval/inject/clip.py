@@ -1,5 +1,6 @@
 """Patches and question in CLIP's joint space, for methods that compare them there."""
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch.nn.functional import pad
 from transformers import CLIPModel, CLIPTokenizer
 
 from eval.checkpoints import locate, not_loaded
+
+_QUESTIONS = 2**14  # remembered, more than a task has: 3 KB each
 
 
 class ClipRelevance(nn.Module):
@@ -29,6 +32,7 @@ class ClipRelevance(nn.Module):
         self.segment: int = model.text_model.config.max_position_embeddings
         self.text_model, self.text_projection = model.text_model, model.text_projection
         self.post_layernorm, self.visual_projection = model.vision_model.post_layernorm, model.visual_projection
+        self._remembered = functools.lru_cache(_QUESTIONS)(self._encoded)
 
     @classmethod
     def from_pretrained(
@@ -72,21 +76,25 @@ class ClipRelevance(nn.Module):
             )
         return self.visual_projection(self.post_layernorm(encoder_features.to(self.visual_projection.weight)))
 
-    @torch.no_grad()
     def text(self, question: str) -> Tensor:
         """The question in segments of 77 tokens, start and end token counted -> [S, P] in the joint space; blank: [0, P].
+
+        Asked again, it is remembered; the tensor is shared, do not write into it.
 
         The last segment is filled up with id 0, masked. All but the first lack the start token, all but the last the end token.
         `pooler_output` is left to transformers for that: it stands at the first end token, or at position 0 without one; with the
         end token 2 in the config, as openai's checkpoints have it, at the highest id.
         """
+        return self._remembered(question, self.text_projection.weight.device)
+
+    @torch.no_grad()
+    def _encoded(self, question: str, device: torch.device) -> Tensor:
         weight = self.text_projection.weight
         if not question.strip():
             return weight.new_empty(0, len(weight))
         tokens = self.tokenizer(question, return_tensors="pt", verbose=False)  # verbose warns of more than 77
         fill = -tokens["input_ids"].shape[1] % self.segment
         segments = {
-            name: pad(tokens[name], (0, fill)).view(-1, self.segment).to(weight.device)
-            for name in ("input_ids", "attention_mask")
+            name: pad(tokens[name], (0, fill)).view(-1, self.segment).to(device) for name in ("input_ids", "attention_mask")
         }
         return self.text_projection(self.text_model(**segments).pooler_output)

@@ -14,6 +14,8 @@ from eval.cache import EncodeCache, image_key
 from eval.inject.adapter import Adapter
 from eval.inject.layout import EncodedImage
 
+_CAPTURE = "capture "  # how the names of captures begin in the cache
+
 
 @dataclass
 class ImageCache:
@@ -26,16 +28,16 @@ class ImageCache:
 
     cache: EncodeCache
     model: str
-    captures: frozenset[str] = frozenset()  # all that any method has asked for: entries hold them for the next
+    asked: frozenset[str] = frozenset()  # captures that any method has asked for: who encodes an image encodes them for the next
 
     def entry(
         self, needs: frozenset[str], arguments: dict[str, Any], encode: Callable[[frozenset[str]], dict[str, Tensor]]
-    ) -> Any:
+    ) -> dict[str, Tensor]:
         """The tensors of one image, from the cache or from `encode`, with at least the captures `needs`."""
-        self.captures |= needs
+        self.asked |= needs
         pixels = [value for _, value in sorted(arguments.items()) if isinstance(value, Tensor)]
-        key = image_key(pixels, f"{self.model} {sorted(self.captures)}")
-        return self.cache.fetch(key, lambda: encode(self.captures))
+        names = {_CAPTURE + need for need in needs - {"grid"}}  # a shape, no tensor
+        return self.cache.fetch(image_key(pixels, self.model), lambda: encode(self.asked), names)
 
 
 class Encoder:
@@ -70,13 +72,13 @@ class Encoder:
 
         def encode(needs: frozenset[str]) -> dict[str, Tensor]:
             output, (image,) = self._run(arguments, needs)
-            tensors = {f"capture {name}": value for name, value in image.captures.items()}
+            tensors = {_CAPTURE + name: value for name, value in image.captures.items()}
             shape = torch.tensor([*image.grid, image.crops])
             packed = {"packed": output.pooler_output[0]} if image.crops > 1 else {}  # else the features themselves
             return tensors | packed | {"tokens": image.tokens, "shape": shape}
 
         tensors = cache.entry(self.needs, arguments, encode)
-        captures = {name.removeprefix("capture "): value for name, value in tensors.items() if name.startswith("capture ")}
+        captures = {name.removeprefix(_CAPTURE): value for name, value in tensors.items() if name.startswith(_CAPTURE)}
         rows, columns, crops = tensors["shape"].tolist()
         wanted = {name: value for name, value in captures.items() if name in self.needs | {"features"}}
         image = EncodedImage(wanted, (rows, columns), crops, tensors["tokens"])

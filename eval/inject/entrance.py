@@ -1,7 +1,6 @@
 """Methods before the language model: visual tokens leave at its entrance."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -10,12 +9,13 @@ from torch import Tensor, nn
 
 from eval.budget import Budget
 from eval.inject.adapter import Adapter
-from eval.inject.calls import Calls, Sample, SampleRecord, Trace, real_positions
+from eval.inject.arrange import Kept, arrange
+from eval.inject.audit import at_the_entrance
+from eval.inject.calls import Calls, Sample, Trace, real_positions
 from eval.inject.encoder import ImageCache
 from eval.inject.layout import NEWLINE, PlacedImage
-from eval.inject.shorten import Edit, Keywords, Shortened
+from eval.inject.shorten import Keywords, Shortened, shorten
 from pruners import Pruner, PrunerError, Selection, VisualTokens
-from pruners.base import EXTRA
 
 if TYPE_CHECKING:  # a pruned model needs no CLIP beside it as a rule
     from eval.inject.clip import ClipRelevance
@@ -23,15 +23,6 @@ if TYPE_CHECKING:  # a pruned model needs no CLIP beside it as a rule
 # captures that do not come out of the image encoder
 _TEXT = frozenset({"text_embeddings"})
 _CLIP = frozenset({"clip_patches", "clip_text"})
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What one crop's row of a selection says."""
-
-    indices: Tensor  # [K] positions in the crop, or EXTRA
-    features: Tensor | None  # [K, D] in LLM width
-    notes: dict[str, float]
 
 
 class Entrance(Calls):
@@ -63,51 +54,64 @@ class Entrance(Calls):
 
     def _prompt(self, kwargs: Keywords, visual: Tensor, images: list[PlacedImage]) -> Keywords:
         samples = self.trace.take(len(visual))
-        edits, records = [], []
-        for image, kept in zip(images, self._select(images, samples, kwargs["inputs_embeds"]), strict=True):
-            edit, record = _arrange(image, kept, self.adapter.keeps_newlines)
-            edits.append(edit)
-            records.append((image.row, record))
-        self.shortened = Shortened(kwargs, real_positions(kwargs, visual), edits, self.compact)
-        self._record(samples, records, self.shortened.mask.sum(1).tolist())
-        return self.shortened.kwargs
+        selected = self._select(images, samples, kwargs["inputs_embeds"])
+        arranged = [arrange(image, kept, self.adapter.keeps_newlines) for image, kept in zip(images, selected, strict=True)]
+        edits = [edit for edit, _ in arranged]
+        shorter, self.shortened = shorten(kwargs, real_positions(kwargs, visual), edits, self.compact)
+        for row, (sample, length) in enumerate(zip(samples, self.shortened.mask.sum(1).tolist(), strict=True)):
+            mine = [audit for edit, audit in arranged if edit.row == row]
+            self.trace.records.append(at_the_entrance(sample.id, mine, length, len(self.adapter.layers)))
+        return shorter
 
     def _step(self, kwargs: Keywords, past: int) -> Keywords:
         return self.shortened.step(kwargs, past)
 
-    def _select(self, images: list[PlacedImage], samples: list[Sample], embeds: Tensor) -> list[list[_Kept]]:
-        """Per image and crop what goes on; crops of one size, budget and kind of question go to the pruner together."""
+    def _select(self, images: list[PlacedImage], samples: list[Sample], embeds: Tensor) -> list[list[Kept]]:
+        """Per image and crop what goes on; crops of one size and kind of question go to the pruner together.
+
+        A budget that the crops do not divide leaves them with two of their own: all crops are then pruned with either, since a
+        method may compare the crops of an image.
+        """
+        questions = {image.row: self._text(samples[image.row]) for image in images}
         rows: list[tuple[int, int, VisualTokens, int]] = []  # image, crop, what the pruner sees of it, its budget
         for number, image in enumerate(images):
-            for crop, (tokens, keep) in enumerate(self._crops(image, samples[image.row], embeds)):
+            name = f"{samples[image.row].id}|{image.number}"
+            for crop, (tokens, keep) in enumerate(self._crops(image, name, questions[image.row], embeds)):
                 rows.append((number, crop, tokens, keep))
-        kept: dict[tuple[int, int], _Kept] = {}
-        rows.sort(key=lambda row: (_kind(row[2]), row[3]))
-        for _, group in groupby(rows, key=lambda row: (_kind(row[2]), row[3])):
+        kept: dict[tuple[int, int], Kept] = {}
+        rows.sort(key=lambda row: _kind(row[2]))
+        for _, group in groupby(rows, key=lambda row: _kind(row[2])):
             members = list(group)
-            selection = self._prune(_batch([tokens for _, _, tokens, _ in members], [n for n, *_ in members]), members[0][3])
-            features = selection.features
-            if features is not None and selection.space == "encoder":
-                features = self.adapter.project(features)
-            counts = selection.indices.new_full((len(members),), selection.indices.shape[1])
-            counts = counts if selection.counts is None else selection.counts
-            notes = {name: values.tolist() for name, values in selection.diagnostics.items()}
-            for row, ((number, crop, _, _), count) in enumerate(zip(members, counts.tolist(), strict=True)):
-                mine = None if features is None else features[row, :count]
-                note = {name: values[row] for name, values in notes.items()}
-                kept[number, crop] = _Kept(selection.indices[row, :count], mine, note)
+            for keep in sorted({own for *_, own in members}):
+                owners = {number for number, _, _, own in members if own == keep}
+                whole = [row for row in members if row[0] in owners]
+                selection = self._prune(_batch([tokens for _, _, tokens, _ in whole], [n for n, *_ in whole]), keep)
+                for (number, crop, _, own), mine in zip(whole, self._kept(selection), strict=True):
+                    if own == keep:
+                        kept[number, crop] = mine
         return [[kept[key] for key in sorted(kept) if key[0] == number] for number in range(len(images))]
 
-    def _crops(self, image: PlacedImage, sample: Sample, embeds: Tensor) -> Iterator[tuple[VisualTokens, int]]:
+    def _kept(self, selection: Selection) -> Iterator[Kept]:
+        """The rows of a selection."""
+        features, width = selection.features, selection.indices.shape[1]
+        if features is not None and selection.space == "encoder":
+            features = self.adapter.project(features)
+        counts = [width] * len(selection.indices) if selection.counts is None else selection.counts.tolist()
+        notes = {name: values.tolist() for name, values in selection.diagnostics.items()}
+        for row, count in enumerate(counts):
+            mine = None if features is None else features[row, :count]
+            yield Kept(selection.indices[row, :count], mine, {name: values[row] for name, values in notes.items()})
+
+    def _crops(
+        self, image: PlacedImage, name: str, question: dict[str, Tensor], embeds: Tensor
+    ) -> Iterator[tuple[VisualTokens, int]]:
         """What the pruner sees of each crop of an image, and the crop's budget."""
-        shared = self._text(sample)
-        name = f"{sample.id}|{image.number}"
         if image.crops > 1 and self.pruner.packed:
             features = embeds[image.row, image.places]
             if not self.adapter.keeps_newlines:
                 features = features[image.tokens != NEWLINE]
             keep = self.budget.of_sequence(len(features), image.crops, image.per_crop)
-            yield VisualTokens(features[None], sample_ids=(name,), **shared), keep  # type: ignore[arg-type]
+            yield VisualTokens(features[None], sample_ids=(name,), **question), keep  # type: ignore[arg-type]
             return
         captures = dict(image.captures)
         if self.clip is not None and self.pruner.needs & _CLIP:
@@ -118,7 +122,7 @@ class Entrance(Calls):
         for crop, keep in enumerate(self.budget.of_crops(image.crops, image.per_crop)):
             mine = {key: value[crop : crop + 1] for key, value in captures.items()}
             ids = (name if image.crops == 1 else f"{name}.{crop}",)
-            yield VisualTokens(**mine, **shared, grid=image.grid, sample_ids=ids), keep  # type: ignore[arg-type]
+            yield VisualTokens(**mine, **question, grid=image.grid, sample_ids=ids), keep  # type: ignore[arg-type]
 
     def _prune(self, tokens: VisualTokens, keep: int) -> Selection:
         selection = self.pruner.prune(tokens, keep)
@@ -145,85 +149,6 @@ class Entrance(Calls):
             assert sample.question is not None
             made["clip_text"] = self.clip.text(sample.question)[None]
         return made
-
-    def _record(self, samples: list[Sample], records: list[tuple[int, "_Audit"]], prompts: list[int]) -> None:
-        layers = len(self.adapter.layers)
-        for number, sample in enumerate(samples):
-            mine = [audit for row, audit in records if row == number]
-            names = list(mine[0].notes) if mine else []
-            self.trace.records.append(
-                SampleRecord(
-                    id=sample.id,
-                    visual_tokens=tuple(audit.before for audit in mine),
-                    kept_tokens=tuple(audit.after for audit in mine),
-                    kept_indices=tuple(audit.indices for audit in mine),
-                    crops=tuple(grid for audit in mine for grid in audit.crops),
-                    prompt_tokens=prompts[number],
-                    layer_tokens=(sum(audit.after for audit in mine),) * layers,
-                    diagnostics={name: tuple(audit.notes[name] for audit in mine) for name in names},
-                )
-            )
-
-
-@dataclass(frozen=True)
-class _Audit:
-    before: int
-    after: int
-    indices: tuple[int, ...]
-    crops: tuple[tuple[int, int], ...]
-    notes: dict[str, float]  # mean over the crops
-
-
-def _arrange(image: PlacedImage, kept: list[_Kept], keeps_newlines: bool) -> tuple[Edit, _Audit]:
-    """The order in which an image's kept tokens enter the language model.
-
-    One crop: the selection's. Several: the base crop's tokens as selected, then those of the tiles in the raster of the whole
-    mosaic, with the newlines of rows that still hold any, then the tiles' extra tokens that led their rows, then those that ended
-    them. Tokens that the layout has no place for (padding) are dropped.
-    """
-    slots_of, counted = image.slots(), image.tokens != NEWLINE
-    if len(kept) < image.crops:  # one selection over the packed sequence
-        slots = (torch.arange(len(image.tokens), device=image.tokens.device)[counted | keeps_newlines])[kept[0].indices]
-        numbers, key, vectors = image.tokens[slots], slots, None
-    else:
-        numbers = torch.cat([torch.where(k.indices == EXTRA, EXTRA, k.indices + c * image.per_crop) for c, k in enumerate(kept)])
-        slots = torch.where(numbers == EXTRA, -1, slots_of[numbers])
-        key = torch.cat([_rank(k.indices, c, slots_of, image) for c, k in enumerate(kept)])
-        vectors = torch.cat([k.features for k in kept if k.features is not None]) if kept[0].features is not None else None
-        placed = (numbers == EXTRA) | (slots >= 0)
-        if not bool(placed.all()):
-            numbers, slots, key = numbers[placed], slots[placed], key[placed]
-            vectors = None if vectors is None else vectors[placed]
-        if keeps_newlines and image.crops > 1:
-            lines = image.newlines(numbers[numbers != EXTRA])
-            newline = torch.full_like(lines, NEWLINE)
-            numbers, slots, key = torch.cat([numbers, newline]), torch.cat([slots, lines]), torch.cat([key, lines])
-            if vectors is not None:
-                vectors = torch.cat([vectors, vectors.new_zeros(len(lines), vectors.shape[1])])
-    extra = slots == -1
-    if len(kept) > 1:
-        order = key.argsort(stable=True)
-        numbers, slots, extra = numbers[order], slots[order], extra[order]
-        vectors = None if vectors is None else vectors[order]
-    if len(slots) > len(image.places):
-        raise ValueError(f"{len(slots)} tokens do not fit into the {len(image.places)} places of an image; lower the budget")
-    # an extra token has the position of the place it comes to stand at
-    own = torch.arange(len(slots), device=slots.device)
-    replaced = extra | ((numbers != NEWLINE) if vectors is not None else False)
-    edit = Edit(image.row, image.places, image.places[torch.where(extra, own, slots)], vectors, replaced)
-    before = len(image.tokens) if keeps_newlines else int(counted.sum())
-    notes = {name: sum(k.notes[name] for k in kept) / len(kept) for name in kept[0].notes}
-    return edit, _Audit(before, len(slots), tuple(numbers.tolist()), (image.grid,) * image.crops, notes)
-
-
-def _rank(indices: Tensor, crop: int, slots: Tensor, image: PlacedImage) -> Tensor:
-    """[K] sort keys of one crop's tokens among all of its image: the base crop in front, tiles by their places, extras behind."""
-    if crop == 0:
-        return torch.arange(len(indices), device=indices.device) - len(indices)
-    end, real = len(image.tokens), indices != EXTRA
-    leading = ~real & (real.cumsum(0) == 0)
-    behind = torch.where(leading, end + crop, end + image.crops + crop)
-    return torch.where(real, slots[indices.clamp_min(0) + crop * image.per_crop], behind)
 
 
 def _kind(tokens: VisualTokens) -> tuple[int, ...]:

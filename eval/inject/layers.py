@@ -1,9 +1,7 @@
 """Methods inside the language model: visual tokens leave between two of its layers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,55 +9,15 @@ from torch import Tensor, nn
 
 from eval.budget import Budget
 from eval.inject.adapter import Adapter, Rotary
-from eval.inject.calls import Calls, Sample, SampleRecord, Trace, real_positions
+from eval.inject.audit import between_layers
+from eval.inject.calls import Calls, Sample, Trace, real_positions
 from eval.inject.encoder import ImageCache
+from eval.inject.frame import Frame, rows_at
+from eval.inject.layer_captures import LayerCaptures
 from eval.inject.layout import NEWLINE, PlacedImage
-from eval.inject.shorten import Edit, Keywords, Shortened
-from pruners import InLLMPruner, LayerTokens
+from eval.inject.shorten import Edit, Keywords, Shortened, shorten
+from pruners import InLLMPruner
 from pruners.base import EXTRA
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """The prompt as a stretch of layers sees it: B rows of L positions, n of them visual tokens."""
-
-    visual: Tensor  # [B, n] positions of the visual tokens, ascending
-    tokens: Tensor  # [B, n] which of the prompt's visual tokens they are; EXTRA: merged
-    places: Tensor  # [B, L] positions in the unpruned prompt; merged tokens have that of the last visual token they met
-    columns: Tensor  # [B, L] positions in the unpruned prompt whose rows and columns of its mask they take, ascending
-    real: Tensor  # [B, L] False at padding
-    text: Tensor  # [B, L] True at real positions behind the last image
-    asked: Tensor  # [B, L] True where the pruner wants the attention
-
-    @property
-    def counted(self) -> Tensor:
-        """[B, L] the real positions numbered through."""
-        return (self.real.cumsum(1) - 1).clamp_min(0)
-
-    def cut(self, chosen: Tensor) -> tuple["_Frame", Tensor]:
-        """The frame behind a choice [B, k] of visual tokens, and [B, L-n+k], the position each of its positions was.
-
-        Merged tokens stand behind the last image and the kept ones, and were the last visual token.
-        """
-        length, count = self.real.shape[1], self.visual.shape[1]
-        merged, index = chosen == EXTRA, chosen.clamp_min(0)
-        stays = torch.ones_like(self.real).scatter(1, self.visual, False)
-        others = stays.sort(dim=1, descending=True, stable=True).indices[:, : length - count]
-        taken = torch.where(merged, self.visual[:, -1:], self.visual.gather(1, index))
-        source, item = torch.cat([others, taken], 1).sort(dim=1, stable=True)
-        # a mask knows order and padding only: where merged tokens share a position, what stands before gives way to the left
-        step = torch.arange(source.shape[1], device=source.device)
-        own = (source - step).flip(1).cummin(1).values.flip(1) + step
-        frame = _Frame(
-            visual=item.argsort(1)[:, length - count :],
-            tokens=torch.where(merged, EXTRA, self.tokens.gather(1, index)),
-            places=self.places.gather(1, source),
-            columns=self.columns.gather(1, own),
-            real=self.real.gather(1, own),
-            text=self.text.gather(1, own),
-            asked=self.asked.gather(1, own),
-        )
-        return frame, source
 
 
 class Layers(Calls):
@@ -71,7 +29,7 @@ class Layers(Calls):
     def __init__(self, adapter: Adapter, pruner: InLLMPruner, budget: Budget, trace: Trace, cache: ImageCache | None) -> None:
         super().__init__(adapter, budget, trace, cache)
         self.pruner = pruner
-        self.reindexes = getattr(pruner, "positions", "original") == "reindex"
+        self.captures = LayerCaptures(adapter, pruner)
         self.past = 0  # positions the first layer's cache holds, 0 during a prompt
         self.samples: list[Sample] = []
         self.prompts: list[int] = []  # real positions of every row
@@ -80,31 +38,25 @@ class Layers(Calls):
         self.spans: list[tuple[int, int]] = []  # row and visual tokens of every image
         self.crops: list[tuple[int, tuple[int, int]]] = []  # row and grid of every crop
         self.plan: dict[int, int] = {}
-        self.frames: dict[int, _Frame] = {}  # by the first layer that sees them
+        self.frames: dict[int, Frame] = {}  # by the first layer that sees them
         self.diagnostics: list[dict[str, Tensor]] = []  # of every cut
         self.fitting: Keywords = {}  # what the layers behind the last cut get in this call
-        self.projected: dict[tuple[str, int], Tensor] = {}  # queries and keys of the layers before a cut
 
     def hooks(self) -> Iterator[Any]:
         yield from super().hooks()
-        attention = "attention" in self.pruner.needs and self.pruner.attention_of == "previous"
         for number, layer in enumerate(self.adapter.layers):
             yield layer.register_forward_pre_hook(partial(self._before, number), with_kwargs=True)
-            queries, keys = self.adapter.projections(number)
-            if attention:
-                yield queries.register_forward_hook(partial(self._store, "queries", number))
-            if attention or "keys" in self.pruner.needs:
-                yield keys.register_forward_hook(partial(self._store, "keys", number))
+        yield from self.captures.hooks(lambda number: not self.past and number + 1 in self.plan)
 
     def _prompt(self, kwargs: Keywords, visual: Tensor, images: list[PlacedImage]) -> Keywords:
         self.past, self.fitting, self.plan, self.frames, self.diagnostics, self.shortened = 0, {}, {}, {}, [], None
-        self.projected.clear()
+        self.captures.projected.clear()
         self.samples = self.trace.take(len(visual))
         real = real_positions(kwargs, visual)
         if images and not self.adapter.keeps_newlines:
             edits = [Edit(image.row, image.places, image.places[image.tokens != NEWLINE]) for image in images]
-            self.shortened = Shortened(kwargs, real, edits, compact=True)
-            kwargs, real = self.shortened.kwargs, self.shortened.mask.bool()
+            kwargs, self.shortened = shorten(kwargs, real, edits, compact=True)
+            real = self.shortened.mask.bool()
             visual = torch.zeros_like(real)
             for edit in edits:
                 visual[edit.row, self.shortened.moved(edit.places[: len(edit.sources)], edit.row)] = True
@@ -145,15 +97,11 @@ class Layers(Calls):
         with torch.no_grad():
             asked = self.pruner.queries(embeddings, where, text)
         tokens = torch.arange(counts[0], device=visual.device).expand(batch, -1)
-        self.frames[0] = _Frame(where, tokens, places, places, real, text, asked)
+        self.frames[0] = Frame(where, tokens, places, places, real, text, asked)
 
     def _step(self, kwargs: Keywords, past: int) -> Keywords:
         self.past, self.fitting = past, {}
         return self.shortened.step(kwargs, past) if self.shortened else kwargs
-
-    def _store(self, what: str, number: int, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        if not self.past and number + 1 in self.plan:
-            self.projected[what, number] = output.detach()
 
     def _before(
         self, number: int, _module: nn.Module, args: tuple[Any, ...], kwargs: Keywords
@@ -173,8 +121,7 @@ class Layers(Calls):
     def _cut(self, number: int, hidden: Tensor, rotary: Rotary) -> Tensor:
         """Ask the pruner, note the new frame, and return the hidden states that go on."""
         frame, keep = self.frames[max(self.frames)], self.plan[number]
-        with torch.no_grad():
-            tokens = self._tokens(number, frame, hidden, rotary)
+        tokens = self.captures.tokens(number, frame, hidden, rotary)
         selection = self.pruner.prune(tokens, keep)
         index, count, passed = selection.indices, tokens.shape[1], self.pruner.passed(tokens.shape[1], keep)
         if selection.counts is not None or index.shape[1] != passed:
@@ -186,55 +133,13 @@ class Layers(Calls):
             self.pruner.fail(f"returned features for the space {selection.space!r}; inside the language model it is 'hidden'")
         self.diagnostics.append(selection.diagnostics)
         self.frames[number], source = frame.cut(index)
-        hidden = _rows(hidden, source)
+        hidden = rows_at(hidden, source)
         if selection.features is not None:
             places = self.frames[number].visual[..., None].expand(-1, -1, hidden.shape[2])
             hidden = hidden.scatter(1, places, selection.features.to(hidden.dtype))
         return hidden
 
-    def _tokens(self, number: int, frame: _Frame, hidden: Tensor, rotary: Rotary) -> LayerTokens:
-        """What the pruner may look at before a layer, rows padded at the end."""
-        needs, states, attention, asked, keys = self.pruner.needs, None, None, None, None
-        if "attention" in needs:
-            # rows padded at the end, with the first row again: it is finite
-            count = frame.asked.sum(1, keepdim=True)
-            places = frame.asked.sort(dim=1, descending=True, stable=True).indices[:, : max(1, int(count.max()))]
-            asked = torch.arange(places.shape[1], device=places.device) < count
-            attention = self._attention(number, frame, hidden, rotary, torch.where(asked, places, places[:, :1]))
-        if "keys" in needs:
-            keys = self.adapter.heads(number - 1, self.projected["keys", number - 1], rotary)
-        if "hidden" in needs:
-            states = self.adapter.normed(hidden) if self.pruner.normed else hidden
-        self.projected.clear()
-        # padding goes to the end: a method that looks at positions, as DART does, must not see how long other prompts are
-        front = frame.real.sort(dim=1, descending=True, stable=True).indices
-        return LayerTokens(
-            visual=frame.counted.gather(1, frame.visual),
-            text=frame.text.gather(1, front),
-            hidden=None if states is None else _rows(states, front),
-            attention=None if attention is None else _rows(attention.transpose(1, 3), front).transpose(1, 3),
-            asked=asked,
-            keys=None if keys is None else _rows(keys.transpose(1, 2), front).transpose(1, 2),
-        )
-
-    def _attention(self, number: int, frame: _Frame, hidden: Tensor, rotary: Rotary, places: Tensor) -> Tensor:
-        """[B, H, Q, L] softmax attention of the positions `places` [B, Q] in the layer the pruner names, in float32."""
-        adapter = self.adapter
-        if self.pruner.attention_of == "previous":
-            number -= 1
-            queries, keys = _rows(self.projected["queries", number], places), self.projected["keys", number]
-        else:
-            to_queries, to_keys = adapter.projections(number)
-            entering = adapter.before_attention(number, hidden)
-            queries, keys = to_queries(_rows(entering, places)), to_keys(entering)
-        query = adapter.heads(number, queries, adapter.rotary_rows(rotary, places)).float()
-        key = adapter.heads(number, keys, rotary).float()
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        scores = query @ key.transpose(-1, -2) * adapter.scaling(number)
-        seen = frame.real[:, None] & (torch.arange(hidden.shape[1], device=places.device) <= places[..., None])
-        return scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
-
-    def _fit(self, frame: _Frame, hidden: Tensor, kwargs: Keywords) -> Keywords:
+    def _fit(self, frame: Frame, hidden: Tensor, kwargs: Keywords) -> Keywords:
         """What layers of a frame get in place of the mask and the positions that the language model made for all its layers."""
         batch, length = hidden.shape[:2]
         positions, columns, width = frame.counted, frame.columns, self.width
@@ -247,7 +152,7 @@ class Layers(Calls):
         fitting: Keywords = {"position_ids": positions}
         if kwargs.get("attention_mask") is not None:
             fitting["attention_mask"] = self._mask(kwargs["attention_mask"], columns, width)
-        if self.reindexes:
+        if self.pruner.positions == "reindex":
             fitting["position_embeddings"] = self.adapter.rotary(hidden, positions)
         elif not self.past:
             fitting["position_embeddings"] = self.adapter.rotary_rows(kwargs["position_embeddings"], frame.places)
@@ -276,34 +181,15 @@ class Layers(Calls):
         for number in range(len(self.adapter.layers)):
             count = self.frames[number].visual.shape[1] if number in self.frames else count
             layer_tokens.append(count)
-        names = {name for notes in self.diagnostics for name in notes}
-        for row, sample in enumerate(self.samples):
-            tokens = self.frames[max(self.frames)].tokens[row].tolist() if self.frames else []
-            sizes = [size for owner, size in self.spans if owner == row]
-            ends = list(accumulate(sizes))
-            kept = [
-                tuple(token - end + size for token in tokens if end - size <= token < end)
-                for size, end in zip(sizes, ends, strict=True)
-            ]
-            counts = [len(indices) for indices in kept]
-            if counts:
-                counts[-1] += tokens.count(EXTRA)
-            self.trace.records.append(
-                SampleRecord(
-                    id=sample.id,
-                    visual_tokens=tuple(sizes),
-                    kept_tokens=tuple(counts),
-                    kept_indices=tuple(kept),
-                    crops=tuple(grid for owner, grid in self.crops if owner == row),
-                    prompt_tokens=self.prompts[row],
-                    layer_tokens=tuple(layer_tokens),
-                    diagnostics={
-                        name: tuple(float(notes[name][row]) for notes in self.diagnostics if name in notes) for name in names
-                    },
-                )
+        left = self.frames[max(self.frames)].tokens.tolist() if self.frames else [[] for _ in self.samples]
+        for row, (sample, tokens) in enumerate(zip(self.samples, left, strict=True)):
+            record = between_layers(
+                sample.id,
+                [size for owner, size in self.spans if owner == row],
+                tokens,
+                tuple(grid for owner, grid in self.crops if owner == row),
+                self.prompts[row],
+                tuple(layer_tokens),
+                [{name: float(values[row]) for name, values in notes.items()} for notes in self.diagnostics],
             )
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """[B, L, ...] -> [B, K, ...]: the positions `index` [B, K] of every row."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+            self.trace.records.append(record)

@@ -1,6 +1,6 @@
 """LLaVA-1.5 and LLaVA-NeXT: a CLIP tower with CLS, a projector, a Llama."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -142,13 +142,20 @@ class LlavaNextAdapter(LlavaAdapter):
             raise ValueError(f"layout={layout!r} is not one of 'anyres', 'fixed2880'")
         self.keeps_newlines = layout == "anyres"
 
+    def _crops(self, sizes: Iterable[Any]) -> list[int]:
+        """How many crops images of these sizes (height, width) have."""
+        pinpoints, side = self.model.config.image_grid_pinpoints, self.model.config.vision_config.image_size
+        return [image_size_to_num_patches(size, pinpoints, side) for size in sizes]
+
+    def one_by_one(self, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        # without the zeros that fill an image up to the crops of the largest beside it
+        for mine, crops in zip(super().one_by_one(arguments), self._crops(arguments["image_sizes"]), strict=True):
+            yield mine | {"pixel_values": mine["pixel_values"][:, :crops]}
+
     def encoded(self, needs: frozenset[str], raw: dict[str, Tensor], arguments: dict[str, Any]) -> list[EncodedImage]:
         captures, (rows, count) = self._captures(needs, raw), raw["features"].shape[:2]
         sizes, device = arguments["image_sizes"], raw["features"].device
-        crops = [
-            image_size_to_num_patches(size, self.model.config.image_grid_pinpoints, self.model.config.vision_config.image_size)
-            for size in sizes
-        ]
+        crops = self._crops(sizes)
         # the model's own packing, of numbers in place of features, tells which placeholder holds which token; float64 holds
         # them exactly
         numbers = [torch.arange(n * count, dtype=torch.float64, device=device).view(n, count, 1) for n in crops]

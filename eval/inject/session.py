@@ -39,16 +39,22 @@ def inject(
         budget: tokens per image (64), retention ("11.1%" or 0.111), either per crop ("128/tile"), or "full". Methods inside the
             language model rank the images of a prompt together, within the sum of their budgets.
         positions: `compact` numbers the shortened prompt through, as the official LLaVA codes do; `original` keeps the
-            positions of the unpruned prompt. Default: compact; with M-RoPE, which knows the latter only, original. Not for
-            methods inside the language model, which have a field of their own.
+            positions of the unpruned prompt. Default: compact; with M-RoPE, which knows the latter only, original. Methods
+            inside the language model have a field of their own instead.
         layout: of LLaVA-NeXT: `anyres`, as Hugging Face packs crops (default), or `fixed2880`, as the papers' codes do.
         clip: for methods that compare with the question in CLIP's space.
         cache: for blocks that meet the same images again; without one every call encodes its own.
 
     Raises:
-        ValueError: a model family, budget or option that is not supported. Errors of the pruner reach the caller of the model.
+        ValueError: a model family, budget or option that is not supported, or a block of this model that is still open. Errors
+            of the pruner reach the caller of the model.
     """
     adapter, budget, trace = adapter_for(model, layout), Budget.parse(budget), Trace()
+    if isinstance(pruner, InLLMPruner) and positions is not None:
+        raise ValueError(
+            f"positions={positions!r} is for methods before the language model; pruner {pruner.name!r} acts inside it and says "
+            f"itself, in its field `positions`, which position ids survivors have ({pruner.positions!r} here): leave it out"
+        )
     policy = adapter.POSITIONS[0] if positions is None else positions
     if policy not in adapter.POSITIONS:
         why = "; M-RoPE keeps the coordinates of tokens" if adapter.POSITIONS == ("original",) else ""

@@ -1,6 +1,7 @@
 """The cells of one setting compared with each other: intervals, tests, tied best methods, flips, distance to random."""
 
 from pathlib import Path
+from statistics import median_low
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 
 from eval.reporting import stats
 from eval.reporting.tables import by_setting, label
+from eval.reporting.terms import HEADLINE
 from eval.store import Store
 
 FEW_IMAGES = 30  # below, percentile intervals are too short
@@ -49,8 +51,16 @@ class Cell(NamedTuple):
 
     @property
     def tokens(self) -> float:
-        """Visual tokens of an image, mean over documents and layers."""
+        """Visual tokens of a document's prompt, all its images together, mean over documents and layers."""
         return float(self.record["average_tokens"])
+
+    def per_image(self, tokens: float) -> float:
+        """Tokens of a document as tokens of an image; 0 where no document has one.
+
+        Records of before images were counted are taken to have one a document.
+        """
+        images = self.record.get("images", 1.0)
+        return tokens / images if images else 0.0
 
     def stored(self, metric: str) -> float:
         """A metric as lmms-eval aggregated it, in the units tables print."""
@@ -88,7 +98,7 @@ def check_one_setting(cells: list[Cell]) -> None:
 
 
 def settings(cells: list[Cell]) -> list[list[Cell]]:
-    """Cells by suite, model, limit and seed."""
+    """Cells that may share a table, by setting."""
     by_identity = {id(cell.record): cell for cell in cells}
     return [[by_identity[id(record)] for record in group] for group in by_setting([cell.record for cell in cells])]
 
@@ -122,7 +132,8 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
     the row, e.g. why it has no interval. What cannot be computed is NaN.
 
     Raises:
-        ValueError: cells of different settings; two cells for one row; no unpruned cell of a task.
+        ValueError: cells of different settings; two cells for one row; no unpruned cell of a task, or, of several tasks, one in
+            which it scores 0.
     """
     check_one_setting(cells)
     rows: list[dict[str, Any]] = []
@@ -138,13 +149,14 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
             raise ValueError(f"task {task} has no unpruned cell to compare with; run it with pruner=none")
         facts = {key: _facts(cell, own[unpruned]) for key, cell in own.items()}
         try:
-            found = estimate(facts[unpruned]["metric"], own, resamples)
-            _infer(facts, found, unpruned)
-            estimates.append(found)
+            found = estimate(HEADLINE[task], own, resamples)
         except ValueError as error:
             estimates.append(None)
             for fact in facts.values():
                 fact["mark"].append(str(error))
+        else:
+            _infer(facts, found, unpruned)
+            estimates.append(found)
         rows += facts.values()
     complete = [found for found in estimates if found is not None]
     if len(complete) == len(estimates) > 1:
@@ -158,7 +170,7 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
 
 def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
     """A row, as far as it needs no resampling."""
-    metric = next(iter(stats.METRICS[cell.task]))
+    metric = HEADLINE[cell.task]
     images, answers, mark = cell.rows["image_id"].nunique(), cell.rows["answer"].str.strip().str.lower(), []
     if answers.nunique() == 1:
         mark.append(f"every answer is {answers.iloc[0]!r}")
@@ -198,8 +210,8 @@ def _infer(rows: dict[str, dict[str, Any]], found: stats.Estimates, unpruned: st
             row["detectable"] = found.detectable(key, unpruned)
     for budget in {row["budget"] for key, row in rows.items() if key != unpruned}:
         group = {key: row for key, row in rows.items() if row["budget"] == budget and key != unpruned}
-        usual = float(np.median([row["tokens"] for row in group.values()]))
-        equal = [key for key, row in group.items() if abs(row["tokens"] / usual - 1) <= TOKENS]
+        usual = median_low(row["tokens"] for row in group.values())  # what one of them keeps, so that at least that one is equal
+        equal = [key for key, row in group.items() if abs(row["tokens"] - usual) <= TOKENS * usual]
         for key in group.keys() - set(equal):
             group[key]["mark"].append(f"{group[key]['tokens']:.1f} tokens where the others of its budget keep {usual:.1f}")
         for key in found.tied_best(equal):

@@ -35,7 +35,7 @@ def prefill_times(cells: Sequence[Cell], results: Path) -> dict[str, pd.Series]:
 
     An entry for each machine, type and attention kernel on which the bench ran the cells' model at true geometry (the files
     results/bench/bench-*.parquet). Its prompts are its own, the same for all tasks. A cell is left out where the bench has no
-    setting of its method and tokens, and the average of a method where a task is.
+    setting of its method and tokens an image, and the average of a method where a task is.
     """
     found: dict[str, pd.Series] = {}
     model = cells[0].record["identity"]["model"]["name"]
@@ -46,9 +46,10 @@ def prefill_times(cells: Sequence[Cell], results: Path) -> dict[str, pd.Series]:
             medians = own.groupby(["method", "budget"])["prefill"].median()
             times = {}
             for cell in cells:
+                own_tokens = cell.per_image(cell.tokens)
                 for (method, tokens), time in medians.items():
                     same = method == ("unpruned" if cell.name == "none" else cell.method)
-                    if same and abs(tokens / cell.tokens - 1) <= TOKENS:
+                    if same and abs(tokens - own_tokens) <= TOKENS * own_tokens:
                         times[cell.task, cell.method, cell.budget] = time
             if times:
                 found[f"prefill, ms ({', '.join(map(str, where))})"] = _with_average(times, len({cell.task for cell in cells}))

@@ -1,4 +1,4 @@
-"""Documents of a sweep as a reader sees them: image, question, answers, and which tokens the methods keep of the image."""
+"""Documents of a sweep as a reader sees them: image, prompt, answers, and which tokens the methods keep of the image."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from eval.reporting.comparison import Cell
 from eval.store import Store
 
 PER_SIDE = 2  # documents shown a task where one method is right, and as many where the other is
-_COLUMNS = ["doc_id", "question", "target", "answer", "score", "visual_tokens", "kept_indices"]
+_COLUMNS = ["doc_id", "prompt", "target", "answer", "score", "visual_tokens", "kept_indices"]
 
 
 class Documents:
@@ -43,10 +43,9 @@ class Documents:
         documents = self._tasks[task].eval_docs
         if not 0 <= row["doc_id"] < len(documents):
             raise ValueError(f"{task}: the data set here has no document {row['doc_id']}; it is not the one the cells ran on")
-        parts = [
-            part for message in self._tasks[task].doc_to_messages(documents[row["doc_id"]]) for part in message["content"]
-        ]  # fmt: skip
-        if not all(part["text"].strip() in row["question"] for part in parts if part["type"] == "text"):
+        messages = self._tasks[task].doc_to_messages(documents[row["doc_id"]])
+        parts = [part for message in messages for part in message["content"]]
+        if not all(part["text"].strip() in row["prompt"] for part in parts if part["type"] == "text"):
             raise ValueError(
                 f"{task}: document {row['doc_id']} here asks another question than the record; not the same data set"
             )
@@ -71,10 +70,10 @@ class Disagreement(NamedTuple):
 
 
 def rivals(comparison: pd.DataFrame, names: Sequence[str] = ()) -> Rivals | None:
-    """The methods of `names`, or else the two best of the table's last column, at the smallest budget they share; None: no two.
+    """The methods of `names`, or else the two best of the last task that two ran at the smallest budget; None: no two.
 
     Raises:
-        ValueError: a name that is not in the comparison, or two that share no budget.
+        ValueError: a name that is not in the comparison, or two that share no budget of a task.
     """
     rows = comparison[comparison["method"] != "none"]
     unknown = sorted(set(names) - set(rows["method"]))
@@ -82,13 +81,14 @@ def rivals(comparison: pd.DataFrame, names: Sequence[str] = ()) -> Rivals | None
         raise ValueError(f"rivals {', '.join(names)}: choose two of {', '.join(sorted(set(rows['method'])))}")
     if names:
         rows = rows[rows["method"].isin(list(names))]
-    shared = rows.groupby("budget").filter(lambda own: own["method"].nunique() >= 2)
+    shared = rows.groupby(["task", "budget"]).filter(lambda own: own["method"].nunique() >= 2)
     if shared.empty:
         if names:
-            raise ValueError(f"rivals {', '.join(names)}: they share no budget")
+            raise ValueError(f"rivals {', '.join(names)}: they share no budget of a task")
         return None
     budget = shared.groupby("budget")["tokens"].mean().idxmin()
-    last = shared[(shared["budget"] == budget) & (shared["task"] == shared["task"].iloc[-1])]
+    shared = shared[shared["budget"] == budget]
+    last = shared[shared["task"] == shared["task"].iloc[-1]]
     best = last.sort_values("value", ascending=False, kind="stable")["method"].head(2)
     return Rivals(str(budget), (best.iloc[0], best.iloc[1]))
 

@@ -10,7 +10,7 @@ from eval.reporting import stats
 from eval.reporting.comparison import Cell, check_one_setting, estimate, provenance
 from eval.reporting.layouts import Layout, Row, rows_of, yaml
 from eval.reporting.reported import averages
-from eval.reporting.verdicts import Verdict, changed_fields, foreign, judge, judge_method, off_budget
+from eval.reporting.verdicts import Verdict, choices, foreign, judge, judge_method, off_budget
 
 CONFIGS = ROOT / "configs"
 AVERAGE = "average"  # the paper's own
@@ -78,7 +78,7 @@ def _place(
         identity = cell.record["identity"]
         if (identity["suite"]["name"], identity["model"]["name"]) != ("hub", layout.model) or cell.task not in layout.tasks:
             continue
-        changed = changed_fields(cell, model)
+        changed = choices(cell, model)
         for row in rows:
             if row.method == cell.name and cell.budget in row.texts:
                 if changed:

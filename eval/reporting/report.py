@@ -19,7 +19,7 @@ from eval.reporting.layouts import layouts
 from eval.reporting.overlay import kept_tokens
 from eval.reporting.provenance import Provenance
 from eval.reporting.reported import load_reported
-from eval.reporting.tables import title
+from eval.reporting.tables import SETTING, title
 from eval.store import digest
 
 DEMONSTRATION = "a demonstration on generated scenes with a tiny model, which says nothing about any published model"
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
     """A document of the gallery; answers as (method, answer, whether it is right)."""
 
     document: str
-    question: str
+    prompt: str
     target: str
     answers: list[tuple[str, str, bool]]
     picture: Picture | None
@@ -58,7 +58,7 @@ class Section:
     markdown: str = ""
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of the comparison, by task
     charts: list[Picture] = field(default_factory=list)
-    kept: list[tuple[str, str, list[Picture]]] = field(default_factory=list)  # document, question, pictures
+    kept: list[tuple[str, str, list[Picture]]] = field(default_factory=list)  # document, prompt, pictures
     rivals: gallery.Rivals | None = None
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
@@ -122,7 +122,7 @@ class Report:
     def _section(self, cells: list[Cell]) -> Section:
         records = [cell.record for cell in cells]
         identity = records[0]["identity"]
-        setting = digest([identity[key] for key in ("suite", "model", "limit", "seed")])[:8]
+        setting = digest([identity[key] for key in SETTING])[:8]
         suite, model, limit = identity["suite"]["name"], identity["model"]["name"], identity["limit"] or "all"
         origin = Provenance.of(cells)
         section = Section(title(records), f"{suite}_{model}_{limit}_{setting}", suite, origin, list(origin.doubts))
@@ -137,9 +137,6 @@ class Report:
         self._documents(section, cells, compared)
         return section
 
-    def _caption(self, section: Section) -> str:
-        return section.title + (f": {DEMONSTRATION}" if section.demonstration else "")
-
     def _picture(self, section: Section, name: str, figure: Figure, caption: str) -> Picture:
         """Draw a figure into its file; the name ends in its format."""
         path = self.results / "figures" / section.anchor / re.sub("[^a-z0-9.]+", "_", name.lower())
@@ -149,7 +146,7 @@ class Report:
         return Picture(path, caption)
 
     def _charts(self, section: Section, cells: list[Cell], compared: pd.DataFrame) -> None:
-        caption = self._caption(section)
+        caption = section.title + (f": {DEMONSTRATION}" if section.demonstration else "")
 
         def add(name: str, figure: Figure, text: str) -> None:
             section.charts.append(self._picture(section, name, figure, text))
@@ -223,7 +220,7 @@ class Report:
                 name = f"kept_{task}_{doc}_{start // _PER_PICTURE}.jpg"
                 text = f"{task} {doc} at budget {budget}: the image, and what is kept of it."
                 pictures.append(self._picture(section, name, kept_tokens(seen[0], kept, seen[1]), text))
-            section.kept.append((f"{task}, document {doc}, budget {budget}", first["question"], pictures))
+            section.kept.append((f"{task}, document {doc}, budget {budget}", first["prompt"], pictures))
 
     def _gallery(self, section: Section, cells: list[Cell], compared: pd.DataFrame, source: gallery.Documents | None) -> None:
         """Documents that one of two methods answers right and the other wrong."""
@@ -242,7 +239,7 @@ class Report:
                 figure = kept_tokens(shown, {_wrapped(name): kept for name, kept in item.kept.items()} if seen else {}, grid)
                 picture = self._picture(section, f"disagree_{document}.jpg", figure, document)
             answers = [(name, text, name == item.right) for name, text in item.answers.items()]
-            section.entries.append(Entry(document, item.row["question"], item.row["target"], answers, picture))
+            section.entries.append(Entry(document, item.row["prompt"], item.row["target"], answers, picture))
 
 
 def _wrapped(label: str) -> str:

@@ -5,61 +5,65 @@ import json
 import sys
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from eval.reporting.terms import HEADLINE, METRICS
 from pruners import REGISTRY
 
 Records = list[dict[str, Any]]
 TITLES = {"pope": "POPE F1", "scienceqa_img": "SQA", "gqa": "GQA", "mme": "MME sum", "mmmu_val": "MMMU", "mmstar": "MMStar"}
-# task -> (metric shown, factor to points)
-HEADLINE = {
-    "pope": ("pope_f1_score", 100.0),
-    "scienceqa_img": ("exact_match", 100.0),
-    "gqa": ("exact_match", 100.0),
-    "mme": ("mme_total_score", 1.0),
-    "mmmu_val": ("mmmu_acc", 100.0),
-    "mmstar": ("average", 100.0),
-}
+SETTING = ("suite", "model", "limit", "seed")  # what cells of one table share
 
 
 def by_setting(records: Records) -> list[Records]:
-    """Records that may share a table: same suite, model, limit and seed."""
+    """Records that may share a table, by setting."""
 
     def setting(record: dict[str, Any]) -> str:
-        identity = record["identity"]
-        return str([identity[key] for key in ("suite", "model", "limit", "seed")])
+        return str([record["identity"][key] for key in SETTING])
 
     return [list(group) for _, group in groupby(sorted(records, key=setting), key=setting)]
 
 
+def changed_fields(pruner: dict[str, Any], expected: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Fields of a record's method that differ from the defaults, or from `expected` where that names them.
+
+    A field that the method was given after the record was written counts as its default.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(REGISTRY[pruner["name"]])}
+    # JSON has no tuples
+    own, usual = (json.loads(json.dumps(fields)) for fields in (defaults | pruner, defaults | (expected or {})))
+    return {name: own[name] for name in defaults if own[name] != usual[name]}
+
+
 def label(pruner: dict[str, Any]) -> str:
     """Method name, options that differ from their defaults, and the mark of a reconstruction."""
-    fields = dataclasses.fields(REGISTRY[pruner["name"]])
-    # JSON has no tuples
-    changed = [f"{f.name}={pruner[f.name]}" for f in fields if json.dumps(pruner[f.name]) != json.dumps(f.default)]
     mark = " (reconstruction)" if pruner["status"] == "reconstruction" else ""
-    return " ".join([pruner["name"], *changed]) + mark
+    return " ".join([pruner["name"], *(f"{name}={value}" for name, value in changed_fields(pruner).items())]) + mark
 
 
 def accuracy(records: Records) -> pd.DataFrame:
     """One row a method and budget, one column a task (headline metric), and the mean share of the unpruned scores in percent.
 
-    The unpruned row comes first, then budgets from large to small. Tasks a row did not run are empty, and so is its mean.
+    Column tokens: visual tokens a prompt, mean over layers and documents, then over the tasks of the row: what a method keeps of
+    a budget may differ by task. The unpruned row comes first, then rows by tokens from many to few. Tasks a row did not run are
+    empty, and so is its mean share.
     """
-    rows: dict[tuple[float, str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    tokens: dict[tuple[str, str], list[float]] = {}
     for record in records:
         identity = record["identity"]
-        metric, factor = HEADLINE[identity["task"]]
-        unpruned = identity["pruner"]["name"] == "none"
-        key = (float("inf") if unpruned else record["average_tokens"], label(identity["pruner"]), identity["budget"])
-        row = rows.setdefault(key, {"method": key[1], "budget": identity["budget"], "tokens": float(record["average_tokens"])})
-        row[TITLES[identity["task"]]] = factor * record["metrics"][metric]
-    order = sorted(rows, key=lambda key: (-key[0], key[1]))
-    table = pd.DataFrame([rows[key] for key in order])
+        task, key = identity["task"], (label(identity["pruner"]), identity["budget"])
+        metric = METRICS[task][HEADLINE[task]]
+        rows.setdefault(key, {})[TITLES[task]] = metric.factor * record["metrics"][metric.stored]
+        tokens.setdefault(key, []).append(record["average_tokens"])
+    means = {key: fmean(own) for key, own in tokens.items()}
+    order = sorted(rows, key=lambda key: (key[0] != "none", -means[key], *key))
+    table = pd.DataFrame([{"method": key[0], "budget": key[1], "tokens": means[key], **rows[key]} for key in order])
     tasks = [title for title in TITLES.values() if title in table]
     table = table[["method", "budget", "tokens", *tasks]]
     unpruned_rows = table[table["method"] == "none"]
@@ -104,7 +108,7 @@ def write(records: Records, folder: Path) -> list[Path]:
         "|" + "|".join("---" if name == "method" else "---:" for name in shown.columns) + "|",
         *("| " + " | ".join(row) + " |" for row in shown.itertuples(index=False)),
         "",
-        f"{len(records)} cells, commit {', '.join(commits)}. `tokens`: visual tokens a prompt, mean over the layers. "
+        f"{len(records)} cells, commit {', '.join(commits)}. `tokens`: visual tokens a prompt, mean over layers and tasks. "
         "`relative %`: mean over tasks of the score as a share of the unpruned model's.",
         "",
     ]

@@ -11,12 +11,11 @@ not comparable   metric, documents, prompt, layout, budget or the printed number
 not run          there is no cell
 """
 
-import dataclasses
-import json
 from typing import Any, NamedTuple
 
 from eval.reporting.comparison import TOKENS, Cell
 from eval.reporting.stats import Interval
+from eval.reporting.tables import changed_fields
 from pruners import REGISTRY, InLLMPruner
 
 MATCH = 1.0
@@ -49,13 +48,10 @@ def judge_method(printed: float, own: Interval, unpruned: Verdict) -> Verdict:
     return Verdict("baseline off", f"unpruned row {unpruned.cause}; relative to it: {verdict.verdict}{apart}")
 
 
-def changed_fields(cell: Cell, model: dict[str, Any]) -> list[str]:
+def choices(cell: Cell, model: dict[str, Any]) -> list[str]:
     """Fields of a cell's method that are neither the defaults nor what the model's config sets."""
-    pruner = cell.record["identity"]["pruner"]
-    expected = {field.name: field.default for field in dataclasses.fields(REGISTRY[cell.name])}
-    expected |= model.get("pruner_fields", {}).get(cell.name, {})
-    expected = json.loads(json.dumps(expected))  # records hold lists for tuples
-    return [f"{name}={pruner[name]}" for name, value in expected.items() if name not in MEASURED and pruner[name] != value]
+    changed = changed_fields(cell.record["identity"]["pruner"], model.get("pruner_fields", {}).get(cell.name, {}))
+    return [f"{name}={value}" for name, value in changed.items() if name not in MEASURED]
 
 
 def foreign(cell: Cell, inputs: dict[str, Any]) -> str:
@@ -73,12 +69,13 @@ def off_budget(cell: Cell, full_tokens: int | None, keep: float | None) -> str:
 
     Args:
         full_tokens: visual tokens of an image before pruning; None: they follow the image.
-        keep: visual tokens after it, or, up to 1, the share of them; None for the unpruned row.
+        keep: visual tokens of an image after it, or, up to 1, the share of them; None for the unpruned row.
     """
-    before = cell.record["visual_tokens"]
+    before, after = cell.per_image(cell.record["visual_tokens"]), cell.per_image(cell.tokens)
     if full_tokens is not None and abs(before - full_tokens) > 0.5:
         return f"layout: {before:.0f} visual tokens an image, not {full_tokens}"
     if keep is None or issubclass(REGISTRY[cell.name], InLLMPruner):  # inside the LLM a budget names the schedule of a release
         return ""
     kept = keep * before if keep <= 1 else keep
-    return "" if abs(cell.tokens / kept - 1) <= TOKENS else f"budget: {cell.tokens:.1f} visual tokens on average, not {kept:.1f}"
+    same = abs(after - kept) <= TOKENS * kept
+    return "" if same else f"budget: {after:.1f} visual tokens an image on average, not {kept:.1f}"

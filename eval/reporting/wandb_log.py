@@ -20,10 +20,10 @@ from eval.reporting.comparison import Cell
 from eval.reporting.costs import first_token_flops
 from eval.reporting.overlay import kept_tokens
 from eval.reporting.stats import METRICS, RESAMPLES
+from eval.reporting.terms import HEADLINE
 from eval.store import Store, digest
 
 RETRIES = 4  # half a minute; wandb's own 20 keep a sweep from ending for a quarter of an hour where there is no network
-SETTING = ("suite", "model", "limit", "seed")
 
 
 class _Run(NamedTuple):
@@ -121,7 +121,7 @@ class WandbLog:
         """The runs of a setting: its cells, and the tables."""
         identity = group[0]["identity"]
         sweep = [self.experiment] if self.experiment else []
-        setting = digest([identity[key] for key in SETTING])[:8]
+        setting = digest([identity[key] for key in tables.SETTING])[:8]
         name = "_".join([*sweep, identity["suite"]["name"], identity["model"]["name"], str(identity["limit"] or "all"), setting])
         runs = []
         for record in group:
@@ -199,7 +199,7 @@ class WandbLog:
             if shares := figures.agreement(cells):
                 logged["agreement"] = _image(figures.agreement_matrices(shares, caption))
         commits = sorted({record["environment"]["commit"] for record in group})
-        config = {key: identity[key] for key in (*SETTING, "versions")} | {"commits": commits}
+        config = {key: identity[key] for key in (*tables.SETTING, "versions")} | {"commits": commits}
         tags = {"model": identity["model"]["name"], "suite": identity["suite"]["name"], "experiment": self.experiment}
         with self._init(key, name, "tables", f"tables of {name}", tags, config, "\n\n".join(notes)) as run:
             run.log(logged)
@@ -227,7 +227,7 @@ class WandbLog:
                     notes.append(f"No picture of document {row['doc_id']}: its tokens form no single grid over the image.")
                 else:
                     figure = kept_tokens(seen[0], {cell.key: gallery.patches(row)}, seen[1])
-                    pictures.append(_image(figure, f"document {row['doc_id']}: {row['question']}"))
+                    pictures.append(_image(figure, f"document {row['doc_id']}: {row['prompt']}"))
         except (OSError, ValueError) as error:  # data sets that are not here, or others
             notes.append(f"No pictures of kept tokens: {error}")
         return pictures
@@ -250,7 +250,7 @@ def _numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
                 notes.append(f"No interval of {metric}: resampling the images does not change it.")
         except ValueError as error:
             notes.append(f"No interval of {metric}: {error}.")
-        names = [metric, "score"] if metric == next(iter(METRICS[cell.task])) else [metric]
+        names = [metric, "score"] if metric == HEADLINE[cell.task] else [metric]
         numbers |= {f"{name}/{end}": value for name in names for end, value in found.items()}
     seconds = cell.rows["seconds"]
     return numbers | {"answer_seconds/median": float(seconds.median()), "answer_seconds/p90": float(seconds.quantile(0.9))}

@@ -1,0 +1,97 @@
+"""The checked settings of one Hydra job. Imports no model code, so that a sweep with nothing to do is quick."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from eval import cell
+from eval.budget import Budget
+from eval.checkpoints import fingerprint
+from eval.store import Store
+from pruners import InLLMPruner, Pruner, build
+
+NOT_OF_THE_MODEL = ("budgets", "pruner_fields")  # what its config holds for grids and pruners
+
+
+@dataclass(frozen=True)
+class Job:
+    """The checked settings of one Hydra job: one model, one method, one budget, several tasks."""
+
+    model: dict[str, Any]
+    pruner: Pruner | InLLMPruner
+    budget: Budget
+    suite: dict[str, Any]
+    tasks: list[str]
+    limit: int | None
+    seed: int
+    shard: tuple[int, int]  # number and count
+    engine: dict[str, Any]  # how the model runs, which changes no answer: batch_tokens, cache, its limits and folder
+    store: Store
+    retry_failed: bool
+    config: dict[str, Any]  # what all this came from
+
+    @classmethod
+    def of(cls, config: DictConfig) -> "Job":
+        """Check a composed config.
+
+        Raises:
+            ValueError, OSError: a field that makes no sense, a folder that cannot be written; the message names the fix.
+        """
+        settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        tasks = [settings["tasks"]] if isinstance(settings["tasks"], str) else settings["tasks"]
+        known = settings["suite"]["tasks"]
+        unknown = sorted(set(tasks) - set(known))
+        if unknown or not tasks:
+            what = ", ".join(unknown) or "no task"
+            raise ValueError(f"tasks={tasks}: {what} is not in suite {settings['suite']['name']!r}; it has {', '.join(known)}")
+        limit = settings["suite"]["limit"] if settings["limit"] == "suite" else settings["limit"]
+        for task in tasks:
+            cell.check_limit(task, limit)
+        return cls(
+            model=settings["model"],
+            pruner=build(**settings["pruner"]),
+            budget=Budget.parse(settings["budget"]),
+            suite=settings["suite"],
+            tasks=tasks,
+            limit=limit,
+            seed=settings["seed"],
+            shard=_shard(settings["shard"]),
+            engine=_engine(settings),
+            store=Store(Path(settings["results"])),
+            retry_failed=settings["retry_failed"],
+            config=settings,
+        )
+
+    def identity(self, task: str, pruner: Pruner | InLLMPruner | None = None) -> dict[str, Any]:
+        """The identity of this job's cell of a task, or of the same cell under another method."""
+        model = {key: value for key, value in self.model.items() if key not in ("device", *NOT_OF_THE_MODEL)}
+        suite = {key: self.suite[key] for key in ("name", "revision")}
+        weights = fingerprint(self.model["pretrained"], self.model["revision"])
+        if self.model["clip"]:
+            weights += f" clip {fingerprint(self.model['clip'], 'main')}"
+        return cell.identity(model, weights, pruner or self.pruner, self.budget, suite, task, self.limit, self.seed)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", str(text))
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if number >= count:
+        raise ValueError(f"shard={text}: write number/count, with numbers from 0: 0/4, 1/4, 2/4, 3/4")
+    return number, count
+
+
+def _engine(settings: dict[str, Any]) -> dict[str, Any]:
+    if settings["cache"] not in ("off", "memory", "disk"):
+        raise ValueError(f"cache={settings['cache']!r} is not one of off, memory, disk")
+    for name in ("batch_tokens", "cache_gb", "cache_disk_gb"):
+        if settings[name] < 0:
+            raise ValueError(f"{name}={settings[name]}: at least 0")
+    return {
+        "batch_tokens": 0 if settings["strict"] else settings["batch_tokens"],
+        "limit_bytes": 0 if settings["cache"] == "off" else int(settings["cache_gb"] * 2**30),
+        "disk_limit_bytes": int(settings["cache_disk_gb"] * 2**30),
+        "folder": str(Path(settings["results"]) / "cache") if settings["cache"] == "disk" else None,
+    }

@@ -1,0 +1,67 @@
+"""A model and its processor: from the hub, from a folder, or drawn at a geometry without weights."""
+
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.models.auto import image_processing_auto
+
+from eval.checkpoints import locate, not_loaded
+from eval.geometry import config_of, random_model, random_processor
+
+
+def load(
+    pretrained: str,
+    name: str,
+    weights: Literal["pretrained", "random"],
+    revision: str,
+    dtype: str,
+    attn_implementation: str | None,
+    device: torch.device,
+    resize: str | None,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model, ready to answer, and its processor; fields as in `eval.models.PrunedModel`.
+
+    Raises:
+        FileNotFoundError: the checkpoint is neither on disk nor reachable, or its files are damaged.
+        ValueError: unknown weights or resize.
+    """
+    if weights == "random":
+        config = config_of(name)
+        processor = random_processor(config)
+        return random_model(config, device, getattr(torch, dtype), attn_implementation or "sdpa"), processor
+    if weights != "pretrained":
+        raise ValueError(f"weights={weights!r} is not one of pretrained, random")
+    place = str(locate(pretrained))
+    try:
+        processor = AutoProcessor.from_pretrained(place, revision=revision, **_backend(resize))
+        model = AutoModelForImageTextToText.from_pretrained(
+            place, revision=revision, dtype=dtype, device_map=str(device), attn_implementation=attn_implementation
+        )
+    except (OSError, SafetensorError) as error:
+        raise FileNotFoundError(not_loaded(pretrained, revision, error)) from error
+    return model.eval(), processor
+
+
+def _backend(resize: str | None) -> dict[str, Any]:
+    """What makes transformers take this backend of its image processors; early releases of 5.x have another name for it."""
+    if resize not in (None, "pil", "torchvision"):
+        raise ValueError(f"model.resize={resize!r} is not one of pil, torchvision")
+    if resize is None:
+        return {}
+    known = hasattr(image_processing_auto, "_resolve_backend")
+    return {"backend": resize} if known else {"use_fast": resize == "torchvision"}
+
+
+def limit_pixels(processor: Any, family: str, least: int | None, most: int | None) -> None:
+    """Set the smallest and largest number of pixels Qwen2.5-VL resizes images to."""
+    if least is None and most is None:
+        return
+    if family != "qwen2_5_vl":
+        raise ValueError(f"model.min_pixels and model.max_pixels are for Qwen2.5-VL, not for the family {family!r}")
+    size = processor.image_processor.size
+    processor.image_processor.size = {
+        "shortest_edge": size["shortest_edge"] if least is None else least,
+        "longest_edge": size["longest_edge"] if most is None else most,
+    }

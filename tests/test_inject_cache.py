@@ -1,0 +1,82 @@
+"""The encode cache behind a block: an image is one entry, whatever stands beside it and whichever method asks first."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_inject import STEPS, logits
+from test_inject import encode as encode_llava
+from test_inject_next import encode as encode_next
+from test_inject_next import setting
+from test_inject_qwen import SIZES
+from test_inject_qwen import encode as encode_qwen
+
+from eval.cache import EncodeCache
+from eval.inject import inject
+from eval.inject.encoder import ImageCache
+from pruners import build
+
+# every method but the last reads something of the encoder that none before it does
+METHODS = ("divprune", "fastervlm", "hiprune", "promprune")
+
+
+@pytest.fixture(params=["llava", "anyres", "fixed2880", "qwen2_5_vl"])
+def case(request, processor, qwen_processor):
+    """A model, its layout, and prompts of two images."""
+    if request.param in ("anyres", "fixed2880"):
+        model, inputs = setting(request.param, "sdpa")
+        return model, request.param, encode_next(inputs, 2)
+    if request.param == "llava":
+        return tiny_model("llava", "sdpa"), None, encode_llava(processor, 2)
+    return tiny_model("qwen2_5_vl", "sdpa"), None, encode_qwen(qwen_processor, [[SIZES[0]], [SIZES[1]]])
+
+
+def answers(case, name: str, images: ImageCache) -> torch.Tensor:
+    model, layout, inputs = case
+    with inject(model, build(name), "50%", layout=layout, cache=images):
+        return logits(model.generate(**inputs, **STEPS))
+
+
+def counted(images: ImageCache) -> tuple[int, int, int]:
+    counts = images.cache.counts
+    return counts.misses, counts.memory_hits, counts.disk_hits
+
+
+def test_what_is_cached_depends_on_no_order_of_methods(case, tmp_path):
+    plain = {name: answers(case, name, ImageCache(EncodeCache(0), "")) for name in METHODS}
+    first = ImageCache(EncodeCache(10**8, tmp_path, 10**9), "")
+    for number, name in enumerate(METHODS, start=1):
+        assert torch.equal(answers(case, name, first), plain[name])
+        # an image is encoded again for what no method has asked for before
+        assert counted(first) == ((2 * number, 0, 0) if number < 4 else (6, 2, 0))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    for memory, found in ((0, (0, 0, 8)), (10**8, (0, 6, 2))):
+        other = ImageCache(EncodeCache(memory, tmp_path, 10**9), "")  # another process
+        for name in reversed(METHODS):
+            assert torch.equal(answers(case, name, other), plain[name])
+        assert counted(other) == found
+
+
+def test_a_new_image_is_encoded_for_all_methods_so_far(case):
+    images = ImageCache(EncodeCache(10**8), "", frozenset({"saliency"}))
+    answers(case, "divprune", images)
+    answers(case, "fastervlm", images)
+    assert counted(images) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("layout", ["anyres", "fixed2880"])
+def test_an_image_is_found_again_beside_a_larger_one(layout):
+    """In a batch its crops are filled up with zeros."""
+    model, inputs = setting(layout, "sdpa")
+    images = ImageCache(EncodeCache(10**8), "")
+    batch, alone = encode_next(inputs, 3), encode_next(inputs, 1, first=1)
+    if layout == "anyres":
+        assert batch["pixel_values"].shape[1] > alone["pixel_values"].shape[1]
+    found = []
+    for given in (alone, batch, alone):
+        with inject(model, build("fastervlm"), "50%", layout=layout, cache=images):
+            found.append(model.generate(**given, **STEPS))
+    assert counted(images) == (3, 2, 0)
+    with inject(model, build("fastervlm"), "50%", layout=layout):
+        plain = model.generate(**alone, **STEPS)
+    for output in (found[0], found[2]):
+        assert torch.equal(logits(output), logits(plain))
