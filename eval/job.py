@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -12,7 +12,21 @@ from eval.budget import Budget
 from eval.checkpoints import fingerprint
 from eval.store import Store
 from pruners import InLLMPruner, Pruner, build
+from pruners.fields import Range, describe, fits
 
+_FIELDS: dict[str, Any] = {  # what a setting may hold
+    "limit": Annotated[int, Range(1)] | None,
+    "seed": Annotated[int, Range(0, 2**32 - 1)],
+    "batch_tokens": Annotated[int, Range(0)],
+    "strict": bool,
+    "cache": Literal["off", "memory", "disk"],
+    "cache_gb": Annotated[float, Range(0)],
+    "cache_disk_gb": Annotated[float, Range(0)],
+    "retry_failed": bool,
+    "model.dtype": Literal["auto", "float32", "float16", "bfloat16"],
+    "model.weights": Literal["pretrained", "random"],
+    "model.max_new_tokens": Annotated[int, Range(1)] | None,
+}
 NOT_OF_THE_MODEL = ("budgets", "pruner_fields")  # what its config holds for grids and pruners
 
 
@@ -41,13 +55,17 @@ class Job:
             ValueError, OSError: a field that makes no sense, a folder that cannot be written; the message names the fix.
         """
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-        tasks = [settings["tasks"]] if isinstance(settings["tasks"], str) else settings["tasks"]
-        known = settings["suite"]["tasks"]
-        unknown = sorted(set(tasks) - set(known))
-        if unknown or not tasks:
-            what = ", ".join(unknown) or "no task"
-            raise ValueError(f"tasks={tasks}: {what} is not in suite {settings['suite']['name']!r}; it has {', '.join(known)}")
-        limit = settings["suite"]["limit"] if settings["limit"] == "suite" else settings["limit"]
+        limit = settings["limit"] = settings["suite"]["limit"] if settings["limit"] == "suite" else settings["limit"]
+        for name, hint in _FIELDS.items():
+            value = settings["model"][name.removeprefix("model.")] if name.startswith("model.") else settings[name]
+            if not fits(hint, value):
+                raise ValueError(f"{name}={'null' if value is None else value} is not {describe(hint).replace('None', 'null')}")
+        tasks = [settings["tasks"]] if isinstance(settings["tasks"], str) else settings["tasks"] or []
+        suite, known = settings["suite"]["name"], ", ".join(settings["suite"]["tasks"])
+        if not tasks:
+            raise ValueError(f"tasks={tasks} names no task; suite {suite!r} has {known}")
+        if unknown := sorted(set(map(str, tasks)) - set(settings["suite"]["tasks"])):
+            raise ValueError(f"tasks={tasks}: {', '.join(unknown)} is not in suite {suite!r}; it has {known}")
         for task in tasks:
             cell.check_limit(task, limit)
         return cls(
@@ -84,11 +102,6 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _engine(settings: dict[str, Any]) -> dict[str, Any]:
-    if settings["cache"] not in ("off", "memory", "disk"):
-        raise ValueError(f"cache={settings['cache']!r} is not one of off, memory, disk")
-    for name in ("batch_tokens", "cache_gb", "cache_disk_gb"):
-        if settings[name] < 0:
-            raise ValueError(f"{name}={settings[name]}: at least 0")
     return {
         "batch_tokens": 0 if settings["strict"] else settings["batch_tokens"],
         "limit_bytes": 0 if settings["cache"] == "off" else int(settings["cache_gb"] * 2**30),

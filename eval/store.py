@@ -124,7 +124,7 @@ class Store:
             sealed = {key: value for key, value in record.items() if key != "seal"}
             samples = (folder / "samples.parquet").read_bytes()
             intact = record["seal"] == digest(sealed) and record["samples_sha256"] == hashlib.sha256(samples).hexdigest()
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedRecord(
                 f"the record in {folder} is damaged ({error}); delete the folder to run the cell again"
             ) from error
@@ -139,9 +139,21 @@ class Store:
         """Per-document rows of a cell."""
         return pd.read_parquet(folder / "samples.parquet")
 
-    def records(self) -> list[dict[str, Any]]:
-        """All finished cells, in the order of their folders."""
-        return [self.read(path.parent) for path in sorted(self.runs.glob("*/*/*/*/record.json"))]
+    def records(self, damaged: list[str] | None = None) -> list[dict[str, Any]]:
+        """All finished cells, in the order of their folders.
+
+        Args:
+            damaged: takes the messages about cells that are; without it the first of them is raised, as a DamagedRecord.
+        """
+        records = []
+        for path in sorted(self.runs.glob("*/*/*/*/record.json")):
+            try:
+                records.append(self.read(path.parent))
+            except DamagedRecord as error:
+                if damaged is None:
+                    raise
+                damaged.append(str(error))
+        return records
 
     def write(self, identity: dict[str, Any], record: dict[str, Any], samples: pd.DataFrame) -> Path:
         """Store a finished cell; an earlier failure of it is forgotten, and its file of answers is no longer needed."""

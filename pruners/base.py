@@ -4,12 +4,12 @@ import dataclasses
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from pruners.fields import describe, fits
+from pruners.fields import Range, describe, fits
 
 EXTRA = -1  # index of an output token that stands for no single patch (a kept CLS token, PruMerge's sum)
 Status = Literal["official", "paper", "secondary", "reconstruction", "baseline"]
@@ -175,15 +175,17 @@ class Pruner(Method):
         return selection
 
     def _check_input(self, tokens: VisualTokens, keep: int) -> None:
+        if not isinstance(tokens.features, Tensor):
+            self.fail(f"features are a {type(tokens.features).__name__}, expected a tensor [B, N, D]")
         if tokens.features.dim() != 3 or 0 in tokens.features.shape:
             self.fail(f"features have shape {tuple(tokens.features.shape)}, expected [B, N, D] with none of them 0")
         batch, count = tokens.shape
-        if not 1 <= keep <= count:
-            self.fail(f"cannot keep {keep} of {count} tokens; the budget must be between 1 and {count}")
+        if not fits(Annotated[int, Range(1, count)], keep):
+            self.fail(f"cannot keep {keep!r} of {count} tokens; the budget must be an integer between 1 and {count}")
         for name in sorted(self.needs):
             if getattr(tokens, name) is None:
                 self.fail(f"needs {name!r}, which this model or call does not provide")
-        if tokens.grid is not None and tokens.grid[0] * tokens.grid[1] != count:
+        if tokens.grid is not None and (min(tokens.grid) < 1 or tokens.grid[0] * tokens.grid[1] != count):
             self.fail(f"grid {tokens.grid} does not hold {count} tokens")
         for name in ("image_of_row", "sample_ids"):
             if (rows := getattr(tokens, name)) is not None and len(rows) != batch:
@@ -191,9 +193,11 @@ class Pruner(Method):
         sizes = {"B": batch, "N": count, "1+N": count + 1, "D": tokens.features.shape[2]}
         for name, tensor in tokens.tensors().items():
             _check_shape(self, name, tensor, sizes)
-        checked = {name: t for name, t in tokens.tensors().items() if name in self.needs and t.is_floating_point()}
+        checked = {name: t for name, t in tokens.tensors().items() if name in self.needs}
+        if integers := [f"{name} {t.dtype}" for name, t in checked.items() if not t.is_floating_point()]:
+            self.fail(f"expects floating point, and got {', '.join(integers)}")
         if not bool(torch.stack([_finite(t) for t in checked.values()]).all()):
-            bad = [name for name, t in checked.items() if not bool(_finite(t))]
+            bad = [f"{name} {list(t.shape)}" for name, t in checked.items() if not bool(_finite(t))]
             self.fail(f"NaN or infinite values in {', '.join(bad)}")
 
 
@@ -307,9 +311,9 @@ class InLLMPruner(Method):
             if tensor is not None:
                 _check_shape(self, name, tensor, sizes)
                 if tensor.is_floating_point() and not bool(_finite(tensor)):
-                    self.fail(f"NaN or infinite values in {name}")
-        if not 1 <= keep <= sizes["n"]:
-            self.fail(f"cannot keep {keep} of {sizes['n']} tokens; the budget must be between 1 and {sizes['n']}")
+                    self.fail(f"NaN or infinite values in {name} {list(tensor.shape)}")
+        if not fits(Annotated[int, Range(1, sizes["n"])], keep):
+            self.fail(f"cannot keep {keep!r} of {sizes['n']} tokens; the budget must be an integer between 1 and {sizes['n']}")
         if not bool(tokens.text.any(1).all()):
             self.fail("text has a row without a real position; the prompt needs text behind the image")
 

@@ -78,6 +78,9 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
         known = isinstance(method, str) and all(isinstance(case, dict) and ("id" in case or "case" in case) for case in cases)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GoldenError(f"{path}: not a golden index ({type(error).__name__}: {error})") from error
+    names = [".".join(case[key] for key in ("method", "case", "id") if key in case) for case in cases] if known else []
+    if len(set(names)) < len(names):
+        raise GoldenError(f"{path}: a case stands in it more than once")
     if not known or not cases:
         raise GoldenError(f"{path}: not a golden index (no cases, or cases without id)")
     if method.removesuffix("_ref") not in METHODS:

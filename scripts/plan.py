@@ -81,6 +81,10 @@ def main() -> None:
         "--rate", nargs="+", default=[], help="documents a second and device where none was measured: 12, or model=12 ..."
     )
     options = parser.parse_args()
+    if unknown := sorted(set(options.experiments) - set(every)):
+        parser.error(f"no experiment {', '.join(unknown)}; there are {', '.join(every)}")
+    if not options.results.is_dir():
+        parser.error(f"--results {options.results}: no such folder")
 
     measured, cells = rates(options.results), {}
     for experiment in options.experiments:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from eval.checkpoints import ROOT
-from eval.reporting import comparison, interval_table, paper_tables, render, reported
+from eval.reporting import comparison, interval_table, paper_tables, render, reported, tables
 from eval.reporting.layouts import layouts
 from eval.reporting.stats import RESAMPLES
 
@@ -24,7 +24,11 @@ def main() -> int:
     folder, console, failed = options.results / "tables", Console(soft_wrap=True, highlight=False, markup=False), False
 
     numbers = reported.load_reported()
-    cells = comparison.load(options.results)
+    damaged: list[str] = []
+    cells = comparison.load(options.results, damaged)
+    for message in damaged:
+        console.print(f"REFUSED {message}", style="red")
+        failed = True
     for layout in layouts():
         try:
             table = paper_tables.build(layout, numbers, cells, options.resamples)
@@ -55,7 +59,7 @@ def main() -> int:
         try:
             compared = comparison.compare(group, options.resamples)
         except ValueError as error:
-            console.print(f"REFUSED {error}", style="red")
+            console.print(f"REFUSED {tables.title([cell.record for cell in group])}: {error}", style="red")
             failed = True
             continue
         for path in interval_table.write(group, compared, folder):

@@ -84,6 +84,7 @@ def test_a_budget_of_all_tokens_leaves_them_alone(file: str, above: int, tmp_pat
         ('{"method": "scope", "cases": []}', "no cases"),
         ('{"method": "scope", "cases": [{}]}', "cases without id"),
         ('{"method": "unheard", "cases": [{"id": "a"}]}', "unknown method 'unheard'; known: "),
+        ('{"method": "scope", "cases": [{"case": "a"}, {"case": "a"}]}', "more than once"),
         ('{"method": "scope", "cases": [{"case": "a"}]}', "scope.safetensors: cannot be read"),
     ],
 )

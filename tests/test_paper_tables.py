@@ -374,6 +374,17 @@ def test_the_script_writes_all_tables_and_refuses_what_it_must(tmp_path, monkeyp
         assert all((tmp_path / "tables" / "papers" / f"{stem}.{suffix}").exists() for suffix in ("md", "tex", "html", "csv"))
     assert (tmp_path / "tables" / "intervals_hub_llava_1_5_7b_all.md").exists()
 
+    record = next((tmp_path / "runs").glob("*/*/*/scope_*/record.json"))
+    whole = record.read_text()
+    record.write_text(whole.replace("0.", "1.", 1))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "tables.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert f"REFUSED the record in {record.parent} was changed" in out
+    assert "SCOPE Table 1, llava_1_5_7b: 143 not run, 1 match" in out
+    record.write_text(whole)
+
     other = ours({("scope", "64"): 0.3}, tasks=("gqa",))[1]
     other.record["identity"]["versions"] = {"secateur": "0.2.0"}
     store.write(other.record["identity"], {k: v for k, v in other.record.items() if k != "identity"}, other.rows)

@@ -45,3 +45,15 @@ def test_rates_are_given_for_all_models_or_by_name():
     for wrong, told in (("lava=4", "lava"), ("0", "positive"), ("fast", "positive"), ("llava_next_7b=nan", "positive")):
         with pytest.raises(ValueError, match=told):
             plan.given([wrong], models)
+
+
+def test_unknown_experiments_and_folders_are_named(tmp_path, monkeypatch, capsys):
+    for arguments, told in (
+        (["tabel1"], "no experiment tabel1; there are "),
+        (["--results", str(tmp_path / "x")], "no such folder"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, capsys, *arguments)
+        assert ended.value.code
+        assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

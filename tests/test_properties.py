@@ -179,10 +179,10 @@ def sample(name: str) -> tuple[Any, Any, int]:
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
-@pytest.mark.parametrize("keep", [-1, 0, 17])
+@pytest.mark.parametrize("keep", [-1, 0, 17, 4.0, "4", None, True])
 def test_impossible_budget(name: str, keep: int) -> None:
     pruner, tokens, _ = sample(name)
-    with pytest.raises(PrunerError, match=f"'{name}': cannot keep {keep} of 16 tokens; the budget must be between 1 and 16"):
+    with pytest.raises(PrunerError, match=f"'{name}': cannot keep {keep!r} of 16 tokens; the budget must be an integer"):
         pruner.prune(tokens, keep)
 
 
@@ -198,8 +198,25 @@ def test_values_that_are_not_finite(name: str, value: float) -> None:
     for key in floats(name, tokens):
         bad = getattr(tokens, key).clone()
         bad.view(-1)[5] = value
-        with pytest.raises(PrunerError, match=f"'{name}': NaN or infinite values in {key}"):
+        with pytest.raises(PrunerError, match=rf"'{name}': NaN or infinite values in {key} \[\d"):
             pruner.prune(dataclasses.replace(tokens, **{key: bad}), keep)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_integers_are_no_captures(name: str) -> None:
+    pruner, tokens, keep = sample(name)
+    for key in floats(name, tokens):
+        bad = dataclasses.replace(tokens, **{key: getattr(tokens, key).long()})
+        with pytest.raises(PrunerError, match=f"'{name}': expects floating point, and got {key} torch.int64"):
+            pruner.prune(bad, keep)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_that_are_no_tensor_and_impossible_grids(name: str) -> None:
+    pruner, tokens, keep = sample(name)
+    for bad, told in (({"features": None}, "features are a NoneType"), ({"grid": (-4, -4)}, r"grid \(-4, -4\) does not hold 16")):
+        with pytest.raises(PrunerError, match=f"'{name}': {told}"):
+            pruner.prune(dataclasses.replace(tokens, **bad), keep)
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))

@@ -49,6 +49,14 @@ def test_an_edited_or_truncated_record_is_refused(tmp_path):
     (folder / "record.json").write_text(text[:40])
     with pytest.raises(DamagedRecord, match="delete the folder"):
         store.load(IDENTITY)
+    for content in ("[]", "null", "3"):
+        (folder / "record.json").write_text(content)
+        with pytest.raises(DamagedRecord, match="delete the folder"):
+            store.records()
+    damaged: list[str] = []
+    assert store.records(damaged) == []
+    assert len(damaged) == 1
+    assert str(folder) in damaged[0]
     (folder / "record.json").write_text(text)
     (folder / "samples.parquet").write_bytes((folder / "samples.parquet").read_bytes()[:-10])
     with pytest.raises(DamagedRecord):

@@ -64,9 +64,13 @@ def place(images: list[EncodedImage], visual: Tensor) -> list[PlacedImage]:
         if not images:
             raise ValueError(
                 f"the prompt has {len(positions)} image placeholders, but no image was encoded inside this block "
-                "(the literal text of a placeholder in a question counts as one)"
+                "(the literal text of a placeholder in a question counts as one; with use_cache=False the prompt comes again "
+                "at every step, without its image)"
             )
-        raise ValueError(f"{len(positions)} image placeholders for images of {', '.join(map(str, sizes))} tokens")
+        raise ValueError(
+            f"{len(positions)} image placeholders for images of {', '.join(map(str, sizes))} tokens (beam search, or several "
+            "answers a prompt, repeat the prompt without its image: generate one answer a prompt)"
+        )
     placed: list[PlacedImage] = []
     for image, row, places in zip(images, rows.split(sizes), positions.split(sizes), strict=True):
         owner = int(row[0])

@@ -49,6 +49,8 @@ def inject(
         ValueError: a model family, budget or option that is not supported, or a block of this model that is still open. Errors
             of the pruner reach the caller of the model.
     """
+    if not isinstance(pruner, Pruner | InLLMPruner):
+        raise ValueError(f"{pruner!r} is no pruner: pass what pruners.build(name) gives")
     adapter, budget, trace = adapter_for(model, layout), Budget.parse(budget), Trace()
     if isinstance(pruner, InLLMPruner) and positions is not None:
         raise ValueError(

@@ -68,14 +68,10 @@ class Cell(NamedTuple):
         return definition.factor * self.record["metrics"][definition.stored]
 
 
-def load(results: Path) -> list[Cell]:
-    """All finished cells of a results folder.
-
-    Raises:
-        DamagedRecord: one of them was changed behind the store's back.
-    """
+def load(results: Path, damaged: list[str] | None = None) -> list[Cell]:
+    """All finished cells of a results folder; `damaged` as in `Store.records`."""
     store, cells = Store(results), []
-    for record in store.records():
+    for record in store.records(damaged):
         path = store.folder(record["identity"]) / "samples.parquet"
         stored = pq.read_schema(path).names
         cells.append(Cell(record, pd.read_parquet(path, columns=[name for name in _COLUMNS if name in stored])))

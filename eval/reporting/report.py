@@ -102,7 +102,8 @@ class Report:
     ) -> None:
         self.results, self.resamples, self.data_root = results, resamples, data_root
         self.documents, self.rivals = documents, rivals
-        cells = comparison.load(results)
+        self._damaged: list[str] = []
+        cells = comparison.load(results, self._damaged)
         if not cells:
             raise ValueError(f"no finished cells in {results / 'runs'}; run `make sweep` first")
         self.sections = [self._section(group) for group in comparison.settings(cells)]
@@ -111,13 +112,14 @@ class Report:
     @property
     def problems(self) -> list[str]:
         """What is refused or missing, with its place."""
-        found = [f"{section.title}: {text}" for section in self.sections for text in section.warnings]
+        found = [f"REFUSED {message}" for message in self._damaged]
+        found += [f"{section.title}: {text}" for section in self.sections for text in section.warnings]
         return found + [f"{table.title}: REFUSED: {table.refused}" for table in self.published if table.refused]
 
     @property
     def refused(self) -> bool:
         sections = any(text.startswith("REFUSED") for section in self.sections for text in section.warnings)
-        return sections or any(table.refused for table in self.published)
+        return bool(self._damaged) or sections or any(table.refused for table in self.published)
 
     def _section(self, cells: list[Cell]) -> Section:
         records = [cell.record for cell in cells]
