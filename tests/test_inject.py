@@ -355,5 +355,7 @@ def test_settings_that_make_no_sense_are_errors(model, processor):
             model.generate(**encode(processor, 1), max_new_tokens=1)
     with pytest.raises(ValueError, match="positions"), inject(model, build("scope"), 3, "absolute"):
         pass
+    with pytest.raises(ValueError, match=r"'scope' is no pruner: pass what pruners\.build"), inject(model, "scope", 3):
+        pass
     with inject(model, build("none"), "full"), pytest.raises(ValueError, match="input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, 64))
