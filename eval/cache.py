@@ -95,6 +95,12 @@ class EncodeCache:
         self._remember(key, tensors)
         return tensors
 
+    def clear(self) -> None:
+        """Give the memory back; entries on disk stay."""
+        self.counts.memory_evictions += len(self._entries)
+        self._entries.clear()
+        self.bytes = 0
+
     def _remember(self, key: str, tensors: Tensors) -> None:
         size = _size(tensors)
         if size > self.limit_bytes:

@@ -241,6 +241,7 @@ class PrunedModel(lmms):
             if len(batch) == 1:
                 raise
         # only out here the tensors of the failed call are gone: the exception's traceback held them
+        self.images.cache.clear()  # on the accelerator too
         torch.cuda.empty_cache()
         self.batch_tokens = min(self.batch_tokens, len(batch) * max(map(self._positions, batch)) // 2)
         log.warning("out of memory at a batch of %d: batch_tokens is now %d", len(batch), self.batch_tokens)

@@ -248,3 +248,13 @@ def test_a_key_tells_content_shape_dtype_and_model_apart():
 def test_negative_limits_are_refused():
     with pytest.raises(ValueError, match="at least 0"):
         EncodeCache(-1)
+
+
+def test_a_cleared_cache_holds_nothing_and_encodes_again():
+    cache = EncodeCache(1000)
+    first = cache.fetch("a", lambda: {"x": torch.arange(4.0)})
+    cache.clear()
+    assert (cache.bytes, cache.counts.memory_evictions) == (0, 1)
+    again = cache.fetch("a", lambda: {"x": torch.arange(4.0)})
+    assert again["x"] is not first["x"]
+    assert cache.counts.misses == 2
