@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from eval.budget import Budget
-from eval.checkpoints import ROOT
+from eval.checkpoints import ROOT, hub_commit
 from pruners import InLLMPruner, Pruner
 
 if TYPE_CHECKING:  # importing lmms-eval takes seconds, which a sweep with nothing to do need not spend
@@ -91,10 +91,10 @@ def environment(device: "torch.device") -> dict[str, Any]:
     }
 
 
-def sources(model: "PrunedModel", task: "Task") -> dict[str, Any]:
-    """What `main` of the hub was when a cell ran: the commit of the weights, and the fingerprint of the data set."""
+def sources(model: dict[str, Any], task: "Task") -> dict[str, Any]:
+    """What `main` of the hub was when a cell ran: the commit of a model's files, and the fingerprint of the data set."""
     return {
-        "weights_commit": getattr(model.model.config, "_commit_hash", None),
+        "weights_commit": hub_commit(model["pretrained"], model["revision"]) if model["weights"] == "pretrained" else None,
         "data_fingerprint": getattr(task.eval_docs, "_fingerprint", None),
     }
 

@@ -4,6 +4,8 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -28,6 +30,14 @@ def fingerprint(pretrained: str, revision: str) -> str:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def hub_commit(pretrained: str, revision: str) -> str | None:
+    """The commit of a hub id's files in the local cache, which a revision like `main` stands for; None for a folder."""
+    if isinstance(locate(pretrained), Path):
+        return None
+    place = try_to_load_from_cache(pretrained, "config.json", revision=revision)
+    return Path(place).parent.name if isinstance(place, str) else None
 
 
 def not_loaded(pretrained: str, revision: str, error: Exception, option: str = "model.pretrained") -> str:

@@ -140,7 +140,7 @@ def _settle(job: Job, task: str, identity: dict[str, Any], part: str) -> Outcome
     except (ValueError, OSError) as error:  # of the data, which the other tasks do not need
         _stop_if_unwritable(error)
         return {"state": "failed", "message": str(error)}
-    environment = cell.environment(model.device) | cell.sources(model, documents)
+    environment = cell.environment(model.device) | cell.sources(job.model, documents)
     try:
         record, samples = _answer(job, task, model, documents, store.answers(identity, part), store.all_answers(identity))
         # memory may have made the batches smaller

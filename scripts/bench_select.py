@@ -1,6 +1,6 @@
 """Milliseconds per image of every selection, beside the literal formulation of its steps.
 
-    python scripts/bench_select.py                       everything: about twenty minutes on two cores
+    python scripts/bench_select.py                       everything: about a quarter of an hour on two cores
     python scripts/bench_select.py --quick               a few seconds: one shape, one budget, few repeats
     python scripts/bench_select.py --pruners scope,divprune --shapes 576x1024 --threads 2
     python scripts/bench_select.py --device cuda         the same on a GPU, with the kernels launched per selection

@@ -52,9 +52,11 @@ def qwen_eager() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory: pytest.TempPathFactory):
     """Sweeps over two small tasks that this module may disturb."""
-    from sweeping import make_sweeps  # needs `datasets`, which most tests do without
+    from sweeping import Sweeps  # needs `datasets`, which most tests do without
 
-    return make_sweeps(tmp_path_factory.mktemp("data"))
+    from eval.shapes.datasets import build
+
+    return Sweeps(build(tmp_path_factory.mktemp("data") / "shapes"))
 
 
 def picture(seed: int) -> Image.Image:

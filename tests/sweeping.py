@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.progress import Interrupt, console
-from eval.shapes.datasets import build as build_shapes
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "sweep.py"
 
@@ -74,7 +73,3 @@ def wait_for(condition, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.005)
-
-
-def make_sweeps(folder: Path) -> Sweeps:
-    return Sweeps(build_shapes(folder / "shapes"))

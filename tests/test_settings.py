@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from eval import cell
 from eval.budget import Budget
-from eval.checkpoints import fingerprint
+from eval.checkpoints import fingerprint, hub_commit
 from eval.job import Job
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -130,3 +130,16 @@ def test_every_file_of_a_local_model_counts_but_its_card(tmp_path, name, counts)
     (tmp_path / name).write_text("two")
     assert (fingerprint(str(tmp_path), "main") != before) is counts
     fingerprint.cache_clear()
+
+
+def test_the_commit_behind_a_revision_is_read_from_the_hubs_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert hub_commit("org/model", "main") is None
+    repository = tmp_path / "models--org--model"
+    (repository / "snapshots" / "a1b2c3").mkdir(parents=True)
+    (repository / "snapshots" / "a1b2c3" / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a1b2c3")
+    assert hub_commit("org/model", "main") == hub_commit("org/model", "a1b2c3") == "a1b2c3"
+    assert hub_commit("org/model", "other") is None
+    assert hub_commit("eval/shapes/model", "main") is None
