@@ -1,29 +1,38 @@
 # Secateur. `make sweep` and `make test` set up what they need; `make help` lists everything.
-# An environment of your own: make sweep PYTHON=/path/to/python (with `pip install -e .[dev]` done there).
+# .venv holds exactly what requirements.lock names. An environment of your own, with other versions:
+# make sweep PYTHON=/path/to/python (with `pip install -e '.[eval,dev]'` done there).
 SHELL := /bin/bash
 EXPERIMENT ?= shapes
 PYTHON ?= .venv/bin/python
+PYTHON3 ?= python3
+UV := .venv/tools/bin/uv
 # NAME=value words on the command line that are not make's own go to Hydra: make sweep pruner=scope budget=16,32 limit=20
-OVERRIDES = $(foreach word,$(filter-out EXPERIMENT=% PYTHON=% OUT=%,$(MAKEOVERRIDES)),'$(word)')
+OVERRIDES = $(foreach word,$(filter-out EXPERIMENT=% PYTHON=% PYTHON3=% OUT=% MATRIX=%,$(MAKEOVERRIDES)),'$(word)')
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep tables report bench bench-gpu flops test test-faults test-matrix bench-sweep lint golden bench-select methods readme train-shapes clean
+.PHONY: help sweep tables report bench bench-gpu flops test test-faults test-matrix test-newest \
+	bench-sweep lint golden bench-select methods readme train-shapes clean lock checked
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 # with PYTHON=... the environment is the caller's
 ifeq ($(PYTHON),.venv/bin/python)
-READY := .venv/ready
+READY := checked
 endif
 
-.venv: .venv/ready  ## create the environment (about a minute with a quick network)
-.venv/ready: pyproject.toml
-	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Secateur needs Python 3.11 or newer, python3 is " + sys.version)'
-	test -x .venv/bin/python || python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
-	.venv/bin/uv pip install --quiet --python .venv/bin/python --editable '.[dev]'
-	touch $@
+.venv: .venv/ready  ## create the environment from the lock (about a minute with a quick network)
+.venv/ready: requirements.lock
+	$(PYTHON3) scripts/environment.py
+
+checked: .venv/ready
+	@.venv/bin/python scripts/environment.py --check
+
+lock: .venv/ready  ## renew requirements.lock from pyproject.toml, then run every test on it
+	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-emit-index-url --no-header \
+	  --prerelease disallow --python-version 3.11 --all-extras pyproject.toml -o requirements.lock
+	$(MAKE) test
+	$(MAKE) test-matrix
 
 sweep: $(READY)  ## run the grid of EXPERIMENT (default: shapes); Hydra overrides pass through
 	$(PYTHON) scripts/sweep.py -m experiment=$(EXPERIMENT) $(OVERRIDES)
@@ -31,8 +40,8 @@ sweep: $(READY)  ## run the grid of EXPERIMENT (default: shapes); Hydra override
 test: $(READY)  ## run the tests
 	$(PYTHON) -m pytest
 
-# oldest, middle and newest transformers that injection is tested on; eval/inject/families.py, TESTED
-MATRIX := 5.0.0 5.17.0 newest
+# the releases of transformers that injection is tested on; eval/inject/families.py, TESTED
+MATRIX := 5.0.0 5.17.0 5.23.0 5.24.0
 INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry.py tests/test_families.py tests/test_bench.py
 
 test-faults: $(READY)  ## run the long fault tests: kills, full disks, several processes
@@ -57,13 +66,24 @@ bench-sweep: $(READY)  ## documents per second of a sweep, beside lmms-eval's ow
 	$(PYTHON) scripts/bench_sweep.py
 	$(PYTHON) scripts/bench_memory.py
 
-test-matrix: $(READY)  ## run the injection tests on three releases of transformers, in environments of their own
+test-matrix: .venv/ready  ## run the injection tests on every release of MATRIX, in environments of their own
 	set -e; for release in $(MATRIX); do \
-	  echo "== transformers $$release"; home=.venv-matrix/$$release; pin=transformers$${release:+==$$release}; \
-	  test -x $$home/bin/python || $(PYTHON) -m venv $$home; \
-	  .venv/bin/uv pip install --quiet --python $$home/bin/python --editable '.[dev]' $${pin%==newest}; \
+	  echo "== transformers $$release"; home=.venv-matrix/$$release; \
+	  $(UV) venv --quiet --clear --python .venv/bin/python $$home; \
+	  $(UV) pip sync --quiet --python $$home --require-hashes requirements.lock; \
+	  echo "transformers==$$release" > $$home/override; \
+	  $(UV) pip install --quiet --python $$home --override $$home/override --editable '.[eval,dev]'; \
 	  $$home/bin/python -m pytest $(INJECTION); \
 	done
+
+# the canary: what a fresh install without the lock would meet today
+test-newest: .venv/ready  ## injection tests and a short sweep on the newest release of every dependency
+	$(UV) venv --quiet --clear --python .venv/bin/python .venv-matrix/newest
+	$(UV) pip install --quiet --upgrade --python .venv-matrix/newest --editable '.[eval,slurm,gpu,dev]'
+	@echo "== moved since the lock:"; .venv-matrix/newest/bin/python scripts/environment.py --moved
+	.venv-matrix/newest/bin/python -m pytest $(INJECTION)
+	.venv-matrix/newest/bin/python scripts/sweep.py -m results=.venv-matrix/newest/results \
+	  pruner=none,scope budget=16 'tasks=[pope,gqa]' limit=10
 
 lint: $(READY)  ## check style and types
 	$(PYTHON) -m ruff check .

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-ROOT = Path(__file__).resolve().parents[1]
+from eval.paths import ROOT
 
 
 def locate(pretrained: str) -> str | Path:

@@ -1,0 +1,134 @@
+"""The lock: exact versions of everything the project runs with, and how an environment differs."""
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from eval.paths import ROOT
+
+LOCK = ROOT / "requirements.lock"
+_DECIDING = ("lmms-eval", "transformers")  # their code decides answers, so it is hashed as well
+
+
+@dataclass(frozen=True)
+class Pin:
+    """One package of the lock, where its marker holds."""
+
+    line: int
+    requirement: Requirement
+
+    @property
+    def name(self) -> str:
+        return canonicalize_name(self.requirement.name)
+
+    @property
+    def version(self) -> str:
+        (specifier,) = self.requirement.specifier
+        return specifier.version
+
+    @property
+    def applies(self) -> bool:
+        """Whether the pin is for this Python and platform."""
+        return self.requirement.marker is None or self.requirement.marker.evaluate()
+
+
+def pins(lock: Path = LOCK) -> Iterator[Pin]:
+    """The pins of a lock file, in the order of their lines; hashes and comments are left out."""
+    for number, line in enumerate(lock.read_text().splitlines(), 1):
+        if line and not line.startswith((" ", "#")):
+            yield Pin(number, Requirement(line.removesuffix("\\").strip()))
+
+
+def digest(lock: Path = LOCK) -> str:
+    """What names a lock in records: the first 12 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
+
+
+def differences(lock: Path = LOCK) -> dict[str, str]:
+    """Packages of this environment whose version is not the lock's: name -> "installed (lock: version)".
+
+    A package that is not installed is no difference: an environment of one's own may need fewer.
+    """
+    found = {}
+    for pin in pins(lock):
+        installed = _installed(pin.name)
+        if pin.applies and installed is not None and installed.version != pin.version:
+            found[pin.name] = f"{installed.version} (lock: {pin.version})"
+    return found
+
+
+@cache
+def state(lock: Path = LOCK) -> dict[str, Any]:
+    """What a record says of its environment: the lock's digest, or "not the lock" and why."""
+    if not lock.exists():
+        return {"lock": "not the lock", "differences": "installed without requirements.lock"}
+    if differing := differences(lock):
+        return {"lock": "not the lock", "differences": differing}
+    return {"lock": digest(lock)}
+
+
+def problems(lock: Path = LOCK) -> list[str]:
+    """How this environment differs from the lock, down to missing packages and edited files."""
+    found = [f"{name} {versions}" for name, versions in differences(lock).items()]
+    for pin in pins(lock):
+        if not pin.applies:
+            continue
+        installed = _installed(pin.name)
+        if installed is None:
+            found.append(f"{pin.name} is not installed (lock: {pin.version})")
+        elif pin.name in _DECIDING:
+            found += [f"{pin.name}: {path} was edited or deleted" for path in _edited(installed)]
+    return found
+
+
+def unmet(pyproject: dict[str, Any], lock: Path = LOCK) -> list[str]:
+    """Requirements of pyproject.toml, parsed, that the lock does not meet, with the lock's lines."""
+    project = pyproject["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = [Requirement(text) for part in (project["dependencies"], *extras) for text in part]
+    by_name: dict[str, list[Pin]] = {}
+    for pin in pins(lock):
+        by_name.setdefault(pin.name, []).append(pin)
+    found = []
+    for requirement in wanted:
+        mine = by_name.get(canonicalize_name(requirement.name), [])
+        if not mine:
+            found.append(f"{lock.name} has no line for {str(requirement)!r} of pyproject.toml")
+        for pin in mine:
+            if not requirement.specifier.contains(pin.version, prereleases=True):
+                found.append(
+                    f"{lock.name}, line {pin.line}: {pin.name}=={pin.version} does not meet "
+                    f"{str(requirement)!r} of pyproject.toml"
+                )
+    return found
+
+
+@cache
+def _installed(name: str) -> Distribution | None:
+    try:
+        return distribution(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _edited(package: Distribution) -> Iterator[str]:
+    """Python files of a package that are not as its wheel brought them."""
+    for file in package.files or []:
+        if file.suffix == ".py" and file.hash is not None:
+            path = Path(str(file.locate()))
+            if not path.exists() or _hash(path, file.hash.mode) != file.hash.value:
+                yield str(file)
+
+
+def _hash(path: Path, algorithm: str) -> str:
+    """The hash of a file as the RECORD of a wheel writes it."""
+    value = hashlib.new(algorithm, path.read_bytes()).digest()
+    return base64.urlsafe_b64encode(value).decode().rstrip("=")

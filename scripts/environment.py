@@ -1,0 +1,114 @@
+"""The project's own environment, .venv: exactly what requirements.lock names. `make` calls it.
+
+    python3 scripts/environment.py             make or renew .venv, with any Python that is supported
+    .venv/bin/python scripts/environment.py --check   is .venv still what the lock names?
+    .venv/bin/python scripts/environment.py --moved   versions of this environment that are not the lock's
+
+Without an option only the standard library is used: nothing is installed yet.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+READY = VENV / "ready"  # what make looks at
+UV = "0.13.9"  # the installer; the lock is made with the same one
+OLDEST, NEWEST = (3, 11), (3, 14)
+
+
+class Unusable(Exception):
+    """The environment cannot be made or used; the message says why and what to do."""
+
+
+def make() -> None:
+    """Create .venv where it is missing or broken, and install the lock and the project into it.
+
+    Raises:
+        Unusable: this Python is not supported, or an installation failed.
+    """
+    require_supported(sys.version_info[:2])
+    READY.unlink(missing_ok=True)
+    python = VENV / "bin" / "python"
+    pip_works = [str(python), "-m", "pip", "--version"]
+    if not python.exists() or subprocess.run(pip_works, capture_output=True).returncode:
+        _run(sys.executable, "-m", "venv", "--clear", VENV)
+    # uv lives beside the packages, since it removes from them what the lock does not name
+    tools = VENV / "tools"
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if not (tools / f"uv-{UV}.dist-info").exists():
+        _run(*pip, "--upgrade", "--target", tools, f"uv=={UV}")
+    uv = [tools / "bin" / "uv", "pip"]
+    here = ["--quiet", "--python", python]
+    _run(*uv, "sync", *here, "--require-hashes", "requirements.lock")
+    _run(*uv, "install", *here, "--no-deps", "--no-build-isolation", "--editable", ".")
+    READY.touch()
+
+
+def require_supported(version: "tuple[int, int]") -> None:
+    """Raise Unusable for a Python that is too old or untested."""
+    if not OLDEST <= version <= NEWEST:
+        raise Unusable(
+            "Secateur is tested on Python {}.{} to {}.{}, and this is Python {}.{}. Name another "
+            "one: make sweep PYTHON3=python3.12".format(*OLDEST, *NEWEST, *version)
+        )
+
+
+def check() -> None:
+    """Compare .venv with the lock.
+
+    Raises:
+        Unusable: a package is missing, has another version, or was edited; or pyproject.toml asks
+            for something that the lock does not hold.
+    """
+    import tomllib
+
+    try:
+        from eval.lock import problems, unmet
+    except ModuleNotFoundError as error:
+        raise Unusable(f".venv is half made ({error}). Delete the folder and run make again.") from error
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    if lines := unmet(pyproject):
+        raise Unusable(f"{'; '.join(lines)}. Run make lock, which renews the lock and tests it.")
+    if found := problems():
+        raise Unusable(
+            f".venv is no longer what requirements.lock names: {'; '.join(found)}. Run make clean "
+            "and the command again; for other versions use an environment of your own with "
+            "PYTHON=..., whose records name them."
+        )
+
+
+def _run(*command: object) -> None:
+    words = [str(word) for word in command]
+    if subprocess.run(words, cwd=ROOT).returncode:
+        raise Unusable(
+            f"the environment could not be finished: {' '.join(words)} failed, and the lines above "
+            "say why. Nothing needs to be deleted: once the cause is gone (offline? disk full?), "
+            "the same make command goes on from here."
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="compare .venv with the lock")
+    what.add_argument("--moved", action="store_true", help="print what differs from the lock")
+    options = parser.parse_args()
+    try:
+        if options.moved:
+            from eval.lock import differences
+
+            for name, versions in differences().items():
+                print(f"{name}: {versions}")
+        elif options.check:
+            check()
+        else:
+            make()
+    except Unusable as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
