@@ -40,7 +40,7 @@ sweep: $(READY)  ## run the grid of EXPERIMENT (default: shapes); Hydra override
 test: $(READY)  ## run the tests
 	$(PYTHON) -m pytest
 
-# the releases of transformers that injection is tested on; eval/inject/families.py, TESTED
+# the releases of transformers that injection is tested on; eval/injection/families.py, TESTED
 MATRIX := 5.0.0 5.17.0 5.23.0 5.24.0
 INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry.py tests/test_families.py tests/test_bench.py
 
@@ -88,6 +88,8 @@ test-newest: .venv/ready  ## injection tests and a short sweep on the newest rel
 lint: $(READY)  ## check style and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	rm -rf build/links && mkdir -p build/links/secateur  # mypy reads no editable install
+	ln -s $(abspath $(wildcard eval/*) pruners) build/links/secateur
 	$(PYTHON) -m mypy
 
 train-shapes: $(READY)  ## train the embedded model from nothing (about an hour on two cores) into OUT

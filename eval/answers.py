@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TextIO, TypeVar
 
 from pydantic import TypeAdapter
-
-from eval.store import digest
+from secateur.store import digest
 
 A = TypeVar("A", bound=Any)  # a dataclass
 Key = tuple[str, int]  # task and document
@@ -36,7 +35,9 @@ class Answers(dict[Key, A], Generic[A]):
             self._read(other)
         whole, damaged = self._read(path)
         if damaged:
-            log.warning("%d lines of %s are torn or edited; their documents are asked again", damaged, path)
+            log.warning(
+                "%d lines of %s are torn or edited; their documents are asked again", damaged, path
+            )
             scratch = path.with_suffix(".writing")
             scratch.write_bytes(b"".join(whole))
             scratch.rename(path)
@@ -60,7 +61,13 @@ class Answers(dict[Key, A], Generic[A]):
                 content = json.loads(line)
                 if content.pop("digest") != digest(content) or not line.endswith(b"\n"):
                     raise ValueError
-                self.update({(content["task"], content["doc_id"]): self._adapter.validate_python(content["answer"])})
+                self.update(
+                    {
+                        (content["task"], content["doc_id"]): self._adapter.validate_python(
+                            content["answer"]
+                        )
+                    }
+                )
                 whole.append(line)
             except (ValueError, KeyError, TypeError, AttributeError):
                 damaged += 1

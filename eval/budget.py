@@ -39,7 +39,9 @@ class Budget:
                 "either with /tile for every crop, or full"
             ) from None
         if budget.tokens is not None and budget.tokens < 1:
-            raise ValueError(f"budget={value!r}: at least 1 visual token must stay; to remove none use pruner=none")
+            raise ValueError(
+                f"budget={value!r}: at least 1 visual token must stay; to remove none use pruner=none"
+            )
         if budget.retention is not None and not 0 < budget.retention <= 1:
             raise ValueError(f"budget={value!r}: a retention lies above 0 and up to 1 (100%)")
         return budget
@@ -66,7 +68,9 @@ class Budget:
             return [self.resolve(size)] * crops
         share, left = divmod(self.resolve(crops * size), crops)
         if not share:
-            raise ValueError(f"budget={self}: an image has {crops} crops, and at least 1 token of each must stay")
+            raise ValueError(
+                f"budget={self}: an image has {crops} crops, and at least 1 token of each must stay"
+            )
         return [share + (crop < left) for crop in range(crops)]
 
     def most(self, available: int) -> int:

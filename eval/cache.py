@@ -59,11 +59,15 @@ class EncodeCache:
 
     def __post_init__(self) -> None:
         if self.limit_bytes < 0 or self.disk_limit_bytes < 0:
-            raise ValueError(f"limits of the cache are bytes, at least 0: {self.limit_bytes}, {self.disk_limit_bytes}")
+            raise ValueError(
+                f"limits of the cache are bytes, at least 0: {self.limit_bytes}, {self.disk_limit_bytes}"
+            )
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def fetch(self, key: str, encode: Callable[[], Tensors], names: Set[str] = frozenset()) -> Tensors:
+    def fetch(
+        self, key: str, encode: Callable[[], Tensors], names: Set[str] = frozenset()
+    ) -> Tensors:
         """The tensors of a key, encoded where neither tier has them, or not all of `names`: those then join the entry.
 
         Hit or miss, the same bits in the same layout (contiguous). The tensors are shared: do not write into them.
@@ -136,7 +140,9 @@ class EncodeCache:
         """Publish an entry whole; the oldest make room for it first."""
         if self.folder is None:
             return
-        content = save({name: tensor.cpu() for name, tensor in tensors.items()}, {"sha256": _digest(tensors)})
+        content = save(
+            {name: tensor.cpu() for name, tensor in tensors.items()}, {"sha256": _digest(tensors)}
+        )
         if len(content) > self.disk_limit_bytes:
             return
         scratch = self.folder / f"{key}.writing"

@@ -15,16 +15,16 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from secateur.budget import Budget
+from secateur.checkpoints import ROOT, hub_commit
+from secateur.pruners import InLLMPruner, Pruner
 
-from eval.budget import Budget
-from eval.checkpoints import ROOT, hub_commit
-from pruners import InLLMPruner, Pruner
-
-if TYPE_CHECKING:  # importing lmms-eval takes seconds, which a sweep with nothing to do need not spend
+if (
+    TYPE_CHECKING
+):  # importing lmms-eval takes seconds, which a sweep with nothing to do need not spend
     import torch
     from lmms_eval.api.task import Task
-
-    from eval.models import PrunedModel
+    from secateur.models import PrunedModel
 
 PACKAGES = ("torch", "transformers", "lmms-eval", "secateur")
 
@@ -72,7 +72,7 @@ def _source(module: str) -> str:
     while waiting:
         found.add(name := waiting.pop())
         used = {str(getattr(value, "__module__", "")) for value in vars(sys.modules[name]).values()}
-        waiting |= {other for other in used if other.startswith("pruners.")} - found
+        waiting |= {other for other in used if other.startswith("secateur.pruners.")} - found
     sources = [inspect.getsource(sys.modules[name]) for name in sorted(found)]
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
@@ -81,7 +81,9 @@ def environment(device: "torch.device") -> dict[str, Any]:
     """Where a cell ran; does not count for its identity."""
     import torch
 
-    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -94,12 +96,16 @@ def environment(device: "torch.device") -> dict[str, Any]:
 def sources(model: dict[str, Any], task: "Task") -> dict[str, Any]:
     """What `main` of the hub was when a cell ran: the commit of a model's files, and the fingerprint of the data set."""
     return {
-        "weights_commit": hub_commit(model["pretrained"], model["revision"]) if model["weights"] == "pretrained" else None,
+        "weights_commit": hub_commit(model["pretrained"], model["revision"])
+        if model["weights"] == "pretrained"
+        else None,
         "data_fingerprint": getattr(task.eval_docs, "_fingerprint", None),
     }
 
 
-def run(model: "PrunedModel", task: "Task", name: str, limit: int | None, seed: int) -> tuple[dict[str, Any], pd.DataFrame]:
+def run(
+    model: "PrunedModel", task: "Task", name: str, limit: int | None, seed: int
+) -> tuple[dict[str, Any], pd.DataFrame]:
     """Answer and score the first `limit` documents of a task with the method `model` is set to.
 
     Returns:
@@ -112,9 +118,8 @@ def run(model: "PrunedModel", task: "Task", name: str, limit: int | None, seed: 
         Unanswered: the model is set to a shard, and other documents have no answers yet.
     """
     from lmms_eval.evaluator import simple_evaluate
-
-    from eval.metrics import named_metrics
-    from eval.tasks import task_manager
+    from secateur.metrics import named_metrics
+    from secateur.tasks import task_manager
 
     check_limit(name, limit)
     started = time.time()
@@ -132,9 +137,9 @@ def run(model: "PrunedModel", task: "Task", name: str, limit: int | None, seed: 
             torch_random_seed=seed,
         )
     metrics = named_metrics(name, results["results"][name])
-    rows = pd.DataFrame([_row(name, sample, model) for sample in results["samples"][name]]).sort_values(
-        "doc_id", ignore_index=True
-    )
+    rows = pd.DataFrame(
+        [_row(name, sample, model) for sample in results["samples"][name]]
+    ).sort_values("doc_id", ignore_index=True)
     if not rows["answer"].str.strip().any():
         raise EmptyAnswers(
             f"all {len(rows)} answers of task {name} are empty: the model generates nothing with this method and budget"
@@ -159,14 +164,16 @@ def run(model: "PrunedModel", task: "Task", name: str, limit: int | None, seed: 
 
 def _flops(model: "PrunedModel", rows: pd.DataFrame) -> dict[str, float | None]:
     """Mean FLOPs of a document, phase by phase, and by two conventions of the literature; None where a phase is not counted."""
-    from eval.efficiency.flops import conventions, count_row
+    from secateur.efficiency.flops import conventions, count_row
 
     method, config, found = model.method.name, model.model.config, []
     for row in rows.to_dict("records"):
         text = row["prompt_tokens"] - row["layer_tokens"][0]
         habits = conventions(config, row["layer_tokens"], text, row["crops"])
         count = count_row(config, row, method)  # type: ignore[arg-type]
-        found.append(count.record() | {name: habits[name] for name in ("macs_visual", "flops_prompt")})
+        found.append(
+            count.record() | {name: habits[name] for name in ("macs_visual", "flops_prompt")}
+        )
     means = pd.DataFrame(found).astype(float).mean(skipna=False)
     return {str(name): None if value != value else value for name, value in means.items()}
 
@@ -175,11 +182,13 @@ def check_limit(task: str, limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: at least 1 document, or limit=null for all")
     if task == "mme" and limit is not None and limit % 2:
-        raise ValueError(f"limit={limit} is odd, and MME scores pairs of questions; use limit={limit + 1}")
+        raise ValueError(
+            f"limit={limit} is odd, and MME scores pairs of questions; use limit={limit + 1}"
+        )
 
 
 def _row(task: str, sample: dict[str, Any], model: "PrunedModel") -> dict[str, Any]:
-    from eval.metrics import category, document_score, image_id
+    from secateur.metrics import category, document_score, image_id
 
     answer = model.answers[task, sample["doc_id"]]
     return {
@@ -200,5 +209,9 @@ def _row(task: str, sample: dict[str, Any], model: "PrunedModel") -> dict[str, A
         "prompt_tokens": answer.audit.prompt_tokens,
         "new_tokens": answer.new_tokens,
         "seconds": answer.seconds,
-        **{f"diagnostic_{name}": sum(values) / len(values) for name, values in answer.audit.diagnostics.items() if values},
+        **{
+            f"diagnostic_{name}": sum(values) / len(values)
+            for name, values in answer.audit.diagnostics.items()
+            if values
+        },
     }

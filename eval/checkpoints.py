@@ -5,13 +5,13 @@ from functools import cache
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
-
-from eval.paths import ROOT
+from secateur.paths import PACKAGE, ROOT
 
 
 def locate(pretrained: str) -> str | Path:
     """A folder of that name here or in the project, else the name as a hub id."""
-    for folder in (Path(pretrained), ROOT / pretrained):
+    # in an installed package the folder eval/ is the package itself
+    for folder in (Path(pretrained), ROOT / pretrained, PACKAGE / pretrained.removeprefix("eval/")):
         if folder.is_dir():
             return folder.resolve()
     return pretrained
@@ -40,7 +40,9 @@ def hub_commit(pretrained: str, revision: str) -> str | None:
     return Path(place).parent.name if isinstance(place, str) else None
 
 
-def not_loaded(pretrained: str, revision: str, error: Exception, option: str = "model.pretrained") -> str:
+def not_loaded(
+    pretrained: str, revision: str, error: Exception, option: str = "model.pretrained"
+) -> str:
     """One paragraph on a model that could not be loaded: what was looked for, where, and how to point elsewhere."""
     place = locate(pretrained)
     cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"

@@ -7,6 +7,7 @@ import copy
 from typing import Any
 
 import torch
+from secateur.prompts import LLAVA
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForImageTextToText,
@@ -27,8 +28,6 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
-
-from eval.prompts import LLAVA
 
 # Qwen2.5-VL's own: a system turn where the chat has none, images in place
 QWEN = (
@@ -107,10 +106,14 @@ def reduced(config: PreTrainedConfig, layers: int, shrink: int = 1) -> PreTraine
         raise ValueError(f"layers={layers}: at least 2")
     config = copy.deepcopy(config)
     qwen, text, vision = config.model_type == "qwen2_5_vl", config.text_config, config.vision_config
-    vision_layers, vision_heads = ("depth", "num_heads") if qwen else ("num_hidden_layers", "num_attention_heads")
+    vision_layers, vision_heads = (
+        ("depth", "num_heads") if qwen else ("num_hidden_layers", "num_attention_heads")
+    )
     for part, heads in ((text, "num_attention_heads"), (vision, vision_heads)):
         if getattr(part, heads) % shrink:
-            raise ValueError(f"shrink={shrink} does not divide the {getattr(part, heads)} heads of {type(part).__name__}")
+            raise ValueError(
+                f"shrink={shrink} does not divide the {getattr(part, heads)} heads of {type(part).__name__}"
+            )
         for name in (heads, "hidden_size", "intermediate_size"):
             setattr(part, name, getattr(part, name) // shrink)
     text.num_key_value_heads = max(1, text.num_key_value_heads // shrink)
@@ -119,7 +122,9 @@ def reduced(config: PreTrainedConfig, layers: int, shrink: int = 1) -> PreTraine
     if qwen:
         text.layer_types = text.layer_types[:layers]
         vision.out_hidden_size = text.hidden_size
-        vision.fullatt_block_indexes = [block for block in range(layers) if (layers - 1 - block) % 8 == 0]
+        vision.fullatt_block_indexes = [
+            block for block in range(layers) if (layers - 1 - block) % 8 == 0
+        ]
     return config
 
 
@@ -144,7 +149,9 @@ def random_model(
     """
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
     device = torch.device(device)
     if device.type != "meta":
         model.to_empty(device=device)
@@ -171,8 +178,12 @@ def random_processor(config: PreTrainedConfig) -> ProcessorMixin:
     text, vision = config.text_config, config.vision_config
     if config.model_type == "qwen2_5_vl":
         return Qwen2_5_VLProcessor(
-            image_processor=Qwen2VLImageProcessor(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size),
-            video_processor=Qwen2VLVideoProcessor(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size),
+            image_processor=Qwen2VLImageProcessor(
+                patch_size=vision.patch_size, merge_size=vision.spatial_merge_size
+            ),
+            video_processor=Qwen2VLVideoProcessor(
+                patch_size=vision.patch_size, merge_size=vision.spatial_merge_size
+            ),
             tokenizer=_byte_tokenizer(
                 text.vocab_size,
                 {
@@ -186,7 +197,10 @@ def random_processor(config: PreTrainedConfig) -> ProcessorMixin:
                 },
                 eos_token="<|im_end|>",
                 pad_token="<|endoftext|>",
-                extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+                extra_special_tokens={
+                    "image_token": "<|image_pad|>",
+                    "video_token": "<|video_pad|>",
+                },
             ),
             chat_template=QWEN,
         )
@@ -238,12 +252,25 @@ def _llava(
         patch_size=14,
         projection_dim=768,
     )
-    pad = text[-1] - 63  # llava-hf pads Vicuna's 32,000 tokens to 32,064: <image> and <pad> come first
-    names: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad, "tie_word_embeddings": False}
-    options: dict[str, Any] = {} if pinpoints is None else {"image_grid_pinpoints": [[side * a, side * b] for a, b in pinpoints]}
+    pad = (
+        text[-1] - 63
+    )  # llava-hf pads Vicuna's 32,000 tokens to 32,064: <image> and <pad> come first
+    names: dict[str, Any] = {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": pad,
+        "tie_word_embeddings": False,
+    }
+    options: dict[str, Any] = (
+        {}
+        if pinpoints is None
+        else {"image_grid_pinpoints": [[side * a, side * b] for a, b in pinpoints]}
+    )
     return family(
         vision_config=tower,
-        text_config=LlamaConfig(**_language(*text), max_position_embeddings=4096, rms_norm_eps=1e-5, **names),
+        text_config=LlamaConfig(
+            **_language(*text), max_position_embeddings=4096, rms_norm_eps=1e-5, **names
+        ),
         image_token_index=pad - 1,
         image_seq_length=(side // 14) ** 2,
         vision_feature_layer=-2,
@@ -254,7 +281,11 @@ def _llava(
 
 
 def _qwen(
-    vision: tuple[Any, ...], text: tuple[int, ...], mrope_section: list[int], tied: bool = False, first_special: int = 151643
+    vision: tuple[Any, ...],
+    text: tuple[int, ...],
+    mrope_section: list[int],
+    tied: bool = False,
+    first_special: int = 151643,
 ) -> PreTrainedConfig:
     """`first_special` is the id of <|endoftext|>; the other special tokens follow it as in Qwen's vocabulary."""
     hidden, intermediate, depth, heads, window, full = vision
@@ -272,8 +303,17 @@ def _qwen(
         "tokens_per_second": 2,
     }
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope_section}
-    names = {"bos_token_id": first_special, "eos_token_id": first_special + 2, "pad_token_id": first_special}
-    language = {"max_position_embeddings": 128000, "rms_norm_eps": 1e-6, "rope_parameters": rope, "tie_word_embeddings": tied}
+    names = {
+        "bos_token_id": first_special,
+        "eos_token_id": first_special + 2,
+        "pad_token_id": first_special,
+    }
+    language = {
+        "max_position_embeddings": 128000,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": rope,
+        "tie_word_embeddings": tied,
+    }
     return Qwen2_5_VLConfig(
         vision_config=tower,
         text_config=_language(*text) | language | names,
@@ -285,7 +325,9 @@ def _qwen(
     )
 
 
-def _language(hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> dict[str, Any]:
+def _language(
+    hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int
+) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -296,7 +338,9 @@ def _language(hidden: int, intermediate: int, layers: int, heads: int, key_heads
     }
 
 
-def _byte_tokenizer(vocabulary: int, special: dict[str, int], begin: str | None = None, **named: Any) -> PreTrainedTokenizerFast:
+def _byte_tokenizer(
+    vocabulary: int, special: dict[str, int], begin: str | None = None, **named: Any
+) -> PreTrainedTokenizerFast:
     """Special tokens at their ids, bytes at the first free ones, fillers behind; `begin` opens every text."""
     free = iter(sorted(set(range(vocabulary)) - set(special.values())))
     ids = dict(special)
@@ -307,7 +351,12 @@ def _byte_tokenizer(vocabulary: int, special: dict[str, int], begin: str | None 
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(list(special))
     if begin is not None:
-        core.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, ids[begin])])
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, ids[begin])]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, model_input_names=["input_ids", "attention_mask"], padding_side="left", **named
+        tokenizer_object=core,
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="left",
+        **named,
     )

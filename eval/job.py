@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-
-from eval import cell
-from eval.budget import Budget
-from eval.checkpoints import fingerprint
-from eval.store import Store
-from pruners import InLLMPruner, Pruner, build
-from pruners.fields import Range, describe, fits
+from secateur import cell
+from secateur.budget import Budget
+from secateur.checkpoints import fingerprint
+from secateur.pruners import InLLMPruner, Pruner, build
+from secateur.pruners.fields import Range, describe, fits
+from secateur.store import Store
 
 _FIELDS: dict[str, Any] = {  # what a setting may hold
     "limit": Annotated[int, Range(1)] | None,
@@ -42,7 +41,9 @@ class Job:
     limit: int | None
     seed: int
     shard: tuple[int, int]  # number and count
-    engine: dict[str, Any]  # how the model runs, which changes no answer: batch_tokens, cache, its limits and folder
+    engine: dict[
+        str, Any
+    ]  # how the model runs, which changes no answer: batch_tokens, cache, its limits and folder
     store: Store
     retry_failed: bool
     config: dict[str, Any]  # what all this came from
@@ -55,17 +56,29 @@ class Job:
             ValueError, OSError: a field that makes no sense, a folder that cannot be written; the message names the fix.
         """
         settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-        limit = settings["limit"] = settings["suite"]["limit"] if settings["limit"] == "suite" else settings["limit"]
+        limit = settings["limit"] = (
+            settings["suite"]["limit"] if settings["limit"] == "suite" else settings["limit"]
+        )
         for name, hint in _FIELDS.items():
-            value = settings["model"][name.removeprefix("model.")] if name.startswith("model.") else settings[name]
+            value = (
+                settings["model"][name.removeprefix("model.")]
+                if name.startswith("model.")
+                else settings[name]
+            )
             if not fits(hint, value):
-                raise ValueError(f"{name}={'null' if value is None else value} is not {describe(hint).replace('None', 'null')}")
-        tasks = [settings["tasks"]] if isinstance(settings["tasks"], str) else settings["tasks"] or []
+                raise ValueError(
+                    f"{name}={'null' if value is None else value} is not {describe(hint).replace('None', 'null')}"
+                )
+        tasks = (
+            [settings["tasks"]] if isinstance(settings["tasks"], str) else settings["tasks"] or []
+        )
         suite, known = settings["suite"]["name"], ", ".join(settings["suite"]["tasks"])
         if not tasks:
             raise ValueError(f"tasks={tasks} names no task; suite {suite!r} has {known}")
         if unknown := sorted(set(map(str, tasks)) - set(settings["suite"]["tasks"])):
-            raise ValueError(f"tasks={tasks}: {', '.join(unknown)} is not in suite {suite!r}; it has {known}")
+            raise ValueError(
+                f"tasks={tasks}: {', '.join(unknown)} is not in suite {suite!r}; it has {known}"
+            )
         for task in tasks:
             cell.check_limit(task, limit)
         return cls(
@@ -85,19 +98,27 @@ class Job:
 
     def identity(self, task: str, pruner: Pruner | InLLMPruner | None = None) -> dict[str, Any]:
         """The identity of this job's cell of a task, or of the same cell under another method."""
-        model = {key: value for key, value in self.model.items() if key not in ("device", *NOT_OF_THE_MODEL)}
+        model = {
+            key: value
+            for key, value in self.model.items()
+            if key not in ("device", *NOT_OF_THE_MODEL)
+        }
         suite = {key: self.suite[key] for key in ("name", "revision")}
         weights = fingerprint(self.model["pretrained"], self.model["revision"])
         if self.model["clip"]:
             weights += f" clip {fingerprint(self.model['clip'], 'main')}"
-        return cell.identity(model, weights, pruner or self.pruner, self.budget, suite, task, self.limit, self.seed)
+        return cell.identity(
+            model, weights, pruner or self.pruner, self.budget, suite, task, self.limit, self.seed
+        )
 
 
 def _shard(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)", str(text))
     number, count = map(int, match.groups()) if match else (0, 0)
     if number >= count:
-        raise ValueError(f"shard={text}: write number/count, with numbers from 0: 0/4, 1/4, 2/4, 3/4")
+        raise ValueError(
+            f"shard={text}: write number/count, with numbers from 0: 0/4, 1/4, 2/4, 3/4"
+        )
     return number, count
 
 

@@ -3,10 +3,10 @@
 import os
 from typing import Any
 
-from eval.budget import Budget
-from eval.cache import EncodeCache
-from eval.models import PrunedModel
-from pruners import build
+from secateur.budget import Budget
+from secateur.cache import EncodeCache
+from secateur.models import PrunedModel
+from secateur.pruners import build
 
 _FIELD = "pruner."  # in front of a pruner's own fields: pruner.order=picked
 
@@ -38,13 +38,28 @@ class Secateur(PrunedModel):
         **fields: Any,
     ) -> None:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("secateur runs in one process here; its own sweep spreads over several (README, more machines)")
+            raise ValueError(
+                "secateur runs in one process here; its own sweep spreads over several (README, more machines)"
+            )
         if str(batch_size) != "1" or max_batch_size:
-            raise ValueError(f"batch_size={batch_size}: secateur batches by positions; set batch_tokens=8192 in --model_args")
-        options = {name.removeprefix(_FIELD): fields.pop(name) for name in list(fields) if name.startswith(_FIELD)}
+            raise ValueError(
+                f"batch_size={batch_size}: secateur batches by positions; set batch_tokens=8192 in --model_args"
+            )
+        options = {
+            name.removeprefix(_FIELD): fields.pop(name)
+            for name in list(fields)
+            if name.startswith(_FIELD)
+        }
         method, positions = build(pruner, **options), fields.pop("positions", None)
         try:
-            super().__init__(pretrained, device=device or "auto", cache=EncodeCache(int(cache_gb * 2**30)), **fields)
+            super().__init__(
+                pretrained,
+                device=device or "auto",
+                cache=EncodeCache(int(cache_gb * 2**30)),
+                **fields,
+            )
         except TypeError as error:  # an unknown keyword
-            raise ValueError(f"--model_args: {error}; a pruner's own fields are written {_FIELD}name=value") from error
+            raise ValueError(
+                f"--model_args: {error}; a pruner's own fields are written {_FIELD}name=value"
+            ) from error
         self.use(method, Budget.parse(budget), positions)

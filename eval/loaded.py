@@ -6,12 +6,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.job import NOT_OF_THE_MODEL
+from secateur.job import NOT_OF_THE_MODEL
 
 if TYPE_CHECKING:  # importing these takes seconds, which a sweep with nothing to do need not spend
     from lmms_eval.api.task import Task
-
-    from eval.models import PrunedModel
+    from secateur.models import PrunedModel
 
 _MODELS: dict[str, "PrunedModel"] = {}  # one at most, by its settings
 
@@ -19,11 +18,12 @@ _MODELS: dict[str, "PrunedModel"] = {}  # one at most, by its settings
 def model(settings: dict[str, Any], engine: dict[str, Any]) -> "PrunedModel":
     """The model of a job, with its cache; the one before is dropped first, since memory may not hold both."""
     import torch
+    from secateur.cache import EncodeCache
+    from secateur.models import PrunedModel
 
-    from eval.cache import EncodeCache
-    from eval.models import PrunedModel
-
-    options = {key: value for key, value in settings.items() if key not in ("positions", *NOT_OF_THE_MODEL)}
+    options = {
+        key: value for key, value in settings.items() if key not in ("positions", *NOT_OF_THE_MODEL)
+    }
     wanted = json.dumps([options, engine])
     if wanted not in _MODELS:
         _MODELS.clear()
@@ -43,11 +43,11 @@ def task(name: str, suite: dict[str, Any]) -> "Task":
 
 @lru_cache
 def _task(name: str, suite: str, data_root: str | None) -> "Task":
-    from eval.tasks import load_tasks
+    from secateur.tasks import load_tasks
 
     root = Path(data_root) if data_root else None
     if suite == "shapes":
-        from eval.shapes.datasets import build
+        from secateur.shapes.datasets import build
 
         assert root is not None
         build(root)

@@ -4,11 +4,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from secateur.checkpoints import locate, not_loaded
+from secateur.geometry import config_of, random_model, random_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.models.auto import image_processing_auto
-
-from eval.checkpoints import locate, not_loaded
-from eval.geometry import config_of, random_model, random_processor
 
 
 def load(
@@ -21,7 +20,7 @@ def load(
     device: torch.device,
     resize: str | None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model, ready to answer, and its processor; fields as in `eval.models.PrunedModel`.
+    """The model, ready to answer, and its processor; fields as in `secateur.models.PrunedModel`.
 
     Raises:
         FileNotFoundError: the checkpoint is neither on disk nor reachable, or its files are damaged.
@@ -30,14 +29,20 @@ def load(
     if weights == "random":
         config = config_of(name)
         processor = random_processor(config)
-        return random_model(config, device, getattr(torch, dtype), attn_implementation or "sdpa"), processor
+        return random_model(
+            config, device, getattr(torch, dtype), attn_implementation or "sdpa"
+        ), processor
     if weights != "pretrained":
         raise ValueError(f"weights={weights!r} is not one of pretrained, random")
     place = str(locate(pretrained))
     try:
         processor = AutoProcessor.from_pretrained(place, revision=revision, **_backend(resize))
         model = AutoModelForImageTextToText.from_pretrained(
-            place, revision=revision, dtype=dtype, device_map=str(device), attn_implementation=attn_implementation
+            place,
+            revision=revision,
+            dtype=dtype,
+            device_map=str(device),
+            attn_implementation=attn_implementation,
         )
     except (OSError, SafetensorError) as error:
         raise FileNotFoundError(not_loaded(pretrained, revision, error)) from error
@@ -59,7 +64,9 @@ def limit_pixels(processor: Any, family: str, least: int | None, most: int | Non
     if least is None and most is None:
         return
     if family != "qwen2_5_vl":
-        raise ValueError(f"model.min_pixels and model.max_pixels are for Qwen2.5-VL, not for the family {family!r}")
+        raise ValueError(
+            f"model.min_pixels and model.max_pixels are for Qwen2.5-VL, not for the family {family!r}"
+        )
     size = processor.image_processor.size
     processor.image_processor.size = {
         "shortest_edge": size["shortest_edge"] if least is None else least,

@@ -11,8 +11,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from eval.paths import ROOT
+from secateur.paths import ROOT
 
 LOCK = ROOT / "requirements.lock"
 _DECIDING = ("lmms-eval", "transformers")  # their code decides answers, so it is hashed as well

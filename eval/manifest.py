@@ -6,4 +6,4 @@ from typing import Any
 def manifests() -> list[Any]:
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return [ModelManifest("secateur", chat_class_path="eval.lmms_model.Secateur")]
+    return [ModelManifest("secateur", chat_class_path="secateur.lmms_model.Secateur")]

@@ -15,7 +15,9 @@ def named_metrics(task: str, results: dict[str, Any]) -> dict[str, float]:
         if isinstance(value, int | float) and "stderr" not in key and key != "samples"
     }
     if task == "mme":  # with a limit one of the two halves may have no documents
-        metrics["mme_total_score"] = sum(metrics.get(f"mme_{half}_score", 0.0) for half in ("perception", "cognition"))
+        metrics["mme_total_score"] = sum(
+            metrics.get(f"mme_{half}_score", 0.0) for half in ("perception", "cognition")
+        )
     return metrics
 
 

@@ -11,22 +11,21 @@ import transformers
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
+from secateur.answers import Unanswered
+from secateur.budget import Budget
+from secateur.cache import EncodeCache
+from secateur.checkpoints import fingerprint
+from secateur.injection import Sample, SampleRecord, Trace, inject
+from secateur.injection.clip import ClipRelevance
+from secateur.injection.encoder import ImageCache
+from secateur.injection.families import adapter_for
+from secateur.injection.session import Layout, Positions
+from secateur.inputs import Family, Inputs
+from secateur.loading import limit_pixels, load
+from secateur.pruners import InLLMPruner, Pruner, build
+from secateur.questions import Scope
 from torch import Tensor
 from transformers import BatchFeature
-
-from eval.answers import Unanswered
-from eval.budget import Budget
-from eval.cache import EncodeCache
-from eval.checkpoints import fingerprint
-from eval.inject import Sample, SampleRecord, Trace, inject
-from eval.inject.clip import ClipRelevance
-from eval.inject.encoder import ImageCache
-from eval.inject.families import adapter_for
-from eval.inject.session import Layout, Positions
-from eval.inputs import Family, Inputs
-from eval.loading import limit_pixels, load
-from eval.questions import Scope
-from pruners import InLLMPruner, Pruner, build
 
 log = logging.getLogger(__name__)
 VERSION = f"torch {torch.__version__} transformers {transformers.__version__}"  # of what computes the cached tensors
@@ -72,7 +71,7 @@ class PrunedModel(lmms):
         device: `auto` takes CUDA where there is one, else the CPU.
         resize: backend of the image processor; None: transformers' default.
         min_pixels, max_pixels: Qwen2.5-VL's limits of an image's size; None: the checkpoint's.
-        prompt, geometry, layout, image_side, text_scope: see `eval.inputs.Inputs`.
+        prompt, geometry, layout, image_side, text_scope: see `secateur.inputs.Inputs`.
         max_new_tokens: at most so many tokens an answer; None: what the task says, and where it says nothing what lmms-eval's own
             classes take.
         clip: checkpoint whose text tower methods with relevance_space=clip ask; loaded when the first of them comes.
@@ -112,17 +111,29 @@ class PrunedModel(lmms):
         cache: EncodeCache | None = None,
     ) -> None:
         super().__init__()
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        if self.device.type == "cuda":  # some of lmms-eval's modules switch it on, and greedy choices would differ
+        self.device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        )
+        if (
+            self.device.type == "cuda"
+        ):  # some of lmms-eval's modules switch it on, and greedy choices would differ
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        model, processor = load(pretrained, name, weights, revision, dtype, attn_implementation, self.device, resize)
+        model, processor = load(
+            pretrained, name, weights, revision, dtype, attn_implementation, self.device, resize
+        )
         self.model: Any = model
         self.family = self.model.config.model_type
         if family not in (None, self.family):
-            raise ValueError(f"model.family={family} but {pretrained} holds a model of type {self.family!r}")
+            raise ValueError(
+                f"model.family={family} but {pretrained} holds a model of type {self.family!r}"
+            )
         limit_pixels(processor, self.family, min_pixels, max_pixels)
-        self.inputs = Inputs(processor, self.model.config, prompt, geometry, layout, image_side, text_scope)
-        adapter_for(model, layout)  # warns of releases of transformers; later lmms-eval's output is caught
+        self.inputs = Inputs(
+            processor, self.model.config, prompt, geometry, layout, image_side, text_scope
+        )
+        adapter_for(
+            model, layout
+        )  # warns of releases of transformers; later lmms-eval's output is caught
         self.tokenizer = self.inputs.processor.tokenizer
         self._layout, self._clip_name, self._most = layout, clip, max_new_tokens
         self._clip: ClipRelevance | None = None
@@ -131,13 +142,17 @@ class PrunedModel(lmms):
         # the tensors of documents for the cells that ask them again, a quarter of the cache's memory; texts are small
         self._prepared = EncodeCache(cache.limit_bytes // 4 if cache else 0)
         self._words: dict[str, tuple[str, str, int]] = {}
-        self._data: dict[str, tuple[Any, int]] = {}  # the data set of each task whose documents these are, numbered
+        self._data: dict[
+            str, tuple[Any, int]
+        ] = {}  # the data set of each task whose documents these are, numbered
         self.images = ImageCache(cache or EncodeCache(0), f"{identity} {layout}")
         self.images.cache.device = self.device
         self.on_answer: Callable[[], None] = lambda: None
         self.use(build("none"), Budget(), None)
 
-    def use(self, pruner: Pruner | InLLMPruner, budget: Budget, positions: Positions | None) -> None:
+    def use(
+        self, pruner: Pruner | InLLMPruner, budget: Budget, positions: Positions | None
+    ) -> None:
         """Answer with this method from now on, all documents; forgets the answers so far.
 
         `positions` is for methods before the language model; those inside it have a field of their own.
@@ -183,32 +198,45 @@ class PrunedModel(lmms):
         number, count = self.shard
         wanted = [(task, doc_id) for *_, doc_id, task, _ in (request.args for request in requests)]
         pairs = zip(requests, wanted, strict=True)
-        missing = [request for request, key in pairs if key not in self.answers and key[1] % count == number]
+        missing = [
+            request
+            for request, key in pairs
+            if key not in self.answers and key[1] % count == number
+        ]
         with inject(self.model, **self._method, cache=self.images) as trace:
             for batch in self._batches(map(self._request, missing)):
                 self._answer(batch, trace)
         if others := sum(key not in self.answers for key in wanted):
             raise Unanswered(f"{others} of {len(wanted)} documents wait for the other shards")
         done = [self.answers[key] for key in wanted]
-        return [GenerationResult(text=a.text, token_counts=TokenCounts(output_tokens=a.new_tokens)) for a in done]
+        return [
+            GenerationResult(text=a.text, token_counts=TokenCounts(output_tokens=a.new_tokens))
+            for a in done
+        ]
 
     def _request(self, request: Instance) -> _Request:
         _, doc_to_messages, options, doc_id, task, split = request.args
         if options.get("num_beams", 1) != 1 or (options.get("temperature") or 0) > 0:
             raise ValueError(f"task {task} asks for {options}; pruned models generate greedily")
         data = self.task_dict[task][split]
-        if task not in self._data or self._data[task][0] is not data:  # other documents under the same name
+        if (
+            task not in self._data or self._data[task][0] is not data
+        ):  # other documents under the same name
             self._data[task] = (data, len(self._words))
         key = f"{self._data[task][1]} {task} {doc_id}"
 
         def prepare() -> dict[str, Tensor]:
-            prompt = self.inputs.prompt(ChatMessages(messages=doc_to_messages(data[doc_id])), f"{task}/{doc_id}")
+            prompt = self.inputs.prompt(
+                ChatMessages(messages=doc_to_messages(data[doc_id])), f"{task}/{doc_id}"
+            )
             self._words[key] = (prompt.text, prompt.question, len(prompt.images))
             return dict(self.inputs(prompt))
 
         inputs = BatchFeature(self._prepared.fetch(key, prepare))
         new_tokens = options.get("max_new_tokens", _NEW_TOKENS[self.family])
-        return _Request(task, doc_id, *self._words[key], inputs, min(new_tokens, self._most or new_tokens))
+        return _Request(
+            task, doc_id, *self._words[key], inputs, min(new_tokens, self._most or new_tokens)
+        )
 
     def _batches(self, requests: Iterable[_Request]) -> Iterator[list[_Request]]:
         """Requests with one limit of new tokens together, as many as `batch_tokens` positions of pruned prompts hold.
@@ -220,7 +248,11 @@ class PrunedModel(lmms):
             visual = int((request.inputs["input_ids"] == self.model.config.image_token_id).sum())
             kind = (request.new_tokens, visual if isinstance(self.method, InLLMPruner) else 0)
             batch = waiting.setdefault(kind, [])
-            if batch and (len(batch) + 1) * max(map(self._positions, [*batch, request])) > self.batch_tokens:
+            if (
+                batch
+                and (len(batch) + 1) * max(map(self._positions, [*batch, request]))
+                > self.batch_tokens
+            ):
                 yield waiting.pop(kind)
                 batch = waiting.setdefault(kind, [])
             batch.append(request)
@@ -231,7 +263,9 @@ class PrunedModel(lmms):
         ids, budget = request.inputs["input_ids"], self._method["budget"]
         visual, images = int((ids == self.model.config.image_token_id).sum()), request.images
         pruned = isinstance(self.method, Pruner) and self.method.name != "none" and images > 0
-        return ids.shape[1] - visual + (images * budget.most(visual // images) if pruned else visual)
+        return (
+            ids.shape[1] - visual + (images * budget.most(visual // images) if pruned else visual)
+        )
 
     def _answer(self, batch: list[_Request], trace: Trace) -> None:
         """Answer a batch; where the accelerator's memory does not hold it, in halves, and the rest in batches of that size."""
@@ -243,14 +277,20 @@ class PrunedModel(lmms):
         # only out here the tensors of the failed call are gone: the exception's traceback held them
         self.images.cache.clear()  # on the accelerator too
         torch.cuda.empty_cache()
-        self.batch_tokens = min(self.batch_tokens, len(batch) * max(map(self._positions, batch)) // 2)
-        log.warning("out of memory at a batch of %d: batch_tokens is now %d", len(batch), self.batch_tokens)
+        self.batch_tokens = min(
+            self.batch_tokens, len(batch) * max(map(self._positions, batch)) // 2
+        )
+        log.warning(
+            "out of memory at a batch of %d: batch_tokens is now %d", len(batch), self.batch_tokens
+        )
         for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
             self._answer(half, trace)
         return None
 
     def _generate(self, batch: list[_Request], trace: Trace) -> None:
-        inputs = self.inputs.collate([request.inputs for request in batch]).to(self.device, self.model.dtype)
+        inputs = self.inputs.collate([request.inputs for request in batch]).to(
+            self.device, self.model.dtype
+        )
         trace.records.clear()
         trace.announce([self._sample(request) for request in batch])
         started = self._now()
@@ -265,11 +305,17 @@ class PrunedModel(lmms):
             eos_token_id=self.tokenizer.eos_token_id,
         )
         seconds = (self._now() - started) / len(batch)
-        for request, row, audit in zip(batch, output[:, inputs["input_ids"].shape[1] :], trace.records, strict=True):
+        for request, row, audit in zip(
+            batch, output[:, inputs["input_ids"].shape[1] :], trace.records, strict=True
+        ):
             ends = (row == self.tokenizer.eos_token_id).nonzero()
-            new = row[: int(ends[0]) + 1] if len(ends) else row  # behind its end a row is filled up for the others
+            new = (
+                row[: int(ends[0]) + 1] if len(ends) else row
+            )  # behind its end a row is filled up for the others
             text = self.tokenizer.decode(new, skip_special_tokens=True)
-            self.answers[request.task, request.doc_id] = Answer(text, request.text, seconds, len(new), audit)
+            self.answers[request.task, request.doc_id] = Answer(
+                text, request.text, seconds, len(new), audit
+            )
             self.on_answer()
 
     def _sample(self, request: _Request) -> Sample:

@@ -6,7 +6,14 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(file=sys.stderr)  # the real one, also while a task's own output is caught
 KEPT = "Finished cells and answers are kept; the same command goes on from there."
@@ -32,7 +39,9 @@ class Interrupt:
     def _handle(cls, _number: int, _frame: Any) -> None:
         if cls._requested:
             console.show_cursor()
-            os.write(2, f"\nInterrupted twice. {KEPT}\n".encode())  # sys.stderr may be a task's at the moment
+            os.write(
+                2, f"\nInterrupted twice. {KEPT}\n".encode()
+            )  # sys.stderr may be a task's at the moment
             os._exit(130)
         cls._requested = True
         raise KeyboardInterrupt

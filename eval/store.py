@@ -54,7 +54,13 @@ class Store:
         """Where a cell of this identity is or will be."""
         budget = identity["budget"].replace("%", "pct").replace("/", "-per-")
         name = f"{identity['pruner']['name']}_{budget}_{digest(identity)[:12]}"
-        return self.runs / identity["suite"]["name"] / identity["model"]["name"] / identity["task"] / name
+        return (
+            self.runs
+            / identity["suite"]["name"]
+            / identity["model"]["name"]
+            / identity["task"]
+            / name
+        )
 
     @contextmanager
     def claim(self, identity: dict[str, Any], part: str = "", wait: bool = False) -> Iterator[bool]:
@@ -103,11 +109,15 @@ class Store:
         """
         path = self._failure_path(identity)
         try:
-            return json.loads(path.read_text())["traceback"] if path.stat().st_mtime >= since else None
+            return (
+                json.loads(path.read_text())["traceback"] if path.stat().st_mtime >= since else None
+            )
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise DamagedRecord(f"{path} is damaged ({error}); delete it to run the cell again") from error
+            raise DamagedRecord(
+                f"{path} is damaged ({error}); delete it to run the cell again"
+            ) from error
 
     def load(self, identity: dict[str, Any]) -> dict[str, Any]:
         return self.read(self.folder(identity))
@@ -123,7 +133,10 @@ class Store:
             record = json.loads((folder / "record.json").read_text())
             sealed = {key: value for key, value in record.items() if key != "seal"}
             samples = (folder / "samples.parquet").read_bytes()
-            intact = record["seal"] == digest(sealed) and record["samples_sha256"] == hashlib.sha256(samples).hexdigest()
+            intact = (
+                record["seal"] == digest(sealed)
+                and record["samples_sha256"] == hashlib.sha256(samples).hexdigest()
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedRecord(
                 f"the record in {folder} is damaged ({error}); delete the folder to run the cell again"
@@ -155,7 +168,9 @@ class Store:
                 damaged.append(str(error))
         return records
 
-    def write(self, identity: dict[str, Any], record: dict[str, Any], samples: pd.DataFrame) -> Path:
+    def write(
+        self, identity: dict[str, Any], record: dict[str, Any], samples: pd.DataFrame
+    ) -> Path:
         """Store a finished cell; an earlier failure of it is forgotten, and its file of answers is no longer needed."""
         folder, name = self.folder(identity), digest(identity)[:12]
         writing = self.runs / ".writing"
@@ -166,9 +181,13 @@ class Store:
             samples.to_parquet(scratch / "samples.parquet", index=False)
             content = record | {
                 "identity": identity,
-                "samples_sha256": hashlib.sha256((scratch / "samples.parquet").read_bytes()).hexdigest(),
+                "samples_sha256": hashlib.sha256(
+                    (scratch / "samples.parquet").read_bytes()
+                ).hexdigest(),
             }
-            (scratch / "record.json").write_text(json.dumps(content | {"seal": digest(content)}, indent=1) + "\n")
+            (scratch / "record.json").write_text(
+                json.dumps(content | {"seal": digest(content)}, indent=1) + "\n"
+            )
             for path in (scratch / "samples.parquet", scratch / "record.json", scratch):
                 _flush(path)
             if not self.has(identity):
@@ -186,13 +205,22 @@ class Store:
         return folder
 
     def write_failure(
-        self, identity: dict[str, Any], traceback: str, environment: dict[str, Any], config: dict[str, Any]
+        self,
+        identity: dict[str, Any],
+        traceback: str,
+        environment: dict[str, Any],
+        config: dict[str, Any],
     ) -> Path:
         """Keep why a cell failed, and with which settings, beside its place."""
         path = self._failure_path(identity)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".writing")
-        content = {"identity": identity, "traceback": traceback, "environment": environment, "config": config}
+        content = {
+            "identity": identity,
+            "traceback": traceback,
+            "environment": environment,
+            "config": config,
+        }
         scratch.write_text(json.dumps(content, indent=1) + "\n")
         _flush(scratch)
         scratch.rename(path)

@@ -10,11 +10,10 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
-
-from eval.progress import Bar, complain, console
-from eval.reporting import tables
-from eval.store import DamagedRecord, Store
-from eval.sweep import OUTCOMES, Outcome, begin, finish
+from secateur.progress import Bar, complain, console
+from secateur.reporting import tables
+from secateur.store import DamagedRecord, Store
+from secateur.sweep import OUTCOMES, Outcome, begin, finish
 
 # of one cell in several jobs the first of these counts; partial: some shards have answered, others not yet
 STATES = ("done", "skipped", "failed", "partial", "locked")
@@ -35,17 +34,28 @@ class Summary(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         self.on_run_start(config)
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-        overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
-        swept = {o.get_key_element(): len(list(o.sweep_string_iterator())) for o in overrides if o.is_sweep_override()}
+        overrides = OverridesParser.create().parse_overrides(
+            [*params, *config.hydra.overrides.task]
+        )
+        swept = {
+            o.get_key_element(): len(list(o.sweep_string_iterator()))
+            for o in overrides
+            if o.is_sweep_override()
+        }
         Bar.jobs = 1
         for override in overrides:
             Bar.jobs *= swept.pop(override.get_key_element(), 1)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        self._sum_up(sorted(Path(config.hydra.sweep.dir).glob(f"*/{OUTCOMES}")), Path(config.results))
+        self._sum_up(
+            sorted(Path(config.hydra.sweep.dir).glob(f"*/{OUTCOMES}")), Path(config.results)
+        )
 
     def on_run_end(self, config: DictConfig, **result: Any) -> None:
-        self._sum_up([Path(result["job_return"].hydra_cfg.hydra.runtime.output_dir) / OUTCOMES], Path(config.results))
+        self._sum_up(
+            [Path(result["job_return"].hydra_cfg.hydra.runtime.output_dir) / OUTCOMES],
+            Path(config.results),
+        )
 
     def _sum_up(self, files: list[Path], results: Path) -> None:
         """Print counts, errors and tables; exit 1 if any cell failed, or if this itself does: Hydra only warns of errors here."""
@@ -63,7 +73,7 @@ def _logger(config: DictConfig) -> Callable[[tables.Records], bool]:
     """What hands the records of a sweep on; gives whether all of them arrived."""
     if config.logger.name == "none":
         return lambda _: True
-    from eval.reporting.wandb_log import WandbLog
+    from secateur.reporting.wandb_log import WandbLog
 
     return WandbLog.of(config).log
 
@@ -71,13 +81,19 @@ def _logger(config: DictConfig) -> Callable[[tables.Records], bool]:
 def _report(files: list[Path], results: Path, log: Callable[[tables.Records], bool]) -> bool:
     """Print tables, errors and counts, log the cells; whether anything failed."""
     Bar.stop()
-    outcomes = [outcome for file in files if file.exists() for outcome in json.loads(file.read_text())]
+    outcomes = [
+        outcome for file in files if file.exists() for outcome in json.loads(file.read_text())
+    ]
     by_cell: dict[str, Outcome] = {}
     for outcome in sorted(outcomes, key=lambda outcome: STATES.index(outcome["state"])):
         # the unpruned cell has no budget: a sweep over budgets meets it several times
         by_cell.setdefault(outcome.get("folder", outcome["cell"]), outcome)
     finished = {o["folder"] for o in by_cell.values() if o["state"] in ("done", "skipped")}
-    finished |= {o["unpruned"] for o in outcomes if "unpruned" in o and (Path(o["unpruned"]) / "record.json").exists()}
+    finished |= {
+        o["unpruned"]
+        for o in outcomes
+        if "unpruned" in o and (Path(o["unpruned"]) / "record.json").exists()
+    }
     records = []
     for folder in sorted(finished):
         try:

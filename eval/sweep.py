@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-
-from eval import cell, loaded
-from eval.answers import Answers, Unanswered
-from eval.job import Job
-from eval.progress import KEPT, Bar, Interrupt, complain
-from eval.store import UNWRITABLE, DamagedRecord
-from pruners import build
+from secateur import cell, loaded
+from secateur.answers import Answers, Unanswered
+from secateur.job import Job
+from secateur.progress import KEPT, Bar, Interrupt, complain
+from secateur.pruners import build
+from secateur.store import UNWRITABLE, DamagedRecord
 
 OUTCOMES = "cells.json"  # what a job leaves in its Hydra folder for the summary
 Outcome = dict[str, Any]
@@ -26,7 +25,9 @@ class _Sweep:
     """What the jobs of one sweep in this process share."""
 
     started = time.time()
-    waiting: ClassVar[list[tuple[Job, str, Path]]] = []  # cells others held, with the file of their outcome
+    waiting: ClassVar[
+        list[tuple[Job, str, Path]]
+    ] = []  # cells others held, with the file of their outcome
 
 
 def begin() -> None:
@@ -93,7 +94,9 @@ def _stop_if_unwritable(error: Exception) -> None:
     """End the sweep on a full disk: nothing that follows could be stored."""
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         Bar.stop()
-        complain(f"the results folder cannot be written any more ({error}), so the sweep ends here. {KEPT}")
+        complain(
+            f"the results folder cannot be written any more ({error}), so the sweep ends here. {KEPT}"
+        )
         sys.exit(1)
 
 
@@ -112,7 +115,9 @@ def _run_cell(job: Job, task: str, wait: bool = False) -> Outcome:
         if not mine:
             return outcome | {"state": "locked", "message": "another process is running it"}
         result = _settle(job, task, identity, part)
-    if result["state"] == "partial":  # was that the last shard? Whoever comes here last sees the answers of all
+    if (
+        result["state"] == "partial"
+    ):  # was that the last shard? Whoever comes here last sees the answers of all
         with job.store.claim(identity, wait=True):
             result = _settle(job, task, identity, part)
     return outcome | result
@@ -132,7 +137,10 @@ def _settle(job: Job, task: str, identity: dict[str, Any], part: str) -> Outcome
         return {"state": "failed", "message": str(error)}
     if earlier:
         cause = earlier.strip().splitlines()[-1]
-        return {"state": "failed", "message": f"failed earlier ({cause}); set retry_failed=true to run it again"}
+        return {
+            "state": "failed",
+            "message": f"failed earlier ({cause}); set retry_failed=true to run it again",
+        }
 
     model = loaded.model(job.model, job.engine)
     try:
@@ -142,9 +150,15 @@ def _settle(job: Job, task: str, identity: dict[str, Any], part: str) -> Outcome
         return {"state": "failed", "message": str(error)}
     environment = cell.environment(model.device) | cell.sources(job.model, documents)
     try:
-        record, samples = _answer(job, task, model, documents, store.answers(identity, part), store.all_answers(identity))
+        record, samples = _answer(
+            job, task, model, documents, store.answers(identity, part), store.all_answers(identity)
+        )
         # memory may have made the batches smaller
-        store.write(identity, record | {"environment": environment | {"batch_tokens": model.batch_tokens}}, samples)
+        store.write(
+            identity,
+            record | {"environment": environment | {"batch_tokens": model.batch_tokens}},
+            samples,
+        )
     except Unanswered:
         return {"state": "partial"}
     except Exception as error:
@@ -152,13 +166,18 @@ def _settle(job: Job, task: str, identity: dict[str, Any], part: str) -> Outcome
         if isinstance(error, cell.EmptyAnswers):  # nothing worth going on from
             store.forget_answers(identity)
         path = store.write_failure(identity, traceback.format_exc(), environment, job.config)
-        return {"state": "failed", "message": f"{type(error).__name__}: {error} (traceback in {path})"}
+        return {
+            "state": "failed",
+            "message": f"{type(error).__name__}: {error} (traceback in {path})",
+        }
     return {"state": "done"}
 
 
-def _answer(job: Job, task: str, model: Any, loaded: Any, own: Path, files: list[Path]) -> tuple[dict[str, Any], pd.DataFrame]:
+def _answer(
+    job: Job, task: str, model: Any, loaded: Any, own: Path, files: list[Path]
+) -> tuple[dict[str, Any], pd.DataFrame]:
     """Run a cell from where its files of answers end, this process's own and all others."""
-    from eval.models import Answer
+    from secateur.models import Answer
 
     documents = min(job.limit or len(loaded.eval_docs), len(loaded.eval_docs))
     with Answers(own, Answer, [file for file in files if file != own]) as answers:

@@ -10,9 +10,8 @@ from pathlib import Path
 import datasets
 from lmms_eval.api.task import Task, _resolve_hf_datasets_cache_dir
 from lmms_eval.tasks import TaskManager
+from secateur.store import UNWRITABLE
 from tenacity import RetryError
-
-from eval.store import UNWRITABLE
 
 # task -> data set, as lmms-eval 0.7.3 names it on the hub
 TASKS = {
@@ -37,7 +36,11 @@ def _inside(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    files = sorted((str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*") if f.is_file())
+    files = sorted(
+        (str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns)
+        for f in folder.rglob("*")
+        if f.is_file()
+    )
     state = hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()[:16]
     before = Path.cwd(), datasets.config.HF_DATASETS_CACHE, os.environ.get(_CACHE)
     own = Path(before[1]) / "secateur" / state
@@ -73,7 +76,9 @@ def load_tasks(names: list[str], data_root: Path | None = None) -> dict[str, Tas
     """
     unknown = [name for name in names if name not in TASKS]
     if unknown:
-        raise ValueError(f"unknown task {', '.join(unknown)}; known tasks: {', '.join(TASKS)}. Set tasks=[...] to some of these.")
+        raise ValueError(
+            f"unknown task {', '.join(unknown)}; known tasks: {', '.join(TASKS)}. Set tasks=[...] to some of these."
+        )
     tasks: dict[str, Task] = {}
     with _inside(data_root):
         for name in names:
@@ -86,7 +91,9 @@ def load_tasks(names: list[str], data_root: Path | None = None) -> dict[str, Tas
                 if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
                     raise cause from error
                 what = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
-                raise FileNotFoundError(f"{_not_found(name, 'the Hugging Face hub')} ({what})") from error
+                raise FileNotFoundError(
+                    f"{_not_found(name, 'the Hugging Face hub')} ({what})"
+                ) from error
     return tasks
 
 

@@ -12,9 +12,8 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
-
-from eval.progress import KEPT, Bar, console
-from eval.sweep import OUTCOMES, finish
+from secateur.progress import KEPT, Bar, console
+from secateur.sweep import OUTCOMES, finish
 
 Job = tuple[int, list[str]]  # number in the sweep, and overrides
 
@@ -23,10 +22,17 @@ def packs(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
     """Jobs shared out evenly, those of one model side by side, so that a worker loads as few models as can be."""
 
     def model(job: Job) -> list[str]:
-        return [override for override in job[1] if override.lstrip("+~").startswith(("model=", "model.", "model@"))]
+        return [
+            override
+            for override in job[1]
+            if override.lstrip("+~").startswith(("model=", "model.", "model@"))
+        ]
 
     ordered, count = sorted(jobs, key=model), min(workers, len(jobs))
-    return [ordered[len(jobs) * rank // count : len(jobs) * (rank + 1) // count] for rank in range(count)]
+    return [
+        ordered[len(jobs) * rank // count : len(jobs) * (rank + 1) // count]
+        for rank in range(count)
+    ]
 
 
 @dataclass
@@ -75,7 +81,11 @@ def wait(running: list[Any], shares: list[list[Job]], folder: Path) -> None:
     while not ended:
         ended = all(job.done() for job in running)
         for number in [number for number in left if (folder / str(number) / OUTCOMES).exists()]:
-            console.print(f"{total - len(left) + 1} of {total} jobs through: {left.pop(number)}", highlight=False, markup=False)
+            console.print(
+                f"{total - len(left) + 1} of {total} jobs through: {left.pop(number)}",
+                highlight=False,
+                markup=False,
+            )
         time.sleep(0 if ended else 1)
     for rank, (job, share) in enumerate(zip(running, shares, strict=True)):
         for number, overrides in share:

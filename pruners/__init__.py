@@ -1,6 +1,6 @@
 """Pruning methods. One method, one file; the imports below fill the registry."""
 
-from pruners import (
+from secateur.pruners import (
     cdpruner,
     dart,
     divprune,
@@ -25,6 +25,24 @@ from pruners import (
     vispruner,
     zspaprune,
 )
-from pruners.base import REGISTRY, InLLMPruner, LayerTokens, Pruner, PrunerError, Selection, VisualTokens, build
+from secateur.pruners.base import (
+    REGISTRY,
+    InLLMPruner,
+    LayerTokens,
+    Pruner,
+    PrunerError,
+    Selection,
+    VisualTokens,
+    build,
+)
 
-__all__ = ["REGISTRY", "InLLMPruner", "LayerTokens", "Pruner", "PrunerError", "Selection", "VisualTokens", "build"]
+__all__ = [
+    "REGISTRY",
+    "InLLMPruner",
+    "LayerTokens",
+    "Pruner",
+    "PrunerError",
+    "Selection",
+    "VisualTokens",
+    "build",
+]

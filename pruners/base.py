@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
+from secateur.pruners.fields import Range, describe, fits
 from torch import Tensor
 
-from pruners.fields import Range, describe, fits
-
-EXTRA = -1  # index of an output token that stands for no single patch (a kept CLS token, PruMerge's sum)
+EXTRA = (
+    -1
+)  # index of an output token that stands for no single patch (a kept CLS token, PruMerge's sum)
 Status = Literal["official", "paper", "secondary", "reconstruction", "baseline"]
 Space = Literal["encoder", "projected", "hidden"]
 
@@ -31,18 +32,30 @@ class VisualTokens:
     grid: tuple[int, int] | None = None  # (rows, columns), rows * columns = N, raster order
     encoder_features: Tensor | None = None  # [B, N, C] what the projector receives
     cls_token: Tensor | None = None  # [B, C] hidden state of the CLS row beside encoder_features
-    saliency: Tensor | None = None  # [B, H, N] per head: softmax attention CLS -> patch, CLS column dropped, not renormalised
-    object_attention: Tensor | None = None  # [B, N] attention received in a middle block, mean over heads and all queries
+    saliency: Tensor | None = (
+        None  # [B, H, N] per head: softmax attention CLS -> patch, CLS column dropped, not renormalised
+    )
+    object_attention: Tensor | None = (
+        None  # [B, N] attention received in a middle block, mean over heads and all queries
+    )
     output_attention: Tensor | None = None  # [B, N] the same in the block of encoder_features
-    encoder_keys: Tensor | None = None  # [B, 1+N, C] k_proj output in the block of encoder_features, first CLS if there is one
+    encoder_keys: Tensor | None = (
+        None  # [B, 1+N, C] k_proj output in the block of encoder_features, first CLS if there is one
+    )
     last_queries: Tensor | None = None  # [B, 1+N, C] q_proj output of the encoder's last block
     last_keys: Tensor | None = None  # [B, 1+N, C] k_proj output of the encoder's last block
-    text_embeddings: Tensor | None = None  # [B, M, D] question tokens in LLM space, rows padded at the end
+    text_embeddings: Tensor | None = (
+        None  # [B, M, D] question tokens in LLM space, rows padded at the end
+    )
     text_mask: Tensor | None = None  # [B, M] True for real question tokens; None: all real
     clip_patches: Tensor | None = None  # [B, N, P] patches in CLIP's joint space
     clip_text: Tensor | None = None  # [B, S, P] question segments in CLIP's joint space
-    relevance: Tensor | None = None  # [B, N] relevance to the question, where the caller scores it himself
-    image_of_row: tuple[int, ...] | None = None  # which image each row is a crop of; None: every row its own image
+    relevance: Tensor | None = (
+        None  # [B, N] relevance to the question, where the caller scores it himself
+    )
+    image_of_row: tuple[int, ...] | None = (
+        None  # which image each row is a crop of; None: every row its own image
+    )
     sample_ids: tuple[str, ...] | None = None  # "document|crop" per row, seeds random choices
 
     @property
@@ -52,11 +65,18 @@ class VisualTokens:
 
     def tensors(self) -> dict[str, Tensor]:
         """The filled captures by name."""
-        return {f.name: value for f in dataclasses.fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return {
+            f.name: value
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
 
     def in_float32(self) -> "VisualTokens":
         """The same with every floating capture in contiguous float32, the precision all scoring runs in."""
-        tensors = {name: t.float().contiguous() if t.is_floating_point() else t for name, t in self.tensors().items()}
+        tensors = {
+            name: t.float().contiguous() if t.is_floating_point() else t
+            for name, t in self.tensors().items()
+        }
         return dataclasses.replace(self, **tensors)  # type: ignore[arg-type]
 
 
@@ -80,37 +100,59 @@ class Selection:
         """Raise PrunerError unless indices are in range, distinct and ascending (unless `in_order`), and all else as declared."""
 
         def wrong(what: str) -> typing.NoReturn:
-            raise PrunerError(f"pruner {who!r} returned {what}, for {batch} images of {tokens} tokens; its select() is wrong")
+            raise PrunerError(
+                f"pruner {who!r} returned {what}, for {batch} images of {tokens} tokens; its select() is wrong"
+            )
 
         index = self.indices
         if index.dtype != torch.long or index.dim() != 2 or index.shape[0] != batch:
-            wrong(f"indices of shape {tuple(index.shape)} and dtype {index.dtype}, expected [{batch}, K] of torch.int64")
+            wrong(
+                f"indices of shape {tuple(index.shape)} and dtype {index.dtype}, expected [{batch}, K] of torch.int64"
+            )
         if index.shape[1] == 0:
             wrong("no indices at all")
         if not fits(Space, self.space):
             wrong(f"space={self.space!r}, which is not {describe(Space)}")
         per_row = {f"diagnostic {name!r}": values for name, values in self.diagnostics.items()}
-        for what, values in (per_row | ({} if self.counts is None else {"counts": self.counts})).items():
+        for what, values in (
+            per_row | ({} if self.counts is None else {"counts": self.counts})
+        ).items():
             if values.shape != (batch,):
                 wrong(f"{what} of shape {tuple(values.shape)}, expected [{batch}]")
-        if self.counts is not None and bool(((self.counts < 1) | (self.counts > index.shape[1])).any()):
+        if self.counts is not None and bool(
+            ((self.counts < 1) | (self.counts > index.shape[1])).any()
+        ):
             wrong(f"counts {self.counts.tolist()} outside 1..{index.shape[1]}")
-        counts = self.counts if self.counts is not None else torch.full((batch,), index.shape[1], device=index.device)
+        counts = (
+            self.counts
+            if self.counts is not None
+            else torch.full((batch,), index.shape[1], device=index.device)
+        )
         real = torch.arange(index.shape[1], device=index.device) < counts[:, None]
         low = EXTRA if self.features is not None else 0
         if bool(((index < low) | (index >= tokens))[real].any()):
-            wrong(f"an index outside {low}..{tokens - 1}: {index[real].min().item()}..{index[real].max().item()}")
+            wrong(
+                f"an index outside {low}..{tokens - 1}: {index[real].min().item()}..{index[real].max().item()}"
+            )
         # padding and EXTRA get values of their own, so that only patches can repeat
         places = torch.arange(index.shape[1], device=index.device)
         distinct = torch.where(real & (index != EXTRA), index, tokens + places).sort(1).values
         if bool((distinct[:, 1:] == distinct[:, :-1]).any()):
             wrong("the same token more than once, as NaN scores do")
-        if not self.in_order and bool(((index[:, 1:] <= index[:, :-1]) & real[:, 1:] & (index[:, :-1] != EXTRA)).any()):
+        if not self.in_order and bool(
+            ((index[:, 1:] <= index[:, :-1]) & real[:, 1:] & (index[:, :-1] != EXTRA)).any()
+        ):
             wrong("indices that do not ascend, without in_order=True")
         if self.features is not None:
             if self.features.shape[:2] != index.shape:
-                wrong(f"features of shape {tuple(self.features.shape)} for indices of shape {tuple(index.shape)}")
-            if not bool(torch.isfinite(torch.stack([self.features.amin(2), self.features.amax(2)]))[:, real].all()):
+                wrong(
+                    f"features of shape {tuple(self.features.shape)} for indices of shape {tuple(index.shape)}"
+                )
+            if not bool(
+                torch.isfinite(torch.stack([self.features.amin(2), self.features.amax(2)]))[
+                    :, real
+                ].all()
+            ):
                 wrong("features with NaN or infinite values")
 
 
@@ -176,25 +218,37 @@ class Pruner(Method):
 
     def _check_input(self, tokens: VisualTokens, keep: int) -> None:
         if not isinstance(tokens.features, Tensor):
-            self.fail(f"features are a {type(tokens.features).__name__}, expected a tensor [B, N, D]")
+            self.fail(
+                f"features are a {type(tokens.features).__name__}, expected a tensor [B, N, D]"
+            )
         if tokens.features.dim() != 3 or 0 in tokens.features.shape:
-            self.fail(f"features have shape {tuple(tokens.features.shape)}, expected [B, N, D] with none of them 0")
+            self.fail(
+                f"features have shape {tuple(tokens.features.shape)}, expected [B, N, D] with none of them 0"
+            )
         batch, count = tokens.shape
         if not fits(Annotated[int, Range(1, count)], keep):
-            self.fail(f"cannot keep {keep!r} of {count} tokens; the budget must be an integer between 1 and {count}")
+            self.fail(
+                f"cannot keep {keep!r} of {count} tokens; the budget must be an integer between 1 and {count}"
+            )
         for name in sorted(self.needs):
             if getattr(tokens, name) is None:
                 self.fail(f"needs {name!r}, which this model or call does not provide")
-        if tokens.grid is not None and (min(tokens.grid) < 1 or tokens.grid[0] * tokens.grid[1] != count):
+        if tokens.grid is not None and (
+            min(tokens.grid) < 1 or tokens.grid[0] * tokens.grid[1] != count
+        ):
             self.fail(f"grid {tokens.grid} does not hold {count} tokens")
         for name in ("image_of_row", "sample_ids"):
             if (rows := getattr(tokens, name)) is not None and len(rows) != batch:
-                self.fail(f"{name} has {len(rows)} entries, expected one for each of B = {batch} rows")
+                self.fail(
+                    f"{name} has {len(rows)} entries, expected one for each of B = {batch} rows"
+                )
         sizes = {"B": batch, "N": count, "1+N": count + 1, "D": tokens.features.shape[2]}
         for name, tensor in tokens.tensors().items():
             _check_shape(self, name, tensor, sizes)
         checked = {name: t for name, t in tokens.tensors().items() if name in self.needs}
-        if integers := [f"{name} {t.dtype}" for name, t in checked.items() if not t.is_floating_point()]:
+        if integers := [
+            f"{name} {t.dtype}" for name, t in checked.items() if not t.is_floating_point()
+        ]:
             self.fail(f"expects floating point, and got {', '.join(integers)}")
         if not bool(torch.stack([_finite(t) for t in checked.values()]).all()):
             bad = [f"{name} {list(t.shape)}" for name, t in checked.items() if not bool(_finite(t))]
@@ -207,8 +261,12 @@ class LayerTokens:
 
     visual: Tensor  # [B, n] long, positions of the visual tokens, ascending
     text: Tensor  # [B, L] True at the real positions behind the image
-    hidden: Tensor | None = None  # [B, L, D] states that enter the next layer (through the final norm if `normed`)
-    attention: Tensor | None = None  # [B, H, Q, L] softmax rows of the positions in `queries`, rows padded at the end
+    hidden: Tensor | None = (
+        None  # [B, L, D] states that enter the next layer (through the final norm if `normed`)
+    )
+    attention: Tensor | None = (
+        None  # [B, H, Q, L] softmax rows of the positions in `queries`, rows padded at the end
+    )
     asked: Tensor | None = None  # [B, Q] True at real rows of `attention`; None: all real
     keys: Tensor | None = None  # [B, H, L, d] keys of the layer before, after the rotary embedding
 
@@ -231,7 +289,11 @@ class LayerTokens:
 
     def survivors(self, kept: Tensor) -> Tensor:
         """Visual tokens that stay, [B, k] in 0..n-1 -> every position that stays, [B, L-n+k], ascending."""
-        stays = torch.ones_like(self.text).scatter(1, self.visual, False).scatter(1, self.visual.gather(1, kept), True)
+        stays = (
+            torch.ones_like(self.text)
+            .scatter(1, self.visual, False)
+            .scatter(1, self.visual.gather(1, kept), True)
+        )
         length = stays.shape[1] - self.visual.shape[1] + kept.shape[1]
         return stays.sort(dim=1, descending=True, stable=True).indices[:, :length]
 
@@ -244,7 +306,9 @@ class InLLMPruner(Method):
     Subclasses write `schedule` and `select`, whose indices count visual tokens (0..n-1); EXTRA rows with features follow them.
     """
 
-    attention_of: ClassVar[Literal["previous", "next"]] = "previous"  # layer whose rows `attention` holds
+    attention_of: ClassVar[Literal["previous", "next"]] = (
+        "previous"  # layer whose rows `attention` holds
+    )
     normed: ClassVar[bool] = False  # hidden states go through the LLM's final norm first
 
     @property
@@ -313,9 +377,13 @@ class InLLMPruner(Method):
                 if tensor.is_floating_point() and not bool(_finite(tensor)):
                     self.fail(f"NaN or infinite values in {name} {list(tensor.shape)}")
         if not fits(Annotated[int, Range(1, sizes["n"])], keep):
-            self.fail(f"cannot keep {keep!r} of {sizes['n']} tokens; the budget must be an integer between 1 and {sizes['n']}")
+            self.fail(
+                f"cannot keep {keep!r} of {sizes['n']} tokens; the budget must be an integer between 1 and {sizes['n']}"
+            )
         if not bool(tokens.text.any(1).all()):
-            self.fail("text has a row without a real position; the prompt needs text behind the image")
+            self.fail(
+                "text has a row without a real position; the prompt needs text behind the image"
+            )
 
 
 # input -> its axes; a letter stands for the same size wherever it appears
@@ -346,7 +414,11 @@ _MAY_BE_EMPTY = ("M", "S")  # a question can have no tokens, or no segments
 
 def _finite(x: Tensor) -> Tensor:
     """Whether all values are finite; the extremes tell, NaN included, at a fraction of the cost of asking every value."""
-    return torch.isfinite(torch.stack(x.aminmax())).all() if x.numel() else torch.ones((), dtype=torch.bool, device=x.device)
+    return (
+        torch.isfinite(torch.stack(x.aminmax())).all()
+        if x.numel()
+        else torch.ones((), dtype=torch.bool, device=x.device)
+    )
 
 
 def _check_shape(method: Method, name: str, tensor: Tensor, sizes: dict[str, int]) -> None:
@@ -357,7 +429,9 @@ def _check_shape(method: Method, name: str, tensor: Tensor, sizes: dict[str, int
         for axis, size in zip(axes, tensor.shape, strict=True)
     )
     if not fits:
-        expected = ", ".join(f"{axis} = {sizes[axis]}" if sizes.get(axis) else axis for axis in axes)
+        expected = ", ".join(
+            f"{axis} = {sizes[axis]}" if sizes.get(axis) else axis for axis in axes
+        )
         method.fail(f"{name} has shape {tuple(tensor.shape)}, expected [{expected}]")
 
 
@@ -370,7 +444,9 @@ def register(name: str) -> Callable[[type[P]], type[P]]:
 
     def add(cls: type[P]) -> type[P]:
         if name in REGISTRY:
-            raise PrunerError(f"two pruners are called {name!r}: {REGISTRY[name].__qualname__} and {cls.__qualname__}")
+            raise PrunerError(
+                f"two pruners are called {name!r}: {REGISTRY[name].__qualname__} and {cls.__qualname__}"
+            )
         cls.name = name
         REGISTRY[name] = cls
         return cls
@@ -385,5 +461,7 @@ def build(name: str, **options: Any) -> Any:
     known = [f.name for f in dataclasses.fields(REGISTRY[name])]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise PrunerError(f"pruner {name!r} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}")
+        raise PrunerError(
+            f"pruner {name!r} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}"
+        )
     return REGISTRY[name](**options)

@@ -2,12 +2,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import cosine_gram, greedy_map
+from secateur.pruners.relevance import clip_relevance, embedding_relevance, range_over_image
 from torch import Tensor
-
-from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.fields import Range
-from pruners.linalg import cosine_gram, greedy_map
-from pruners.relevance import clip_relevance, embedding_relevance, range_over_image
 
 
 @register("cdpruner")
@@ -40,18 +39,31 @@ class CDPruner(Pruner):
 
     @property
     def needs(self) -> frozenset[str]:
-        question = {"clip_patches", "clip_text"} if self.relevance_space == "clip" else {"text_embeddings"}
+        question = (
+            {"clip_patches", "clip_text"} if self.relevance_space == "clip" else {"text_embeddings"}
+        )
         return frozenset({"features", *question})
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         relevance = self.relevance(tokens)
-        weights = relevance if self.theta is None else (self.theta / (2 * (1 - self.theta)) * relevance).exp()
+        weights = (
+            relevance
+            if self.theta is None
+            else (self.theta / (2 * (1 - self.theta)) * relevance).exp()
+        )
         kernel = cosine_gram(tokens.features).mul_(weights[:, :, None]).mul_(weights[:, None])
         picks = greedy_map(kernel, keep, fallback=relevance)
-        return Selection(picks if self.order == "picked" else picks.sort(1).values, in_order=self.order == "picked")
+        return Selection(
+            picks if self.order == "picked" else picks.sort(1).values,
+            in_order=self.order == "picked",
+        )
 
     def relevance(self, tokens: VisualTokens) -> Tensor:
         """[B, N] between 1e-6 / range and a little above 1, scaled over all crops of an image together."""
-        raw = -clip_relevance(tokens) if self.relevance_space == "clip" else embedding_relevance(tokens)
+        raw = (
+            -clip_relevance(tokens)
+            if self.relevance_space == "clip"
+            else embedding_relevance(tokens)
+        )
         low, high = range_over_image(raw, tokens.image_of_row)
         return torch.where(high > low, (raw - low + 1e-6) / (high - low), 1.0)

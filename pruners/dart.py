@@ -2,12 +2,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from secateur.pruners.base import LayerTokens, Selection, register
+from secateur.pruners.fastv import SingleCut
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import normalize, top_k
 from torch import Tensor
-
-from pruners.base import LayerTokens, Selection, register
-from pruners.fastv import SingleCut
-from pruners.fields import Range
-from pruners.linalg import normalize, top_k
 
 
 @register("dart")

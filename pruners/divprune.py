@@ -1,8 +1,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.linalg import cosine_gram, farthest_point, most_isolated
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.linalg import cosine_gram, farthest_point, most_isolated
 
 
 @register("divprune")
@@ -30,4 +30,7 @@ class DivPrune(Pruner):
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         distance = cosine_gram(tokens.features).neg_().add_(1)
         picks = farthest_point(distance, most_isolated(distance)[:, None], keep)
-        return Selection(picks if self.order == "picked" else picks.sort(1).values, in_order=self.order == "picked")
+        return Selection(
+            picks if self.order == "picked" else picks.sort(1).values,
+            in_order=self.order == "picked",
+        )

@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 
-from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.linalg import top_k
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.linalg import top_k
 
 
 @register("fastervlm")

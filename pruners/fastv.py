@@ -2,11 +2,10 @@ from dataclasses import dataclass
 from math import floor
 from typing import Annotated, Literal
 
+from secateur.pruners.base import InLLMPruner, LayerTokens, Selection, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import top_k
 from torch import Tensor
-
-from pruners.base import InLLMPruner, LayerTokens, Selection, register
-from pruners.fields import Range
-from pruners.linalg import top_k
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,9 @@ class SingleCut(InLLMPruner):
         if self.budget == "average":
             kept = floor((layers * keep - self.layer * tokens) / (layers - self.layer) + 0.5)
         if not 1 <= kept <= tokens:
-            self.fail(f"cannot average {keep} tokens over {layers} layers when the first {self.layer} process {tokens}")
+            self.fail(
+                f"cannot average {keep} tokens over {layers} layers when the first {self.layer} process {tokens}"
+            )
         return {self.layer: kept}
 
 

@@ -39,7 +39,11 @@ def fits(hint: Any, value: object) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(fits(part, value) for part in parts)
     if origin is tuple:  # configs give lists
-        return isinstance(value, Sequence) and not isinstance(value, str) and all(fits(parts[0], item) for item in value)
+        return (
+            isinstance(value, Sequence)
+            and not isinstance(value, str)
+            and all(fits(parts[0], item) for item in value)
+        )
     if hint in (float, int):
         return isinstance(value, int | hint) and not isinstance(value, bool) and isfinite(value)
     return isinstance(value, origin or hint)

@@ -3,12 +3,18 @@ from math import floor
 from typing import Annotated, Literal, NamedTuple
 
 import torch
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import (
+    cosine_gram,
+    farthest_point,
+    merge_into_anchors,
+    min_max,
+    take,
+    top_k,
+)
+from secateur.pruners.relevance import clip_relevance
 from torch import Tensor
-
-from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.fields import Range
-from pruners.linalg import cosine_gram, farthest_point, merge_into_anchors, min_max, take, top_k
-from pruners.relevance import clip_relevance
 
 
 class Stages(NamedTuple):
@@ -59,13 +65,17 @@ class FSR(Pruner):
 
     @property
     def needs(self) -> frozenset[str]:
-        question = {"clip": {"clip_patches", "clip_text"}, "none": set(), "given": {"relevance"}}[self.relevance_space]
+        question = {"clip": {"clip_patches", "clip_text"}, "none": set(), "given": {"relevance"}}[
+            self.relevance_space
+        ]
         own = {"encoder_features"} if self.space == "encoder" else set()
         return frozenset({"features", "saliency", *own, *question})
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         stages = self.stages(tokens, keep)
-        return Selection(stages.indices, stages.features, self.space, diagnostics={"focus": stages.focus_count})
+        return Selection(
+            stages.indices, stages.features, self.space, diagnostics={"focus": stages.focus_count}
+        )
 
     def stages(self, tokens: VisualTokens, keep: int) -> Stages:
         """The selection with its intermediate results."""
@@ -81,7 +91,9 @@ class FSR(Pruner):
         indices, place = picks.sort(1)
         scanned = place >= focus_count[:, None]
         dropped = torch.ones_like(phi, dtype=torch.bool).scatter_(1, indices, False)
-        affinity = take(similarity, indices).masked_fill_(~(scanned[:, :, None] & dropped[:, None]), -torch.inf)
+        affinity = take(similarity, indices).masked_fill_(
+            ~(scanned[:, :, None] & dropped[:, None]), -torch.inf
+        )
         limit = (self.kappa * (keep - focus_count)).floor().long()
         most = min(floor(self.kappa * (keep - 1)), phi.shape[1])
         features, merged, slot = merge_into_anchors(x, indices, affinity, phi + 1e-12, limit, most)
@@ -92,8 +104,14 @@ class FSR(Pruner):
         assert tokens.saliency is not None
         score = min_max(tokens.saliency.mean(1)) ** self.beta
         relevance = tokens.relevance if self.relevance_space == "given" else None
-        if self.relevance_space == "clip" and tokens.clip_text is not None and tokens.clip_text.shape[1] > 0:
+        if (
+            self.relevance_space == "clip"
+            and tokens.clip_text is not None
+            and tokens.clip_text.shape[1] > 0
+        ):
             relevance = clip_relevance(tokens)
         if relevance is None:
             return score
-        return min_max(relevance if self.relevance_sign == "+" else -relevance) ** self.alpha * score
+        return (
+            min_max(relevance if self.relevance_sign == "+" else -relevance) ** self.alpha * score
+        )

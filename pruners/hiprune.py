@@ -2,10 +2,9 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-
-from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.fields import Range
-from pruners.linalg import top_k
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import top_k
 
 
 @register("hiprune")

@@ -36,7 +36,9 @@ def symmetric_gram(x: Tensor, out: Tensor | None = None) -> Tensor:
         return gram.tril_().add_(gram.tril(-1).transpose(1, 2))
     half = count // 2
     low, high = slice(half), slice(half, 2 * half)
-    halves = symmetric_gram(x[:, : 2 * half].reshape(2 * batch, half, -1)).view(batch, 2, half, half)
+    halves = symmetric_gram(x[:, : 2 * half].reshape(2 * batch, half, -1)).view(
+        batch, 2, half, half
+    )
     gram[:, low, low], gram[:, high, high] = halves.unbind(1)
     gram[:, high, low] = across = x[:, high] @ x[:, low].transpose(1, 2)
     gram[:, low, high] = across.transpose(1, 2)
@@ -49,7 +51,9 @@ def symmetric_gram(x: Tensor, out: Tensor | None = None) -> Tensor:
 def mean_similarity(similarity: Tensor) -> Tensor:
     """[B] mean over the pairs of different tokens, for similarity [B, N, N]."""
     count = similarity.shape[1]
-    return (similarity.sum((1, 2)) - similarity.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
+    return (similarity.sum((1, 2)) - similarity.diagonal(dim1=1, dim2=2).sum(1)) / (
+        count * (count - 1)
+    )
 
 
 def min_max(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -64,7 +68,11 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     Rows with a NaN give index 0 k times over, which `Selection.check` refuses: asking here would make the device wait.
     """
     largest = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    return largest.masked_fill(scores.isnan().any(-1, keepdim=True), 0) if scores.is_floating_point() else largest
+    return (
+        largest.masked_fill(scores.isnan().any(-1, keepdim=True), 0)
+        if scores.is_floating_point()
+        else largest
+    )
 
 
 def evenly_spaced(count: int, k: int) -> Tensor:
@@ -79,7 +87,9 @@ def concatenate_rows(first: Tensor, count: Tensor, second: Tensor) -> Tensor:
     return torch.where(behind < 0, first, second.gather(1, behind.clamp_min(0)))
 
 
-def facility_location(similarity: Tensor, weights: Tensor, k: int, additive: bool = False) -> Tensor:
+def facility_location(
+    similarity: Tensor, weights: Tensor, k: int, additive: bool = False
+) -> Tensor:
     """Greedy weighted coverage: k picks [B, k] in the order taken, ties to the lower index.
 
     Each step takes the v of largest weights_v * gain_v (or gain_v + weights_v), where
@@ -101,14 +111,20 @@ def facility_location(similarity: Tensor, weights: Tensor, k: int, additive: boo
     gain = similarity.clamp_min(0).sum(2, dtype=torch.float64)
     picks = []
     for _ in range(k):
-        score = gain.float() + weights + taken if additive else torch.addcmul(taken, gain.float(), weights)
+        score = (
+            gain.float() + weights + taken
+            if additive
+            else torch.addcmul(taken, gain.float(), weights)
+        )
         pick = score.argmax(1) + start
         picks.append(pick)
         taken.view(-1).index_fill_(0, pick, -torch.inf)
         near = rows.index_select(0, pick).view(-1)
         if rows.is_cuda:
             cover = torch.maximum(cover, near)
-            gain = (similarity - cover.view(batch, 1, count)).clamp_min_(0).sum(2, dtype=torch.float64)
+            gain = (
+                (similarity - cover.view(batch, 1, count)).clamp_min_(0).sum(2, dtype=torch.float64)
+            )
         else:
             _cover_better(gain, rows, cover, near)
     return torch.stack(picks, 1) - start[:, None]
@@ -169,9 +185,13 @@ def greedy_map(
         if t > 0:
             past = factor[:t]
             known = past.index_select(1, pick).t()[:, None]
-            row = torch.baddbmm(row[:, None], known, past.view(t, batch, count).transpose(0, 1), alpha=-1)[:, 0]
+            row = torch.baddbmm(
+                row[:, None], known, past.view(t, batch, count).transpose(0, 1), alpha=-1
+            )[:, 0]
         column = factor[t].view(batch, count)
-        torch.mul(row, pivot.abs().rsqrt_()[:, None], out=column)  # below 0 nothing is left to divide by
+        torch.mul(
+            row, pivot.abs().rsqrt_()[:, None], out=column
+        )  # below 0 nothing is left to divide by
         residual.addcmul_(column, column, value=-1).view(-1).index_fill_(0, pick, -torch.inf)
     order, alive = torch.stack(picks, 1) - start[:, None], torch.stack(pivots, 1) > 0
     if first is not None:
@@ -278,7 +298,12 @@ def principal_axes(x: Tensor, k: int, seed: int | None = None) -> Tensor:
 
 
 def merge_into_anchors(
-    features: Tensor, anchors: Tensor, affinity: Tensor, weights: Tensor, limit: Tensor | int, most: int
+    features: Tensor,
+    anchors: Tensor,
+    affinity: Tensor,
+    weights: Tensor,
+    limit: Tensor | int,
+    most: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted means of anchors and the dropped tokens nearest to them.
 
@@ -301,9 +326,13 @@ def merge_into_anchors(
     source = top_k(best, most)
     slot = nearest.gather(1, source)
     place = torch.arange(source.shape[1], device=source.device)
-    valid = (place < (limit[:, None] if isinstance(limit, Tensor) else limit)) & (best.gather(1, source) > -torch.inf)
+    valid = (place < (limit[:, None] if isinstance(limit, Tensor) else limit)) & (
+        best.gather(1, source) > -torch.inf
+    )
     slots = torch.arange(anchors.shape[1], device=slot.device)[:, None]
-    inflow = torch.where((slot[:, None] == slots) & valid[:, None], weights.gather(1, source)[:, None], 0.0)  # [B, K, most]
+    inflow = torch.where(
+        (slot[:, None] == slots) & valid[:, None], weights.gather(1, source)[:, None], 0.0
+    )  # [B, K, most]
     own = weights.gather(1, anchors)[..., None]
     kept = take(features, anchors)
     merged = (own * kept + inflow @ take(features, source)) / (own + inflow.sum(-1, keepdim=True))

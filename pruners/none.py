@@ -1,8 +1,7 @@
 from dataclasses import dataclass
 
 import torch
-
-from pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 
 
 @register("none")

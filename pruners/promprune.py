@@ -3,11 +3,10 @@ from math import log
 from typing import Annotated, Literal
 
 import torch
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import concatenate_rows, cosine_gram, greedy_map, normalize, top_k
 from torch import Tensor
-
-from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.fields import Range
-from pruners.linalg import concatenate_rows, cosine_gram, greedy_map, normalize, top_k
 
 
 @register("promprune")
@@ -51,8 +50,14 @@ class PromPrune(Pruner):
 
         salient = top_k(tokens.saliency.mean(1), keep)
         place = torch.arange(keep, device=count.device)
-        in_salient = torch.zeros_like(similarity[:, 0], dtype=torch.bool).scatter_(1, salient, place < count[:, None])
-        nearest = similarity.masked_fill(~in_salient[:, :, None], -torch.inf).amax(1).masked_fill(in_salient, torch.inf)
+        in_salient = torch.zeros_like(similarity[:, 0], dtype=torch.bool).scatter_(
+            1, salient, place < count[:, None]
+        )
+        nearest = (
+            similarity.masked_fill(~in_salient[:, :, None], -torch.inf)
+            .amax(1)
+            .masked_fill(in_salient, torch.inf)
+        )
         diverse = greedy_map(similarity, keep, free=~in_salient, first=nearest.argmin(1))
 
         picks = concatenate_rows(salient, count, diverse)
@@ -76,7 +81,9 @@ def spectral_entropy(features: Tensor, similarity: Tensor) -> Tensor:
     """
     count, width = features.shape[1:]
     if count <= width:
-        gram = (similarity - similarity.mean(1, keepdim=True)).sub_(similarity.mean(2, keepdim=True))
+        gram = (similarity - similarity.mean(1, keepdim=True)).sub_(
+            similarity.mean(2, keepdim=True)
+        )
         gram.add_(similarity.mean((1, 2), keepdim=True))
     else:
         unit = normalize(features, eps=1e-8)

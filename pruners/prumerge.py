@@ -2,11 +2,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from secateur.pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import complement, normalize, take, top_k
 from torch import Tensor
-
-from pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
-from pruners.fields import Range
-from pruners.linalg import complement, normalize, take, top_k
 
 
 @register("prumerge")
@@ -45,15 +44,21 @@ class PruMerge(Pruner):
         else:
             order, counts, width = self.fixed(attention, keep - 1), None, keep - 1
         features, centres = tokens.encoder_features, order[:, :width]
-        inside = torch.arange(order.shape[1], device=order.device) < (width if counts is None else counts[:, None])
+        inside = torch.arange(order.shape[1], device=order.device) < (
+            width if counts is None else counts[:, None]
+        )
         keys = normalize(tokens.last_keys[:, 1:])
         # columns in the order of the candidates: other centres first, then the rest ascending
         columns = order[:, None].expand(-1, width, -1)
         similarity = (take(keys, centres) @ keys.transpose(1, 2)).gather(2, columns)
         itself = torch.eye(order.shape[1], dtype=torch.bool, device=order.device)[:width]
-        near = top_k(similarity.masked_fill_(itself, -torch.inf), min(self.neighbours, order.shape[1] - 1))
+        near = top_k(
+            similarity.masked_fill_(itself, -torch.inf), min(self.neighbours, order.shape[1] - 1)
+        )
         near = columns.gather(2, near)
-        spread = torch.zeros_like(similarity).scatter_(2, near, attention[:, None].expand_as(similarity).gather(2, near))
+        spread = torch.zeros_like(similarity).scatter_(
+            2, near, attention[:, None].expand_as(similarity).gather(2, near)
+        )
         merged = take(features, centres) + spread @ features
         loose = torch.zeros_like(attention).scatter_(1, order, attention.gather(1, order) * ~inside)
         extra = loose[:, None] @ features
@@ -83,7 +88,9 @@ class PruMerge(Pruner):
         """The centres of a fixed budget, in output order."""
         return top_k(attention, count)
 
-    def outliers(self, attention: Tensor, image_of_row: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    def outliers(
+        self, attention: Tensor, image_of_row: tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor]:
         """Step 2: the permutation and the number of centres per row, from the quartiles of an image's attention."""
         batch, count = attention.shape
         images = image_of_row or tuple(range(batch))
@@ -98,7 +105,9 @@ class PruMerge(Pruner):
         rank = top_k(attention, count).argsort(1)
         places = torch.arange(count, device=attention.device)
         added = self.added(places, ratio, count) & (rank >= top)
-        order = torch.where(rank < top, rank, torch.where(added, count + places, 2 * count + places)).argsort(1)
+        order = torch.where(
+            rank < top, rank, torch.where(added, count + places, 2 * count + places)
+        ).argsort(1)
         return order, (top + added.sum(1, keepdim=True))[:, 0]
 
     def added(self, places: Tensor, ratio: Tensor, count: int) -> Tensor:

@@ -3,10 +3,17 @@ from math import ceil
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+from secateur.pruners.base import EXTRA, Pruner, Selection, Status, VisualTokens, register
+from secateur.pruners.linalg import (
+    cosine_gram,
+    largest_remainder,
+    mean_similarity,
+    non_maximum_suppression,
+    principal_axes,
+    take,
+    top_k,
+)
 from torch import Tensor
-
-from pruners.base import EXTRA, Pruner, Selection, Status, VisualTokens, register
-from pruners.linalg import cosine_gram, largest_remainder, mean_similarity, non_maximum_suppression, principal_axes, take, top_k
 
 
 class Allocation(NamedTuple):
@@ -61,7 +68,11 @@ class PruneSID(Pruner):
 
     @property
     def needs(self) -> frozenset[str]:
-        optional = {"encoder_features": self.variant == "llava", "cls_token": self._cls, "saliency": self._attention}
+        optional = {
+            "encoder_features": self.variant == "llava",
+            "cls_token": self._cls,
+            "saliency": self._attention,
+        }
         return frozenset({"features", *(name for name, needed in optional.items() if needed)})
 
     @property
@@ -84,7 +95,13 @@ class PruneSID(Pruner):
         assert tokens.cls_token is not None
         features = torch.cat([tokens.cls_token[:, None], take(x, picks)], 1)
         extra = picks.new_full((len(picks), 1), EXTRA)
-        return Selection(torch.cat([extra, picks], 1), features, "encoder", in_order=in_groups, diagnostics=diagnostics)
+        return Selection(
+            torch.cat([extra, picks], 1),
+            features,
+            "encoder",
+            in_order=in_groups,
+            diagnostics=diagnostics,
+        )
 
     def loadings(self, x: Tensor, keep: int) -> Tensor:
         """[B, N, groups] absolute loadings of the tokens x [B, N, C] on the leading components of their sigmoid."""
@@ -92,9 +109,13 @@ class PruneSID(Pruner):
         centred = x.sigmoid()
         centred -= centred.mean(2 if self.centring == "channels" else 1, keepdim=True)
         axes = min(groups, *x.shape[1:])
-        return principal_axes(centred.transpose(1, 2), axes, self.seed if self.pca == "randomized" else None).abs()
+        return principal_axes(
+            centred.transpose(1, 2), axes, self.seed if self.pca == "randomized" else None
+        ).abs()
 
-    def allocate(self, x: Tensor, loadings: Tensor, saliency: Tensor | None, keep: int) -> Allocation:
+    def allocate(
+        self, x: Tensor, loadings: Tensor, saliency: Tensor | None, keep: int
+    ) -> Allocation:
         """Suppression within the groups and quotas between them, given the loadings."""
         count, patches = x.shape[1], keep - self._cls
         strength, group = loadings.max(2)
@@ -130,19 +151,29 @@ class PruneSID(Pruner):
             lower = size.clamp_max(1)
             other = (patches - lower.sum(1, keepdim=True)).clamp_min(0)
             upper = survivors.clamp_max(5 * ceil(keep / 64))
-            raised = torch.minimum(upper[:, None] + torch.arange(keep + 1, device=size.device)[:, None], size[:, None])
-            lift = (raised.sum(2) < keep).sum(1)  # all caps rise together until they hold the budget
+            raised = torch.minimum(
+                upper[:, None] + torch.arange(keep + 1, device=size.device)[:, None], size[:, None]
+            )
+            lift = (raised.sum(2) < keep).sum(
+                1
+            )  # all caps rise together until they hold the budget
             upper = raised.gather(1, lift[:, None, None].expand_as(upper[:, None]))[:, 0]
             # rounding the running sum, in the precision of the released code, decides exact halves
             steps = (share.double().cumsum(1).float() * other).round().long()
             quota = (steps.diff(dim=1, prepend=torch.zeros_like(other)) + lower).minimum(upper)
-        visit = top_k(survivors, size.shape[1])  # what is left goes to the groups with most survivors
+        visit = top_k(
+            survivors, size.shape[1]
+        )  # what is left goes to the groups with most survivors
         room = (upper - quota).gather(1, visit)
         missing = patches - quota.sum(1, keepdim=True) - (room.cumsum(1) - room)
         return quota.scatter_add(1, visit, missing.clamp_min(0).minimum(room))
 
 
-def suppress(similarity: Tensor, group: Tensor, rank: Tensor, threshold: Tensor, candidates: Tensor) -> Tensor:
+def suppress(
+    similarity: Tensor, group: Tensor, rank: Tensor, threshold: Tensor, candidates: Tensor
+) -> Tensor:
     """[B, N] candidates that no surviving candidate of their group and of higher rank resembles more than the threshold [B]."""
     rivals = (group[:, :, None] == group[:, None]) & (rank[:, :, None] < rank[:, None])
-    return non_maximum_suppression((rivals & (similarity > threshold[:, None, None])).float(), candidates)
+    return non_maximum_suppression(
+        (rivals & (similarity > threshold[:, None, None])).float(), candidates
+    )

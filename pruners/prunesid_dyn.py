@@ -3,13 +3,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from secateur.pruners.base import Selection, VisualTokens, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import cosine_gram, mean_similarity
+from secateur.pruners.prunesid import PruneSID
 from torch import Tensor
 from torch.nn.functional import pad
-
-from pruners.base import Selection, VisualTokens, register
-from pruners.fields import Range
-from pruners.linalg import cosine_gram, mean_similarity
-from pruners.prunesid import PruneSID
 
 
 @register("prunesid_dyn")
@@ -44,8 +43,16 @@ class PruneSIDDyn(PruneSID):
         if self.mean_phi is None:
             first = super().select(tokens, keep)
             return dataclasses.replace(first, diagnostics={"phi": phi} | first.diagnostics)
-        budgets = (keep * phi / self.mean_phi).round().long().clamp(min(self.min_tokens, keep), x.shape[1])
-        rows = [super(PruneSIDDyn, self).select(_row(tokens, i), budget) for i, budget in enumerate(budgets.tolist())]
+        budgets = (
+            (keep * phi / self.mean_phi)
+            .round()
+            .long()
+            .clamp(min(self.min_tokens, keep), x.shape[1])
+        )
+        rows = [
+            super(PruneSIDDyn, self).select(_row(tokens, i), budget)
+            for i, budget in enumerate(budgets.tolist())
+        ]
         width = max(row.indices.shape[1] for row in rows)
         features = [_padded(row.features, width, 1) for row in rows if row.features is not None]
         return Selection(
@@ -54,12 +61,18 @@ class PruneSIDDyn(PruneSID):
             rows[0].space,
             counts=budgets,
             in_order=any(row.in_order for row in rows),
-            diagnostics={"phi": phi} | {name: torch.cat([row.diagnostics[name] for row in rows]) for name in rows[0].diagnostics},
+            diagnostics={"phi": phi}
+            | {
+                name: torch.cat([row.diagnostics[name] for row in rows])
+                for name in rows[0].diagnostics
+            },
         )
 
 
 def _row(tokens: VisualTokens, i: int) -> VisualTokens:
-    return dataclasses.replace(tokens, **{name: t[i : i + 1] for name, t in tokens.tensors().items()})  # type: ignore[arg-type]
+    return dataclasses.replace(
+        tokens, **{name: t[i : i + 1] for name, t in tokens.tensors().items()}
+    )  # type: ignore[arg-type]
 
 
 def _padded(x: Tensor, width: int, behind: int) -> Tensor:

@@ -3,9 +3,9 @@ from itertools import pairwise
 from operator import mul
 from typing import Annotated, Literal
 
-from pruners.base import InLLMPruner, LayerTokens, Selection, register
-from pruners.fields import Range
-from pruners.linalg import top_k
+from secateur.pruners.base import InLLMPruner, LayerTokens, Selection, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import top_k
 
 
 @register("pyramiddrop")
@@ -44,22 +44,31 @@ class PyramidDrop(InLLMPruner):
                 object.__setattr__(self, name, tuple(value))
         if not self.stages or any(a >= b for a, b in pairwise(self.stages)):
             self.fail(f"stages={self.stages} have to be at least one and ascend")
-        if self.ratios is not None and (len(self.ratios) != len(self.stages) or any(a < b for a, b in pairwise(self.ratios))):
+        if self.ratios is not None and (
+            len(self.ratios) != len(self.stages) or any(a < b for a, b in pairwise(self.ratios))
+        ):
             self.fail(f"ratios={self.ratios} have to be one per stage and descend")
 
     def schedule(self, tokens: int, layers: int, keep: int) -> dict[int, int]:
         if self.ratios is not None:
             if self.stages[-1] >= layers:
                 self.fail(f"stages={self.stages} do not fit into {layers} layers")
-            plan = {stage: max(1, int(tokens * ratio)) for stage, ratio in zip(self.stages, self.ratios, strict=True)}
+            plan = {
+                stage: max(1, int(tokens * ratio))
+                for stage, ratio in zip(self.stages, self.ratios, strict=True)
+            }
             mean = sum(map(mul, _lengths(self.stages, layers), (tokens, *plan.values()))) / layers
             if keep != round(mean):
-                self.fail(f"ratios={self.ratios} average {mean:.1f} tokens, which is not the budget of {keep}")
+                self.fail(
+                    f"ratios={self.ratios} average {mean:.1f} tokens, which is not the budget of {keep}"
+                )
             return plan
         stages = self.stages
         while stages[-1] >= layers or stages[0] * tokens >= layers * keep:
             if stages[0] == 1:
-                self.fail(f"cannot average {keep} of {tokens} tokens over {layers} layers, even with stages={stages}")
+                self.fail(
+                    f"cannot average {keep} of {tokens} tokens over {layers} layers, even with stages={stages}"
+                )
             stages = tuple(dict.fromkeys(max(1, stage // 2) for stage in stages))
         # the root found for 1 lies just below it, where int() would drop a token
         x = 1.0 if keep == tokens else _root(_lengths(stages, layers), layers * keep / tokens)

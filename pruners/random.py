@@ -2,8 +2,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-
-from pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 
 
 @register("random")

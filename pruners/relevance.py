@@ -1,10 +1,9 @@
 """How relevant a token is to the question: the scores that query-aware methods share."""
 
 import torch
+from secateur.pruners.base import VisualTokens
+from secateur.pruners.linalg import normalize
 from torch import Tensor
-
-from pruners.base import VisualTokens
-from pruners.linalg import normalize
 
 
 def clip_relevance(tokens: VisualTokens) -> Tensor:
@@ -29,14 +28,21 @@ def text_mask(tokens: VisualTokens) -> Tensor:
     """[B, M] True for the real question tokens."""
     assert tokens.text_embeddings is not None
     shape, device = tokens.text_embeddings.shape[:2], tokens.text_embeddings.device
-    return torch.ones(shape, dtype=torch.bool, device=device) if tokens.text_mask is None else tokens.text_mask.bool()
+    return (
+        torch.ones(shape, dtype=torch.bool, device=device)
+        if tokens.text_mask is None
+        else tokens.text_mask.bool()
+    )
 
 
 def embedding_relevance(tokens: VisualTokens) -> Tensor:
     """Cosine of token and mean question embedding in LLM space, [B, N]; 0 without text."""
     text = mean_text(tokens)
     dot = (tokens.features @ text[..., None])[..., 0]
-    return dot / (tokens.features.norm(dim=2).clamp_min(1e-12) * text.norm(dim=1, keepdim=True).clamp_min(1e-12))
+    return dot / (
+        tokens.features.norm(dim=2).clamp_min(1e-12)
+        * text.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    )
 
 
 def range_over_image(x: Tensor, image_of_row: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,9 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-
-from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.fields import Range
-from pruners.linalg import cosine_gram, facility_location
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import cosine_gram, facility_location
 
 
 @register("scope")
@@ -41,7 +40,9 @@ class Scope(Pruner):
         weights = tokens.saliency.sum(1) ** self.alpha
         if self.saliency == "none":
             weights = torch.ones_like(weights)
-        picks = facility_location(cosine_gram(tokens.encoder_features), weights, keep, additive=self.combine == "add")
+        picks = facility_location(
+            cosine_gram(tokens.encoder_features), weights, keep, additive=self.combine == "add"
+        )
         if self.order == "picked":
             return Selection(picks, in_order=True)
         return Selection(picks.sort(1).values)

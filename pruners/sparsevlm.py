@@ -3,11 +3,10 @@ from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
+from secateur.pruners.base import EXTRA, InLLMPruner, LayerTokens, Selection, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import complement, take, top_k
 from torch import Tensor
-
-from pruners.base import EXTRA, InLLMPruner, LayerTokens, Selection, register
-from pruners.fields import Range
-from pruners.linalg import complement, take, top_k
 
 # budget at 576 visual tokens -> tokens kept at each stage, before merging
 _KEPT = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
@@ -60,7 +59,9 @@ class SparseVLM(InLLMPruner):
             nominal = round(keep * 576 / tokens)
             if nominal not in _KEPT or len(self.stages) != 3:
                 known = ", ".join(map(str, _KEPT))
-                self.fail(f"has no counts for {keep} of {tokens} tokens (released: {known} of 576); set kept=")
+                self.fail(
+                    f"has no counts for {keep} of {tokens} tokens (released: {known} of 576); set kept="
+                )
             kept = tuple(max(1, round(count * tokens / 576)) for count in _KEPT[nominal])
         if self.stages[-1] >= layers:
             self.fail(f"stages={self.stages} do not fit into {layers} layers")
@@ -92,12 +93,16 @@ class SparseVLM(InLLMPruner):
         best = top_k(relevance.gather(1, dropped), int(0.3 * dropped.shape[1]) + 1)
         merged = self.cluster(take(states, dropped.gather(1, best)), _merged(dropped.shape[1]))
         indices = torch.cat([kept, torch.full_like(merged[..., 0], EXTRA, dtype=torch.long)], 1)
-        return Selection(indices, torch.cat([take(states, kept), merged], 1), "hidden", in_order=True)
+        return Selection(
+            indices, torch.cat([take(states, kept), merged], 1), "hidden", in_order=True
+        )
 
     def cluster(self, x: Tensor, clusters: int) -> Tensor:
         """Density-peak clustering of x [B, n, C], density over as many neighbours as clusters; their means, [B, clusters, C]."""
         count = x.shape[1]
-        distance = torch.cdist(x.double(), x.double()).float() / x.shape[2] ** 0.5  # a product in float32 would cancel
+        distance = (
+            torch.cdist(x.double(), x.double()).float() / x.shape[2] ** 0.5
+        )  # a product in float32 would cancel
         nearest = distance.sort(2).values[..., :clusters]
         noise = torch.rand(count, generator=torch.Generator().manual_seed(self.seed)).to(x.device)
         density = (-nearest.square().mean(2)).exp() + 1e-6 * noise
@@ -106,7 +111,9 @@ class SparseVLM(InLLMPruner):
         separation = torch.where(denser, distance, furthest).amin(2)
         centres = top_k(separation * density, clusters)
         joined = take(distance, centres).argmin(1)
-        joined = joined.scatter(1, centres, torch.arange(clusters, device=x.device).expand_as(centres))
+        joined = joined.scatter(
+            1, centres, torch.arange(clusters, device=x.device).expand_as(centres)
+        )
         member = torch.nn.functional.one_hot(joined, clusters).to(x.dtype)
         return member.transpose(1, 2) @ x / (member.sum(1)[..., None] + 1e-6)
 

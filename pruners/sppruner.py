@@ -3,13 +3,21 @@ from math import floor
 from typing import Annotated, Literal, NamedTuple
 
 import torch
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import (
+    complement,
+    cosine_gram,
+    evenly_spaced,
+    farthest_point,
+    merge_into_anchors,
+    min_max,
+    take,
+    top_k,
+)
+from secateur.pruners.relevance import clip_relevance, embedding_relevance, range_over_image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
-
-from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.fields import Range
-from pruners.linalg import complement, cosine_gram, evenly_spaced, farthest_point, merge_into_anchors, min_max, take, top_k
-from pruners.relevance import clip_relevance, embedding_relevance, range_over_image
 
 PRODUCT_EXPONENTS = 3, 1  # of relevance and saliency, as in FSR (arXiv 2602.05809)
 
@@ -74,7 +82,11 @@ class SPpruner(Pruner):
 
     @property
     def needs(self) -> frozenset[str]:
-        question = {"clip": {"clip_patches", "clip_text"}, "llm_embed": {"text_embeddings"}, "given": {"relevance"}}
+        question = {
+            "clip": {"clip_patches", "clip_text"},
+            "llm_embed": {"text_embeddings"},
+            "given": {"relevance"},
+        }
         return frozenset({"features", "saliency", "grid", *question[self.relevance_space]})
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
@@ -88,7 +100,9 @@ class SPpruner(Pruner):
         focus = top_k(phi, min(keep, max(1, floor(self.focus_share * keep + 0.5))))
         similarity = cosine_gram(tokens.features)
         if self.anchors == "scan":
-            worth = 1 + self.scan_weight * min_max(neighbourhood_mean(phi, tokens.grid, self.window))
+            worth = 1 + self.scan_weight * min_max(
+                neighbourhood_mean(phi, tokens.grid, self.window)
+            )
             picks = farthest_point((1 - similarity).clamp_min_(0).mul_(worth[:, None]), focus, keep)
             context = picks[:, focus.shape[1] :]
         else:
@@ -100,9 +114,13 @@ class SPpruner(Pruner):
         receives = none.scatter(1, context, True).gather(1, indices)
         dropped = ~none.scatter(1, indices, True)
         near = within_radius(indices, tokens.grid, self.merge_radius)
-        affinity = take(similarity, indices).masked_fill_(~(receives[..., None] & dropped[:, None] & near), -torch.inf)
+        affinity = take(similarity, indices).masked_fill_(
+            ~(receives[..., None] & dropped[:, None] & near), -torch.inf
+        )
         limit = min(floor(self.merge_factor * context.shape[1]), phi.shape[1])
-        features, merged, slot = merge_into_anchors(tokens.features, indices, affinity, phi + 1e-6, limit, limit)
+        features, merged, slot = merge_into_anchors(
+            tokens.features, indices, affinity, phi + 1e-6, limit, limit
+        )
         return Stages(phi, focus, context, indices, features, merged, indices.gather(1, slot))
 
     def phi(self, tokens: VisualTokens) -> Tensor:
@@ -130,7 +148,8 @@ def neighbourhood_mean(scores: Tensor, grid: tuple[int, int], radius: int) -> Te
     """Mean of scores [B, N] over the other cells of the grid within Chebyshev distance `radius`; 0 without any."""
     image = scores.view(-1, 1, *grid)
     total, cells = (
-        avg_pool2d(x, 2 * radius + 1, stride=1, padding=radius, divisor_override=1) for x in (image, torch.ones_like(image))
+        avg_pool2d(x, 2 * radius + 1, stride=1, padding=radius, divisor_override=1)
+        for x in (image, torch.ones_like(image))
     )
     return ((total - image) / (cells - 1).clamp_min(1)).flatten(1)
 

@@ -2,11 +2,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-
-from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.fields import Range
-from pruners.linalg import cosine_gram, farthest_point, take, top_k
-from pruners.relevance import mean_text, text_mask
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import cosine_gram, farthest_point, take, top_k
+from secateur.pruners.relevance import mean_text, text_mask
 
 
 @register("trimtokenator")
@@ -34,14 +33,24 @@ class TrimTokenator(Pruner):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         # minus the mean squared distance to the question's embeddings, up to a constant per row
-        alignment = 2 * (tokens.features @ mean_text(tokens)[..., None])[..., 0] - tokens.features.norm(dim=2).square()
+        alignment = (
+            2 * (tokens.features @ mean_text(tokens)[..., None])[..., 0]
+            - tokens.features.norm(dim=2).square()
+        )
         count = alignment.shape[1]
         raster = torch.arange(count, device=alignment.device)
         asked = text_mask(tokens).any(1, keepdim=True)
         order = torch.where(asked, top_k(alignment, count), raster)  # numbers the tokens of stage 2
         stays = (raster < max(int(self.survivors * count), keep)) | ~asked
-        similarity = take(take(cosine_gram(tokens.features, eps=1e-8), order).transpose(1, 2), order)
-        first = (similarity @ stays[..., None].float())[..., 0].masked_fill(~stays, torch.inf).argmin(1)
+        similarity = take(
+            take(cosine_gram(tokens.features, eps=1e-8), order).transpose(1, 2), order
+        )
+        first = (
+            (similarity @ stays[..., None].float())[..., 0].masked_fill(~stays, torch.inf).argmin(1)
+        )
         distance = similarity.masked_fill_(~stays[:, None], torch.inf).neg_()
         picks = order.gather(1, farthest_point(distance, first[:, None], keep, update=torch.add))
-        return Selection(picks if self.order == "picked" else picks.sort(1).values, in_order=self.order == "picked")
+        return Selection(
+            picks if self.order == "picked" else picks.sort(1).values,
+            in_order=self.order == "picked",
+        )

@@ -3,10 +3,9 @@ from math import ceil, floor, sqrt
 from typing import Literal
 
 import torch
+from secateur.pruners.base import Pruner, PrunerError, Selection, VisualTokens, register
+from secateur.pruners.linalg import evenly_spaced
 from torch import Tensor
-
-from pruners.base import Pruner, PrunerError, Selection, VisualTokens, register
-from pruners.linalg import evenly_spaced
 
 
 @register("uniform")
@@ -28,7 +27,9 @@ class Uniform(Pruner):
         if self.lattice == "raster":
             index = evenly_spaced(count, keep)
         elif tokens.grid is None:
-            raise PrunerError("pruner 'uniform' with lattice='grid' needs the token grid, which this call does not give")
+            raise PrunerError(
+                "pruner 'uniform' with lattice='grid' needs the token grid, which this call does not give"
+            )
         else:
             index = _lattice(*tokens.grid, keep)
         return Selection(index.to(tokens.features.device).expand(batch, -1))
@@ -38,7 +39,9 @@ def _lattice(height: int, width: int, keep: int) -> Tensor:
     """Rows x columns nearest to the grid's proportions, thinned or filled up evenly to `keep`."""
     rows = min(max(floor(sqrt(keep * height / width) + 0.5), 1), height)
     columns = min(width, ceil(keep / rows))
-    lattice = (evenly_spaced(height, rows)[:, None] * width + evenly_spaced(width, columns)).flatten()
+    lattice = (
+        evenly_spaced(height, rows)[:, None] * width + evenly_spaced(width, columns)
+    ).flatten()
     if len(lattice) > keep:
         return lattice[evenly_spaced(len(lattice), keep)]
     unused = torch.ones(height * width, dtype=torch.bool)

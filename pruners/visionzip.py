@@ -3,11 +3,10 @@ from math import floor
 from typing import Annotated
 
 import torch
+from secateur.pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import complement, normalize, take, top_k
 from torch import Tensor
-
-from pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
-from pruners.fields import Range
-from pruners.linalg import complement, normalize, take, top_k
 
 
 @register("visionzip")
@@ -43,14 +42,18 @@ class VisionZip(Pruner):
         assert tokens.encoder_features is not None
         context = floor(keep * 5 / 32 + 0.5) if self.contextual is None else self.contextual
         if context > keep - self.keep_cls:
-            self.fail(f"{context} contextual tokens do not fit into a budget of {keep}{' beside CLS' * self.keep_cls}")
+            self.fail(
+                f"{context} contextual tokens do not fit into a budget of {keep}{' beside CLS' * self.keep_cls}"
+            )
         count = tokens.encoder_features.shape[1]
         dominant = self.dominant(tokens, keep - context - self.keep_cls)
         rest = complement(dominant, count)
         targets, others = self.split(rest, context)
         merged = take(tokens.encoder_features, targets)
         if context:
-            member = torch.nn.functional.one_hot(self.assign(tokens, targets, others), context).to(merged.dtype)
+            member = torch.nn.functional.one_hot(self.assign(tokens, targets, others), context).to(
+                merged.dtype
+            )
             sums = member.transpose(1, 2) @ take(tokens.encoder_features, others)
             merged = merged + sums / member.sum(1).clamp_min(1)[..., None]
         ascending = dominant.sort(1).values
@@ -68,7 +71,9 @@ class VisionZip(Pruner):
 
     def split(self, rest: Tensor, context: int) -> tuple[Tensor, Tensor]:
         """Step 3: remaining patches [B, R], ascending -> evenly spaced targets [B, context] and the others [B, R - context]."""
-        places = torch.arange(context, device=rest.device) * max(1, rest.shape[1] // max(context, 1))
+        places = torch.arange(context, device=rest.device) * max(
+            1, rest.shape[1] // max(context, 1)
+        )
         return rest[:, places], rest[:, complement(places[None], rest.shape[1])[0]]
 
     def assign(self, tokens: VisualTokens, targets: Tensor, others: Tensor) -> Tensor:

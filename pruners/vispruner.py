@@ -2,11 +2,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import cosine_gram, take, top_k
 from torch import Tensor
-
-from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.fields import Range
-from pruners.linalg import cosine_gram, take, top_k
 
 
 @register("vispruner")
@@ -42,7 +41,15 @@ class VisPruner(Pruner):
         picks = ranking[:, :important]
         if keep > important:
             rest = ranking[:, important:]
-            picks = torch.cat([picks, rest.gather(1, self.thin_out(take(tokens.encoder_features, rest), keep - important))], 1)
+            picks = torch.cat(
+                [
+                    picks,
+                    rest.gather(
+                        1, self.thin_out(take(tokens.encoder_features, rest), keep - important)
+                    ),
+                ],
+                1,
+            )
         if self.order == "picked":
             return Selection(picks, in_order=True)
         return Selection(picks.sort(1).values)
@@ -56,6 +63,11 @@ class VisPruner(Pruner):
         while (drop := min(self.step, rest.shape[1] - keep, (rest.shape[1] + 1) // 2)) > 0:
             even, odd = rest[:, 0::2], rest[:, 1::2]
             others = x.new_full((batch, 1, count), -torch.inf).scatter_(2, odd[:, None], 0.0)
-            repeated = rows.index_select(0, (even + start).flatten()).view(batch, -1, count).add_(others).amax(2)
+            repeated = (
+                rows.index_select(0, (even + start).flatten())
+                .view(batch, -1, count)
+                .add_(others)
+                .amax(2)
+            )
             rest = torch.cat([even.gather(1, top_k(repeated, even.shape[1])[:, drop:]), odd], 1)
         return rest

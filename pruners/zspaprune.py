@@ -4,15 +4,18 @@ from math import floor
 from typing import Annotated, Literal
 
 import torch
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.fields import Range
+from secateur.pruners.linalg import cosine_gram, farthest_point, most_isolated, normalize, top_k
+from secateur.pruners.relevance import embedding_relevance, text_mask
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pruners.base import Pruner, Selection, VisualTokens, register
-from pruners.fields import Range
-from pruners.linalg import cosine_gram, farthest_point, most_isolated, normalize, top_k
-from pruners.relevance import embedding_relevance, text_mask
-
-RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"maxmin": torch.minimum, "mean": torch.add, "minmin": torch.maximum}
+RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "maxmin": torch.minimum,
+    "mean": torch.add,
+    "minmin": torch.maximum,
+}
 
 
 @register("zspaprune")
@@ -53,7 +56,10 @@ class ZSPAPrune(Pruner):
         seeds = torch.where(asked[:, None], seeds, most_isolated(distance)[:, None])
         count = torch.where(asked, core, 1)
         picks = farthest_point(distance, seeds, keep, count, update=RULES[self.diversity_rule])
-        return Selection(picks if self.order == "picked" else picks.sort(1).values, in_order=self.order == "picked")
+        return Selection(
+            picks if self.order == "picked" else picks.sort(1).values,
+            in_order=self.order == "picked",
+        )
 
     def relevance(self, tokens: VisualTokens) -> Tensor:
         """[B, N] cosine of token and prompt; meaningless without prompt tokens."""
@@ -61,4 +67,6 @@ class ZSPAPrune(Pruner):
             return embedding_relevance(tokens)
         assert tokens.text_embeddings is not None
         cosine = normalize(tokens.features) @ normalize(tokens.text_embeddings).transpose(1, 2)
-        return pad(cosine.masked_fill(~text_mask(tokens)[:, None], -2.0), (0, 1), value=-2.0).amax(2)
+        return pad(cosine.masked_fill(~text_mask(tokens)[:, None], -2.0), (0, 1), value=-2.0).amax(
+            2
+        )

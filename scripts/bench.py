@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 @hydra.main(config_path="../configs", config_name="bench", version_base="1.3")
 def main(config: DictConfig) -> None:
-    from eval.efficiency.hardware import SharedGPU
-    from eval.efficiency.latency import ClockJumped
+    from secateur.efficiency.hardware import SharedGPU
+    from secateur.efficiency.latency import ClockJumped
 
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     try:
@@ -30,8 +30,7 @@ def main(config: DictConfig) -> None:
 def report(settings: dict[str, Any]) -> list[str]:
     """Tables and figures of raw samples that are there already."""
     import pandas as pd
-
-    from eval.efficiency.bench_report import write
+    from secateur.efficiency.bench_report import write
 
     path = Path(settings["report"])
     write(pd.read_parquet(path), path.with_suffix(""), Path(settings["results"]) / "figures")
@@ -43,12 +42,11 @@ def measure(settings: dict[str, Any]) -> list[str]:
     import pandas as pd
     import torch
     from rich.progress import Progress
-
-    from eval.budget import Budget
-    from eval.efficiency.bench import Bench
-    from eval.efficiency.bench_report import write
-    from eval.efficiency.hardware import check_alone, describe, find_device
-    from eval.geometry import config_of, reduced
+    from secateur.budget import Budget
+    from secateur.efficiency.bench import Bench
+    from secateur.efficiency.bench_report import write
+    from secateur.efficiency.hardware import check_alone, describe, find_device
+    from secateur.geometry import config_of, reduced
 
     device = find_device(settings["device"])
     deadline = time.monotonic() + 60 * settings["minutes"]
@@ -62,7 +60,9 @@ def measure(settings: dict[str, Any]) -> list[str]:
     missing: list[str] = []
     for model in models:
         if time.monotonic() > deadline:
-            missing.append(f"{model['name']}: not begun, the {settings['minutes']} minutes were over")
+            missing.append(
+                f"{model['name']}: not begun, the {settings['minutes']} minutes were over"
+            )
             continue
         layout, pruners = _composed(model["name"], settings)
         config = config_of(model["name"])
@@ -72,11 +72,15 @@ def measure(settings: dict[str, Any]) -> list[str]:
         work = bench.settings(pruners, [Budget.parse(budget) for budget in model["budgets"]])
         with Progress(transient=True) as bar:
             task = bar.add_task(model["name"], total=len(work) * (1 + plan.warm_up + plan.timed))
-            samples, without, failed = bench.run(work, deadline, functools.partial(bar.advance, task))
+            samples, without, failed = bench.run(
+                work, deadline, functools.partial(bar.advance, task)
+            )
         left_out |= without
         missing += [f"{name} failed: {why}" for name, why in failed.items()]
         if (rounds := 0 if samples.empty else samples["round"].nunique()) < plan.timed:
-            missing.append(f"{model['name']}: {rounds} of {plan.timed} rounds, the {settings['minutes']} minutes were over")
+            missing.append(
+                f"{model['name']}: {rounds} of {plan.timed} rounds, the {settings['minutes']} minutes were over"
+            )
         if rounds > 1:
             frames.append(samples)
             together = pd.concat(frames, ignore_index=True)
@@ -90,7 +94,7 @@ def measure(settings: dict[str, Any]) -> list[str]:
 
 
 def _plan(settings: dict[str, Any], device: Any) -> Any:
-    from eval.efficiency.bench import Plan
+    from secateur.efficiency.bench import Plan
 
     fields = ("dtype", "attn_implementation", "prompts", "new_tokens", "warm_up", "timed", "seed")
     layers = settings["layers"]
@@ -104,7 +108,7 @@ def _plan(settings: dict[str, Any], device: Any) -> Any:
 
 def _composed(model: str, settings: dict[str, Any]) -> tuple[Any, list[Any]]:
     """The model's layout and a pruner for every method, as a sweep would compose them."""
-    from pruners import build
+    from secateur.pruners import build
 
     fields = [
         f"++model.pruner_fields.{name}.{key}={value}"

@@ -20,15 +20,14 @@ from typing import Any
 import pandas as pd
 import pyarrow
 import torch
-
-from eval import cell
-from eval.budget import Budget
-from eval.cache import EncodeCache
-from eval.checkpoints import ROOT
-from eval.models import PrunedModel
-from eval.shapes.datasets import build as build_shapes
-from eval.tasks import load_tasks
-from pruners import build
+from secateur import cell
+from secateur.budget import Budget
+from secateur.cache import EncodeCache
+from secateur.models import PrunedModel
+from secateur.paths import ROOT, SHAPES_MODEL
+from secateur.pruners import build
+from secateur.shapes.datasets import build as build_shapes
+from secateur.tasks import load_tasks
 
 TASK, WARM_UP = "pope", 500
 
@@ -72,18 +71,24 @@ class Ledger:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=10_000)
-    parser.add_argument("--cache-mb", type=int, default=100, help="limit of the encode cache (default 100)")
+    parser.add_argument(
+        "--cache-mb", type=int, default=100, help="limit of the encode cache (default 100)"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
     options = parser.parse_args()
     if options.documents <= WARM_UP:
         parser.error(f"--documents {options.documents}: more than the {WARM_UP} of the warm-up")
 
     with tempfile.TemporaryDirectory() as folder:
-        task = load_tasks([TASK], build_shapes(Path(folder) / "shapes", {TASK: options.documents}))[TASK]
+        task = load_tasks([TASK], build_shapes(Path(folder) / "shapes", {TASK: options.documents}))[
+            TASK
+        ]
         cache = EncodeCache(options.cache_mb * 2**20)
-        weights = str(ROOT / "eval" / "shapes" / "model")
+        weights = str(SHAPES_MODEL)
         model = PrunedModel(weights, dtype="float32", device="cpu", batch_tokens=8192, cache=cache)
         ledger = Ledger(model)
         records: list[Any] = []

@@ -24,19 +24,18 @@ import torch
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models.chat.llava_hf import LlavaHf
 from rich.progress import track
+from secateur import cell
+from secateur.budget import Budget
+from secateur.cache import EncodeCache
+from secateur.efficiency.hardware import describe
+from secateur.injection import Sample, inject
+from secateur.models import PrunedModel
+from secateur.paths import ROOT, SHAPES_MODEL
+from secateur.pruners import build
+from secateur.shapes.datasets import build as build_shapes
+from secateur.tasks import TASKS, load_tasks, task_manager
 
-from eval import cell
-from eval.budget import Budget
-from eval.cache import EncodeCache
-from eval.checkpoints import ROOT
-from eval.efficiency.hardware import describe
-from eval.inject import Sample, inject
-from eval.models import PrunedModel
-from eval.shapes.datasets import build as build_shapes
-from eval.tasks import TASKS, load_tasks, task_manager
-from pruners import build
-
-WEIGHTS = str(ROOT / "eval" / "shapes" / "model")
+WEIGHTS = str(SHAPES_MODEL)
 PRUNERS = ("random", "fastervlm", "visionzip", "divprune", "scope", "promprune")
 BUDGETS = (48, 32, 16)
 
@@ -87,22 +86,36 @@ class Clock:
 
 def theirs(model: Theirs, pruner: str, budget: Budget, task: Any, limit: int) -> list[str]:
     """The answers of lmms-eval's class to one cell."""
-    with inject(model.model, build(pruner), budget) as model.trace, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        inject(model.model, build(pruner), budget) as model.trace,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         results = simple_evaluate(
-            model=model, tasks=[task], limit=limit, task_manager=task_manager(), bootstrap_iters=0, process_docs_parallel=1
+            model=model,
+            tasks=[task],
+            limit=limit,
+            task_manager=task_manager(),
+            bootstrap_iters=0,
+            process_docs_parallel=1,
         )
     (samples,) = results["samples"].values()
-    return [sample["resps"][0][0] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    return [
+        sample["resps"][0][0] for sample in sorted(samples, key=lambda sample: sample["doc_id"])
+    ]
 
 
-def ours(model: PrunedModel, pruner: str, budget: Budget, task: Any, name: str, limit: int) -> list[str]:
+def ours(
+    model: PrunedModel, pruner: str, budget: Budget, task: Any, name: str, limit: int
+) -> list[str]:
     """The answers of the harness to the same cell."""
     model.use(build(pruner), budget, None)
     return cell.run(model, task, name, limit, 0)[1]["answer"].tolist()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--limit", type=int, default=60, help="documents a task (default 60)")
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--quick", action="store_true", help="two pruners, one budget")
@@ -114,7 +127,9 @@ def main() -> None:
         tasks = load_tasks(list(TASKS), root)
         fields = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}
         sides: dict[str, Any] = {
-            "sweep": PrunedModel(WEIGHTS, **fields, batch_tokens=options.batch_tokens, cache=EncodeCache(2**30)),  # type: ignore[arg-type]
+            "sweep": PrunedModel(
+                WEIGHTS, **fields, batch_tokens=options.batch_tokens, cache=EncodeCache(2**30)
+            ),  # type: ignore[arg-type]
             "one at a time": PrunedModel(WEIGHTS, **fields),  # type: ignore[arg-type]
             "lmms-eval": Theirs(pretrained=WEIGHTS, device_map="cpu", **fields),
         }
@@ -124,7 +139,10 @@ def main() -> None:
         rows = []
         for pruner, budget, name in track(grid, description="cells"):
             answers = {}
-            for side, model in sides.items():  # interleaved: all sides meet the same load of the machine
+            for (
+                side,
+                model,
+            ) in sides.items():  # interleaved: all sides meet the same load of the machine
                 started, before = time.perf_counter(), clocks[side].seconds
                 if side == "lmms-eval":
                     answers[side] = theirs(model, pruner, budget, tasks[name], options.limit)
@@ -143,7 +161,9 @@ def _write(rows: pd.DataFrame, options: argparse.Namespace) -> None:
     total["documents per second"] = total["documents"] / total["seconds"]
     speed, around = total["documents per second"], total["seconds"] - total["generating"]
     total["speed-up"] = speed / float(speed["lmms-eval"])
-    overhead = (float(around["one at a time"]) - float(around["lmms-eval"])) / float(total["generating"]["one at a time"])
+    overhead = (float(around["one at a time"]) - float(around["lmms-eval"])) / float(
+        total["generating"]["one at a time"]
+    )
     cells = len(rows) // len(total)
     machine = f"{describe(torch.device('cpu'))}, load {os.getloadavg()[0]:.1f} at the end"
     text = f"""# Documents per second of a sweep

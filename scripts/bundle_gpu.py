@@ -27,15 +27,32 @@ LMMS_EVAL = [
 ]
 LMMS_EVAL += ["tenacity", "wcwidth", "zstandard"]
 PYDANTIC = ["pydantic", "pydantic-core", "annotated-types", "typing-inspection"]
-TABLES = ["pytablewriter", "dataproperty", "mbstrdecoder", "pathvalidate", "tabledata", "tcolorpy", "typepy"]  # of lmms-eval
+TABLES = [
+    "pytablewriter",
+    "dataproperty",
+    "mbstrdecoder",
+    "pathvalidate",
+    "tabledata",
+    "tcolorpy",
+    "typepy",
+]  # of lmms-eval
 DATASETS = ["datasets", "dill", "multiprocess"]
 HYDRA = ["hydra-core", "omegaconf"]
 SOURCE_ONLY = ["antlr4-python3-runtime"]  # of omegaconf; pure Python, built here
-PLATFORMS = ["manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1", "linux"]
+PLATFORMS = [
+    "manylinux_2_28",
+    "manylinux_2_27",
+    "manylinux_2_17",
+    "manylinux2014",
+    "manylinux1",
+    "linux",
+]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default="3.12", help="version of Python there (default: 3.12)")
     parser.add_argument("--machine", default="x86_64", help="its processor (default: x86_64)")
@@ -45,13 +62,21 @@ def main() -> None:
     common = ["--quiet", "--disable-pip-version-check", "--no-deps"]
     there = ["--only-binary=:all:", "--implementation=cp", f"--python-version={options.python}"]
     there += [f"--platform={platform}_{options.machine}" for platform in PLATFORMS]
-    ready = [f"{name}=={version(name)}" for name in (*LMMS_EVAL, *PYDANTIC, *TABLES, *DATASETS, *HYDRA)]
+    ready = [
+        f"{name}=={version(name)}" for name in (*LMMS_EVAL, *PYDANTIC, *TABLES, *DATASETS, *HYDRA)
+    ]
     source = [f"{name}=={version(name)}" for name in SOURCE_ONLY]
     pip = [sys.executable, "-m", "pip"]
-    subprocess.run([*pip, "download", *common, *there, "--dest", str(options.folder), *ready], check=True)
-    subprocess.run([*pip, "wheel", *common, "--wheel-dir", str(options.folder), *source], check=True)
+    subprocess.run(
+        [*pip, "download", *common, *there, "--dest", str(options.folder), *ready], check=True
+    )
+    subprocess.run(
+        [*pip, "wheel", *common, "--wheel-dir", str(options.folder), *source], check=True
+    )
     wheels = list(options.folder.glob("*.whl"))
-    print(f"{options.folder}: {len(wheels)} wheels, {sum(wheel.stat().st_size for wheel in wheels) / 1e6:.0f} MB")
+    print(
+        f"{options.folder}: {len(wheels)} wheels, {sum(wheel.stat().st_size for wheel in wheels) / 1e6:.0f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pandas as pd
+from secateur.paths import ROOT, SHAPES_MODEL
+from secateur.reporting.tables import TITLES, label
+from secateur.store import Store
 
-from eval.checkpoints import ROOT
-from eval.reporting.tables import TITLES, label
-from eval.store import Store
-
-CARD = ROOT / "eval" / "shapes" / "model" / "README.md"
+CARD = SHAPES_MODEL / "README.md"
 
 
 def chance(rows: pd.DataFrame) -> float:
@@ -40,18 +39,27 @@ def main() -> None:
             ("shapes", None, "16"),
         }:
             rows = store.samples(store.folder(identity))
-            scores[f"{label(identity['pruner'])} {identity['budget']}"][identity["task"]] = rows["score"].mean()
+            scores[f"{label(identity['pruner'])} {identity['budget']}"][identity["task"]] = rows[
+                "score"
+            ].mean()
             floor[identity["task"]] = chance(rows)
     table = pd.DataFrame(scores).T[list(TITLES)]
     table.loc["chance"] = pd.Series(floor)
     table["mean"] = table.mean(axis=1)
-    corrected = ((table - table.loc["chance"]) / (1 - table.loc["chance"]))[list(TITLES)].mean(axis=1)
+    corrected = ((table - table.loc["chance"]) / (1 - table.loc["chance"]))[list(TITLES)].mean(
+        axis=1
+    )
     table["mean, chance-corrected"] = corrected
     table = table.sort_values("mean", ascending=False)
     lines = ["| | " + " | ".join(table.columns) + " |", "|---" * (len(table.columns) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(f"{value:.3f}" for value in row) + " |" for name, row in table.iterrows()]
+    lines += [
+        f"| {name} | " + " | ".join(f"{value:.3f}" for value in row) + " |"
+        for name, row in table.iterrows()
+    ]
     block = re.compile(r"(<!-- accuracy -->\n).*?(<!-- /accuracy -->)", re.DOTALL)
-    CARD.write_text(block.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], CARD.read_text()))
+    CARD.write_text(
+        block.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], CARD.read_text())
+    )
     print("\n".join(lines))
 
 

@@ -17,7 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # started as a file, Python looks for modules beside it only
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # started as a file, Python looks for modules beside it only
 from scripts.golden_cases import METHODS, Tensors
 
 
@@ -46,7 +48,11 @@ def check(path: Path) -> Report:
     report = Report(index["method"])
     for case in index["cases"]:
         name = ".".join(case[key] for key in ("method", "case", "id") if key in case)
-        own = {key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")}
+        own = {
+            key.removeprefix(name + "."): t
+            for key, t in tensors.items()
+            if key.startswith(name + ".")
+        }
         try:
             results = adapter(case, own)
         except KeyError as error:
@@ -75,10 +81,18 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
     try:
         index = json.loads(path.read_text())
         method, cases = index["method"], index["cases"]
-        known = isinstance(method, str) and all(isinstance(case, dict) and ("id" in case or "case" in case) for case in cases)
+        known = isinstance(method, str) and all(
+            isinstance(case, dict) and ("id" in case or "case" in case) for case in cases
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GoldenError(f"{path}: not a golden index ({type(error).__name__}: {error})") from error
-    names = [".".join(case[key] for key in ("method", "case", "id") if key in case) for case in cases] if known else []
+        raise GoldenError(
+            f"{path}: not a golden index ({type(error).__name__}: {error})"
+        ) from error
+    names = (
+        [".".join(case[key] for key in ("method", "case", "id") if key in case) for case in cases]
+        if known
+        else []
+    )
     if len(set(names)) < len(names):
         raise GoldenError(f"{path}: a case stands in it more than once")
     if not known or not cases:
@@ -94,7 +108,9 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
 
 def main() -> int:
     """Check, print, and return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", type=Path)
     try:
         reports = []

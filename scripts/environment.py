@@ -66,9 +66,11 @@ def check() -> None:
     import tomllib
 
     try:
-        from eval.lock import problems, unmet
+        from secateur.lock import problems, unmet
     except ModuleNotFoundError as error:
-        raise Unusable(f".venv is half made ({error}). Delete the folder and run make again.") from error
+        raise Unusable(
+            f".venv is half made ({error}). Delete the folder and run make again."
+        ) from error
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     if lines := unmet(pyproject):
         raise Unusable(f"{'; '.join(lines)}. Run make lock, which renews the lock and tests it.")
@@ -98,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         if options.moved:
-            from eval.lock import differences
+            from secateur.lock import differences
 
             for name, versions in differences().items():
                 print(f"{name}: {versions}")

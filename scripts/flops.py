@@ -10,13 +10,18 @@ import pandas as pd
 import yaml
 from rich.console import Console
 from rich.table import Table
-
-from eval.budget import Budget
-from eval.checkpoints import ROOT
-from eval.efficiency.flops import conventions, count
-from eval.efficiency.flops_published import CROPS, explain, layer_tokens, model_config, visual_tokens
-from eval.reporting.reported import load_efficiency
-from pruners import REGISTRY, PrunerError
+from secateur.budget import Budget
+from secateur.efficiency.flops import conventions, count
+from secateur.efficiency.flops_published import (
+    CROPS,
+    explain,
+    layer_tokens,
+    model_config,
+    visual_tokens,
+)
+from secateur.paths import CONFIGS, ROOT
+from secateur.pruners import REGISTRY, PrunerError
+from secateur.reporting.reported import load_efficiency
 
 INSIDE = ("fastv", "pyramiddrop")  # schedules inside the LLM, beside one cut before it
 PHASES = ["tower", "projector", "prefill", "head", "step", "first_token"]
@@ -24,7 +29,10 @@ PHASES = ["tower", "projector", "prefill", "head", "step", "first_token"]
 
 def budgets(model: str) -> list[Budget]:
     """Those of the model's papers, from configs/model."""
-    return [Budget.parse(text) for text in yaml.safe_load((ROOT / f"configs/model/{model}.yaml").read_text())["budgets"]]
+    return [
+        Budget.parse(text)
+        for text in yaml.safe_load((CONFIGS / f"model/{model}.yaml").read_text())["budgets"]
+    ]
 
 
 def costs(text_tokens: int) -> pd.DataFrame:
@@ -41,9 +49,16 @@ def costs(text_tokens: int) -> pd.DataFrame:
                     continue  # too small a budget for a schedule that begins with all tokens
                 flops = count(config, layer_tokens=tokens, text_tokens=text_tokens, crops=crops)
                 phases = flops.record() | {"step": flops.step}
-                named = {name: phases[name] for name in PHASES} | conventions(config, tokens, text_tokens, crops)
+                named = {name: phases[name] for name in PHASES} | conventions(
+                    config, tokens, text_tokens, crops
+                )
                 rows.append(
-                    {"model": model, "method": method, "budget": str(budget), "tokens": sum(tokens) / len(tokens)}
+                    {
+                        "model": model,
+                        "method": method,
+                        "budget": str(budget),
+                        "tokens": sum(tokens) / len(tokens),
+                    }
                     | {name: (value or 0) / 1e12 for name, value in named.items()}
                 )
     return pd.DataFrame(rows)
@@ -60,7 +75,13 @@ def pruner_costs(text_tokens: int) -> pd.DataFrame:
                 tokens = layer_tokens(method, model, keep)
             except PrunerError:
                 continue
-            flops = count(model_config(model), layer_tokens=tokens, text_tokens=text_tokens, crops=crops, method=method).pruner
+            flops = count(
+                model_config(model),
+                layer_tokens=tokens,
+                text_tokens=text_tokens,
+                crops=crops,
+                method=method,
+            ).pruner
             row[f"{model} {keep}"] = None if flops is None else flops / 1e9
         rows.append(row)
     return pd.DataFrame(rows)
@@ -68,7 +89,9 @@ def pruner_costs(text_tokens: int) -> pd.DataFrame:
 
 def show(console: Console, title: str, table: pd.DataFrame) -> str:
     """Print a table; the same as Markdown."""
-    text = table.map(lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)).where(table.notna(), "-")
+    text = table.map(
+        lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
+    ).where(table.notna(), "-")
     shown = Table(title=title, title_justify="left", box=None, header_style="bold")
     for name, column in table.items():
         justify = "right" if pd.api.types.is_numeric_dtype(column) else "left"
@@ -80,9 +103,18 @@ def show(console: Console, title: str, table: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text-tokens", type=int, default=62, help="positions of the prompt besides the image (default: 62)")
-    parser.add_argument("--out", type=Path, default=ROOT / "results/tables", help="folder (default: results/tables)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--text-tokens",
+        type=int,
+        default=62,
+        help="positions of the prompt besides the image (default: 62)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "results/tables", help="folder (default: results/tables)"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
@@ -103,7 +135,11 @@ def main() -> None:
             pruner_costs(options.text_tokens),
         ),
         show(console, "Published numbers that a convention explains, 10^12.", published[found]),
-        show(console, "Published numbers that none explains, 10^12.", published[~found].drop(columns="explained by")),
+        show(
+            console,
+            "Published numbers that none explains, 10^12.",
+            published[~found].drop(columns="explained by"),
+        ),
     ]
     (options.out / "flops.md").write_text("\n".join(parts), encoding="utf-8")
     table.to_csv(options.out / "flops.csv", index=False, float_format="%.6g")

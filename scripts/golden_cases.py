@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from secateur.injection.arrange import Kept, arrange
+from secateur.injection.layout import PlacedImage
+from secateur.pruners import LayerTokens, Pruner, Selection, VisualTokens, build
+from secateur.pruners.linalg import complement, top_k
 from torch import Tensor
-
-from eval.inject.arrange import Kept, arrange
-from eval.inject.layout import PlacedImage
-from pruners import LayerTokens, Pruner, Selection, VisualTokens, build
-from pruners.linalg import complement, top_k
 
 FEATURE_ATOL = 1e-5
 
@@ -38,7 +37,11 @@ class Comparison:
     @property
     def error(self) -> float:
         """Largest absolute difference of a float output, 0 for indices."""
-        if not self.theirs.is_floating_point() or not self.theirs.numel() or self.ours.shape != self.theirs.shape:
+        if (
+            not self.theirs.is_floating_point()
+            or not self.theirs.numel()
+            or self.ours.shape != self.theirs.shape
+        ):
             return 0.0
         error = (self.ours.double() - self.theirs.double()).abs().max().item()
         return error if error == error else float("inf")
@@ -65,7 +68,11 @@ def _budget(case: Case, tokens: VisualTokens, name: str = "budget") -> tuple[int
 
 def _run(pruner: Pruner, tokens: VisualTokens, keep: int) -> Selection:
     """Selection of `keep` outputs; `prune` leaves all tokens alone from N on, where released code may still merge or exchange."""
-    return pruner.prune(tokens, keep) if keep < tokens.shape[1] else pruner.select(tokens.in_float32(), keep)
+    return (
+        pruner.prune(tokens, keep)
+        if keep < tokens.shape[1]
+        else pruner.select(tokens.in_float32(), keep)
+    )
 
 
 @golden("scope")
@@ -75,7 +82,9 @@ def _scope(case: Case, t: Tensors) -> list[Comparison]:
         "combine": {"multi": "multiply", "add": "add"}[case["combined"]],
         "saliency": "cls" if case["cls_attn_used"] else "none",
     }
-    tokens = VisualTokens(features=t["features"], encoder_features=t["features"], saliency=t["cls_attn"][:, None])
+    tokens = VisualTokens(
+        features=t["features"], encoder_features=t["features"], saliency=t["cls_attn"][:, None]
+    )
     keep, count = _budget(case, tokens)
     spatial = build("scope", **options).prune(tokens, keep)
     results = [Comparison("selected_sorted", spatial.indices, t["selected_sorted"])]
@@ -112,10 +121,14 @@ def _visionzip(case: Case, t: Tensors) -> list[Comparison]:
 
 @golden("vispruner")
 def _vispruner(case: Case, t: Tensors) -> list[Comparison]:
-    tokens = VisualTokens(t["features"][None], encoder_features=t["features"][None], saliency=t["cls_attention"][None])
+    tokens = VisualTokens(
+        t["features"][None], encoder_features=t["features"][None], saliency=t["cls_attention"][None]
+    )
     keep, count = _budget(case, tokens)
     spatial, picked = (
-        build("vispruner", important_ratio=case["important_ratio"], order=order).prune(tokens, keep).indices[0]
+        build("vispruner", important_ratio=case["important_ratio"], order=order)
+        .prune(tokens, keep)
+        .indices[0]
         for order in ("spatial", "picked")
     )
     results = [Comparison("sorted", spatial, t["sorted"])]
@@ -128,14 +141,18 @@ def _vispruner(case: Case, t: Tensors) -> list[Comparison]:
 @golden("prumerge")
 def _prumerge(case: Case, t: Tensors) -> list[Comparison]:
     features = t["features"][None]
-    tokens = VisualTokens(features, encoder_features=features, last_queries=t["q"][None], last_keys=t["k"][None])
+    tokens = VisualTokens(
+        features, encoder_features=features, last_queries=t["q"][None], last_keys=t["k"][None]
+    )
     name, adaptive = {
         "base_fixed": ("prumerge", False),
         "base_adaptive": ("prumerge", True),
         "plus_adaptive": ("prumerge_plus", True),
     }[case["mode"]]
     pruner = build(name, adaptive=adaptive)
-    selection = _run(pruner, tokens, 1 if adaptive else int(features.shape[1] * case["ratio_used"]) + 1)
+    selection = _run(
+        pruner, tokens, 1 if adaptive else int(features.shape[1] * case["ratio_used"]) + 1
+    )
     assert selection.features is not None
     return [
         Comparison("cls_attn", pruner.attention(tokens)[0], t["cls_attn"]),
@@ -156,7 +173,8 @@ def _hiprune(case: Case, t: Tensors) -> list[Comparison]:
     )
     keep, _ = _budget(case, tokens)
     spatial, picked = (
-        build("hiprune", alpha=case["alpha"], order=order).prune(tokens, keep).indices[0] for order in ("spatial", "picked")
+        build("hiprune", alpha=case["alpha"], order=order).prune(tokens, keep).indices[0]
+        for order in ("spatial", "picked")
     )
     results, first = [Comparison("sorted", spatial, t["sorted"])], len(t["anchor_and_buffer"])
     if keep < count:
@@ -173,7 +191,9 @@ def _fastv(case: Case, t: Tensors) -> list[Comparison]:
     pruner = build("fastv", budget="after")
     kept = pruner.prune(tokens, case["attention_rank"]).indices
     return [
-        Comparison("top", visual.gather(1, pruner.rank(tokens, case["attention_rank"]))[0], t["top"]),
+        Comparison(
+            "top", visual.gather(1, pruner.rank(tokens, case["attention_rank"]))[0], t["top"]
+        ),
         Comparison("keep", tokens.survivors(kept)[0], t["keep"]),
     ]
 
@@ -182,7 +202,9 @@ def _fastv(case: Case, t: Tensors) -> list[Comparison]:
 def _dart(case: Case, t: Tensors) -> list[Comparison]:
     visual, text = _spans(case, len(t["hidden"]))
     tokens = LayerTokens(visual, text, hidden=t["hidden"][None], keys=t["keys"][None])
-    pruner = build("dart", budget="after", image_pivots=case["pivot_image"], text_pivots=case["pivot_text"])
+    pruner = build(
+        "dart", budget="after", image_pivots=case["pivot_image"], text_pivots=case["pivot_text"]
+    )
     pivots = pruner.pivots(tokens)
     kept = visual.gather(1, pruner.prune(tokens, case["budget"]).indices)[0]
     return [
@@ -190,7 +212,11 @@ def _dart(case: Case, t: Tensors) -> list[Comparison]:
         Comparison("text_pivots", pivots[1][0], t["text_pivots"]),
         Comparison("pivot_visit_order", pruner.visit_order(*pivots)[0], t["pivot_visit_order"]),
         Comparison("retained_sorted", kept, t["retained_sorted"]),
-        Comparison("retained", torch.tensor(pruner.passed(visual.shape[1], case["budget"])), torch.tensor(case["retained"])),
+        Comparison(
+            "retained",
+            torch.tensor(pruner.passed(visual.shape[1], case["budget"])),
+            torch.tensor(case["retained"]),
+        ),
     ]
 
 
@@ -202,14 +228,23 @@ def _spans(case: Case, length: int) -> tuple[Tensor, Tensor]:
 
 @golden("anyres_order")
 def _anyres_order(case: Case, t: Tensors) -> list[Comparison]:
-    prunesid, tiles, grid = case["method"] == "prunesid", (case["tiles_high"], case["tiles_wide"]), (24, 24)
+    prunesid, tiles, grid = (
+        case["method"] == "prunesid",
+        (case["tiles_high"], case["tiles_wide"]),
+        (24, 24),
+    )
     kept = t["keep_with_cls"] - 1 if prunesid else t["keep_selection_order"]
     base, *mosaic = torch.arange((1 + len(kept)) * grid[0] * grid[1]).split(grid[0] * grid[1])
     tokens = torch.cat([base, torch.cat(mosaic).view(*tiles, *grid).transpose(1, 2).flatten()])
-    image = PlacedImage({}, grid, 1 + len(kept), tokens, row=0, places=torch.arange(len(tokens)), number=0)
+    image = PlacedImage(
+        {}, grid, 1 + len(kept), tokens, row=0, places=torch.arange(len(tokens)), number=0
+    )
     # features that name tile and patch tell the order in which they enter the LLM; one token of the base crop leads them
     rows = [base[:1], *kept]
-    named = [Kept(row, torch.stack([torch.full_like(row, crop - 1), row], 1), {}) for crop, row in enumerate(rows)]
+    named = [
+        Kept(row, torch.stack([torch.full_like(row, crop - 1), row], 1), {})
+        for crop, row in enumerate(rows)
+    ]
     vectors = arrange(image, named, keeps_newlines=False)[0].vectors
     assert vectors is not None
     crop, patch = vectors[1:].T
@@ -233,14 +268,30 @@ def _promprune(case: Case, t: Tensors) -> list[Comparison]:
     counts = official.diagnostics["T_sal"]
     results = [
         Comparison("norm_entropy", official.diagnostics["entropy"], t["norm_entropy"]),
-        Comparison("local_ratio", official.diagnostics["saliency_ratio"], torch.tensor(case["local_ratio"]), atol=1e-4),
+        Comparison(
+            "local_ratio",
+            official.diagnostics["saliency_ratio"],
+            torch.tensor(case["local_ratio"]),
+            atol=1e-4,
+        ),
         Comparison("T_sal", counts, torch.tensor(case["T_sal"])),
     ]
-    if not case.get("strict", True):  # rounding decides the first pick of stage 2; the class itself checks for repeats
-        return [*results, Comparison("count", torch.tensor(spatial.indices.shape), torch.tensor(t["selected_sorted"].shape))]
+    if not case.get(
+        "strict", True
+    ):  # rounding decides the first pick of stage 2; the class itself checks for repeats
+        return [
+            *results,
+            Comparison(
+                "count",
+                torch.tensor(spatial.indices.shape),
+                torch.tensor(t["selected_sorted"].shape),
+            ),
+        ]
     results.append(Comparison("selected_sorted", spatial.indices, t["selected_sorted"]))
     for b, (row, salient) in enumerate(zip(official.indices, counts.tolist(), strict=True)):
-        results.append(Comparison(f"stage1_sorted.{b}", row[:salient].sort().values, t[f"stage1_sorted.{b}"]))
+        results.append(
+            Comparison(f"stage1_sorted.{b}", row[:salient].sort().values, t[f"stage1_sorted.{b}"])
+        )
         results.append(Comparison(f"stage2_order.{b}", row[salient:], t[f"stage2_order.{b}"]))
     return results
 
@@ -251,14 +302,23 @@ def _prunesid(case: Case, t: Tensors) -> list[Comparison]:
     if case["path"] == "llava":
         x, keep, chosen = t["hidden_states"][:, 1:], case["budget_incl_cls"], t["selected_with_cls"]
         tokens = VisualTokens(
-            features=x, encoder_features=x, cls_token=t["hidden_states"][:, 0], saliency=t["cls_attn_sum"][:, None]
+            features=x,
+            encoder_features=x,
+            cls_token=t["hidden_states"][:, 0],
+            saliency=t["cls_attn_sum"][:, None],
         )
         given = {name: t[name] for name in ("absV", "group", "nms_kept_count", "quota")}
     else:
-        tokens, keep, chosen = VisualTokens(features=t["features"][None]), case["budget"], t["selected"][None]
+        tokens, keep, chosen = (
+            VisualTokens(features=t["features"][None]),
+            case["budget"],
+            t["selected"][None],
+        )
         given = {name: t[name][None] for name in ("absV", "group", "nms_kept_count", "quota")}
     x = tokens.encoder_features if tokens.encoder_features is not None else tokens.features
-    shift = int(tokens.cls_token is not None)  # recorded indices count the CLS token as row 0, ours leave it out as -1
+    shift = int(
+        tokens.cls_token is not None
+    )  # recorded indices count the CLS token as row 0, ours leave it out as -1
 
     # stage 1 depends on the build of torch in its last digits; stage 2 is checked from the recorded components
     loadings = pruner.loadings(x, keep)
@@ -276,13 +336,17 @@ def _prunesid(case: Case, t: Tensors) -> list[Comparison]:
         Comparison("rho", stage2.redundancy, t["rho"]),
         Comparison("selected, from the recorded groups", picks + shift, chosen[:, shift:]),
     ]
-    ranked = case["path"] == "llava" or torch.equal(*(top_k(v.amax(2), x.shape[1]) for v in (loadings, given["absV"])))
+    ranked = case["path"] == "llava" or torch.equal(
+        *(top_k(v.amax(2), x.shape[1]) for v in (loadings, given["absV"]))
+    )
     if torch.equal(ours, theirs) and ranked:  # then the whole has to agree as well
         whole = _run(pruner, tokens, keep)
         results.append(Comparison("selected", whole.indices + shift, chosen))
         if whole.features is not None:
             rows = chosen[..., None].expand_as(whole.features)
-            results.append(Comparison("features", whole.features, t["hidden_states"].gather(1, rows)))
+            results.append(
+                Comparison("features", whole.features, t["hidden_states"].gather(1, rows))
+            )
     return results
 
 
@@ -294,11 +358,16 @@ def _zspaprune(case: Case, t: Tensors) -> list[Comparison]:
     picked = build("zspaprune", order="picked", **options)
     results = [
         Comparison("score", picked.relevance(tokens)[0], t["score"]),
-        Comparison("sorted", build("zspaprune", **options).prune(tokens, keep).indices[0], t["sorted"]),
+        Comparison(
+            "sorted", build("zspaprune", **options).prune(tokens, keep).indices[0], t["sorted"]
+        ),
     ]
     if keep < count:
         order = picked.prune(tokens, keep).indices[0]
-        results += [Comparison("core", order[: case["n_core"]], t["core"]), Comparison("order", order, t["order"])]
+        results += [
+            Comparison("core", order[: case["n_core"]], t["core"]),
+            Comparison("order", order, t["order"]),
+        ]
     return results
 
 
@@ -341,7 +410,9 @@ def _fsr(case: Case, t: Tensors) -> list[Comparison]:
     ]
 
 
-def _focus_and_context(selection: Selection, phi: Tensor, focus: Tensor, context: Tensor, t: Tensors) -> list[Comparison]:
+def _focus_and_context(
+    selection: Selection, phi: Tensor, focus: Tensor, context: Tensor, t: Tensors
+) -> list[Comparison]:
     assert selection.features is not None
     return [
         Comparison("phi", phi[0], t["phi"]),
@@ -362,7 +433,10 @@ def _untouched(selection: Selection, phi: Tensor, t: Tensors) -> list[Comparison
 
 def _merges(merged: Tensor, anchors: Tensor, t: Tensors) -> list[Comparison]:
     real = merged >= 0
-    return [Comparison("merged_src", merged[real], t["merged_src"]), Comparison("merged_dst", anchors[real], t["merged_dst"])]
+    return [
+        Comparison("merged_src", merged[real], t["merged_src"]),
+        Comparison("merged_dst", anchors[real], t["merged_dst"]),
+    ]
 
 
 @golden("divprune")
@@ -385,7 +459,10 @@ def _cdpruner(case: Case, t: Tensors) -> list[Comparison]:
         clip_text=t["text_embeds"].expand(batch, -1, -1),
         image_of_row=(0,) * batch,  # crops of one image
     )
-    (keep, count), picked = _budget(case, tokens, "budget_per_crop"), build("cdpruner", order="picked")
+    (keep, count), picked = (
+        _budget(case, tokens, "budget_per_crop"),
+        build("cdpruner", order="picked"),
+    )
     results = [
         Comparison("relevance", picked.relevance(tokens), t["relevance"]),
         Comparison("sorted", build("cdpruner").prune(tokens, keep).indices, t["sorted"]),

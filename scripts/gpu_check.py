@@ -15,16 +15,20 @@ from typing import Any
 
 import pandas as pd
 import torch
+from secateur.efficiency.bench import Bench, Plan
+from secateur.efficiency.hardware import describe, find_device
+from secateur.geometry import config_of, tiny
+from secateur.injection import inject
+from secateur.pruners import build
 from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
-from eval.efficiency.bench import Bench, Plan
-from eval.efficiency.hardware import describe, find_device
-from eval.geometry import config_of, tiny
-from eval.inject import inject
-from pruners import build
-
-SIDES = {"llava_1_5_7b": None, "llava_1_5_13b": None, "qwen2_5_vl_7b": 1008, "qwen2_5_vl_3b": 1008}  # eval.inputs, image_side
+SIDES = {
+    "llava_1_5_7b": None,
+    "llava_1_5_13b": None,
+    "qwen2_5_vl_7b": 1008,
+    "qwen2_5_vl_3b": 1008,
+}  # secateur.inputs, image_side
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # of the largest logit
 
 
@@ -33,7 +37,9 @@ def checks(bench: Bench, keep: int) -> tuple[dict[str, tuple[Tensor, Tensor]], f
     """By name, logits [L, V] of the pruned model and what they have to be; and how far the subset moves the last ones."""
     model, (inputs, _) = bench.model, bench.prompts[0]
     seen: dict[str, Any] = {}
-    handle = bench.adapter.language_model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.update(kwargs), with_kwargs=True)
+    handle = bench.adapter.language_model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: seen.update(kwargs), with_kwargs=True
+    )
     plain = model(**inputs).logits[0]
     handle.remove()
     found = {}
@@ -47,8 +53,14 @@ def checks(bench: Bench, keep: int) -> tuple[dict[str, tuple[Tensor, Tensor]], f
     stays = ~visual
     stays[visual.nonzero()[:, 0][list(trace.records[0].kept_indices[0])]] = True
     compact = bench.adapter.POSITIONS[0] == "compact"
-    positions = torch.arange(int(stays.sum()), device=stays.device)[None] if compact else seen["position_ids"][..., stays]
-    hidden = bench.adapter.language_model(inputs_embeds=seen["inputs_embeds"][:, stays], position_ids=positions, use_cache=False)
+    positions = (
+        torch.arange(int(stays.sum()), device=stays.device)[None]
+        if compact
+        else seen["position_ids"][..., stays]
+    )
+    hidden = bench.adapter.language_model(
+        inputs_embeds=seen["inputs_embeds"][:, stays], position_ids=positions, use_cache=False
+    )
     expected = model.lm_head(hidden.last_hidden_state)[0]
     found[f"subset, {keep} of {bench.tokens}"] = pruned, expected
     behind = bench.plan.text[1]
@@ -56,10 +68,16 @@ def checks(bench: Bench, keep: int) -> tuple[dict[str, tuple[Tensor, Tensor]], f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=list(TOLERANCE))
-    parser.add_argument("--models", default="llava_1_5_7b,qwen2_5_vl_7b", help=f"comma-separated, of {', '.join(SIDES)}")
+    parser.add_argument(
+        "--models",
+        default="llava_1_5_7b,qwen2_5_vl_7b",
+        help=f"comma-separated, of {', '.join(SIDES)}",
+    )
     parser.add_argument("--tiny", action="store_true", help="four layers of width 64")
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     options = parser.parse_args()
@@ -71,14 +89,28 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
 
-    kernels = ["sdpa", *["flash_attention_2"] * (device.type == "cuda" and is_flash_attn_2_available())]
+    kernels = [
+        "sdpa",
+        *["flash_attention_2"] * (device.type == "cuda" and is_flash_attn_2_available()),
+    ]
     rows = []
     for name in names:
         config, side = config_of(name), SIDES[name]
         if options.tiny:
             config, side = tiny(config.model_type), side and 168
         for kernel in kernels:
-            plan = Plan(device, options.dtype, kernel, "", prompts=1, text=(35, 27), new_tokens=1, warm_up=1, timed=2, seed=0)
+            plan = Plan(
+                device,
+                options.dtype,
+                kernel,
+                "",
+                prompts=1,
+                text=(35, 27),
+                new_tokens=1,
+                warm_up=1,
+                timed=2,
+                seed=0,
+            )
             bench = Bench(name, config, plan, image_side=side)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
@@ -94,9 +126,13 @@ def main() -> None:
                         "max error": off,
                         "largest logit": largest,
                         "moved": moved,
-                        "same argmax %": 100 * float((pruned.argmax(-1) == expected.argmax(-1)).float().mean()),
-                        "peak GB": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan"),
-                        "passed": off <= min(TOLERANCE[options.dtype] * largest, moved / 2),  # false for NaN
+                        "same argmax %": 100
+                        * float((pruned.argmax(-1) == expected.argmax(-1)).float().mean()),
+                        "peak GB": torch.cuda.max_memory_allocated(device) / 1e9
+                        if device.type == "cuda"
+                        else float("nan"),
+                        "passed": off
+                        <= min(TOLERANCE[options.dtype] * largest, moved / 2),  # false for NaN
                     }
                 )
             del bench

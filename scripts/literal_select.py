@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from secateur.pruners.base import EXTRA
 from torch import Tensor
-
-from pruners.base import EXTRA
 
 Image = Any  # VisualTokens of one row with what the method needs
 Literal = Callable[[Image, int], list[int]]
@@ -45,7 +44,9 @@ def dpp(kernel: Tensor, k: int, first: int | None = None, floor: float = 0.0) ->
     picks: list[int] = []
     for t in range(k):
         j = first if t == 0 and first is not None else int(residual.argmax())
-        columns[t] = (kernel[j] - columns[:t, j] @ columns[:t]) / residual[j].clamp_min(floor).sqrt()
+        columns[t] = (kernel[j] - columns[:t, j] @ columns[:t]) / residual[j].clamp_min(
+            floor
+        ).sqrt()
         residual = residual - columns[t] ** 2
         picks.append(j)
         residual[picks] = -torch.inf
@@ -101,7 +102,11 @@ def promprune(t: Image, keep: int) -> list[int]:
     others = rest(count, salient)
     f = unit(e, 1e-6)
     first = int((f[others] @ f[salient].T).amax(1).argmin()) if salient else 0
-    picks = dpp(f[others] @ f[others].T, keep - len(salient), first, floor=1e-8) if keep > len(salient) else []
+    picks = (
+        dpp(f[others] @ f[others].T, keep - len(salient), first, floor=1e-8)
+        if keep > len(salient)
+        else []
+    )
     return sorted(salient + [others[i] for i in picks])
 
 
@@ -178,12 +183,18 @@ def sppruner(t: Image, keep: int) -> list[int]:
     return sorted(picks)
 
 
-def merge(v: Tensor, cosine: Tensor, anchors: list[int], dropped: list[int], weights: Tensor) -> Tensor:
+def merge(
+    v: Tensor, cosine: Tensor, anchors: list[int], dropped: list[int], weights: Tensor
+) -> Tensor:
     """Weighted means of the anchors with as many dropped tokens, those of largest cosine [dropped, anchors]."""
     if not anchors:
         return v[:0]
     best, slot = (x.tolist() for x in cosine.max(1))
-    near = sorted((-c, token, anchors[s]) for c, token, s in zip(best, dropped, slot, strict=True) if c > -math.inf)
+    near = sorted(
+        (-c, token, anchors[s])
+        for c, token, s in zip(best, dropped, slot, strict=True)
+        if c > -math.inf
+    )
     total, weight = {a: weights[a] * v[a] for a in anchors}, {a: weights[a] for a in anchors}
     for _, token, anchor in near[: len(anchors)]:
         total[anchor] = total[anchor] + weights[token] * v[token]
@@ -199,7 +210,9 @@ def prunesid(t: Image, keep: int) -> list[int]:
     m = m - m.mean(0)
     wide = m.shape[0] < m.shape[1]
     a = m.T if wide else m
-    q = torch.linalg.qr(a @ torch.randn(a.shape[1], groups, generator=torch.Generator().manual_seed(0)).to(x.device)).Q
+    q = torch.linalg.qr(
+        a @ torch.randn(a.shape[1], groups, generator=torch.Generator().manual_seed(0)).to(x.device)
+    ).Q
     for _ in range(2):
         q = torch.linalg.qr(a.T @ q).Q
         q = torch.linalg.qr(a @ q).Q
@@ -218,7 +231,9 @@ def prunesid(t: Image, keep: int) -> list[int]:
             survivors.append(top)
             live[top] = 0.0
             live[similarity[top] > threshold] = 0.0
-        suppressed = (group == g).index_fill(0, torch.tensor(survivors, dtype=torch.long, device=x.device), False)
+        suppressed = (group == g).index_fill(
+            0, torch.tensor(survivors, dtype=torch.long, device=x.device), False
+        )
         gone = ranked(attention.masked_fill(~suppressed, -torch.inf), int(suppressed.sum()))
         ranking.append(survivors + gone)
         kept.append(len(survivors))
@@ -230,7 +245,9 @@ def prunesid(t: Image, keep: int) -> list[int]:
     other = max(0, patches - sum(lower))
     share = torch.tensor(kept, dtype=torch.float32) / sum(kept)
     steps = (share.cumsum(0) * other).round().long().tolist()
-    quota = [min(b - a + low, u) for a, b, low, u in zip([0, *steps], steps, lower, upper, strict=False)]
+    quota = [
+        min(b - a + low, u) for a, b, low, u in zip([0, *steps], steps, lower, upper, strict=False)
+    ]
     for g in sorted(range(groups), key=lambda g: (-kept[g], g)):
         quota[g] += min(upper[g] - quota[g], other + sum(lower) - sum(quota))
     return [EXTRA, *sorted(i for r, n in zip(ranking, quota, strict=True) for i in r[:n])]
@@ -246,9 +263,13 @@ def visionzip(t: Image, keep: int) -> list[int]:
     metric = unit(t.encoder_keys[0, 1:].view(len(x), heads, -1).mean(1))
     groups: dict[int, list[int]] = {target: [] for target in targets}
     joining = rest(len(x), dominant + targets)
-    for token, slot in zip(joining, (metric[joining] @ metric[targets].T).argmax(1).tolist(), strict=True):
+    for token, slot in zip(
+        joining, (metric[joining] @ metric[targets].T).argmax(1).tolist(), strict=True
+    ):
         groups[targets[slot]].append(token)
-    torch.stack([x[target] + (x[group].mean(0) if group else 0) for target, group in groups.items()])
+    torch.stack(
+        [x[target] + (x[group].mean(0) if group else 0) for target, group in groups.items()]
+    )
     return [EXTRA, *dominant, *targets]
 
 

@@ -20,13 +20,18 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 from rich.console import Console
-
-from eval.reporting.tables import by_setting
-from eval.store import DamagedRecord, Store, digest
+from secateur.reporting.tables import by_setting
+from secateur.store import DamagedRecord, Store, digest
 
 _COUNTS = ("new", "already here", "same answers", "refused", "failed", "unfinished")
 _FILES = ("record.json", "samples.parquet")
-_ANSWER = ["doc_id", "target", "answer", "score", "kept_indices"]  # what two runs of a cell must share; their seconds differ
+_ANSWER = [
+    "doc_id",
+    "target",
+    "answer",
+    "score",
+    "kept_indices",
+]  # what two runs of a cell must share; their seconds differ
 
 
 class Refused(RuntimeError):
@@ -53,7 +58,9 @@ def merge(source: Path, target: Store) -> Contribution:
     contribution.counts["refused"] = len(contribution.refused)
     runs = [path for path in (source / "runs").glob("*/*/*/*") if path.is_file()]
     contribution.counts["failed"] = sum(path.name.endswith(".failed.json") for path in runs)
-    contribution.counts["unfinished"] = len({path.name.split(".answers")[0] for path in runs if ".answers" in path.name})
+    contribution.counts["unfinished"] = len(
+        {path.name.split(".answers")[0] for path in runs if ".answers" in path.name}
+    )
     return contribution
 
 
@@ -67,9 +74,15 @@ def mixtures(target: Store) -> list[str]:
     for group in by_setting(target.records()):
         identities = [record["identity"] for record in group]
         where = f"suite {identities[0]['suite']['name']}, model {identities[0]['model']['name']}, limit {identities[0]['limit']}"
-        versions = Counter(", ".join(f"{k} {v}" for k, v in sorted(identity["versions"].items())) for identity in identities)
+        versions = Counter(
+            ", ".join(f"{k} {v}" for k, v in sorted(identity["versions"].items()))
+            for identity in identities
+        )
         if len(versions) > 1:
-            found.append(f"{where}: " + " but ".join(f"{count} cells of {text}" for text, count in versions.items()))
+            found.append(
+                f"{where}: "
+                + " but ".join(f"{count} cells of {text}" for text, count in versions.items())
+            )
         rows = defaultdict(list)
         for own in identities:
             pruner = {key: value for key, value in own["pruner"].items() if key != "source"}
@@ -77,7 +90,9 @@ def mixtures(target: Store) -> list[str]:
         for same in rows.values():
             if len(same) > 1:
                 sources = ", ".join(sorted(own["pruner"]["source"] for own in same))
-                found.append(f"{where}: {same[0]['task']} {same[0]['pruner']['name']} {same[0]['budget']} of code {sources}")
+                found.append(
+                    f"{where}: {same[0]['task']} {same[0]['pruner']['name']} {same[0]['budget']} of code {sources}"
+                )
     return found
 
 
@@ -93,9 +108,13 @@ def _adopt(folder: Path, place: Path, target: Store) -> str:
         identity = record["identity"]
         goal = target.folder(identity)
     except (KeyError, TypeError) as error:
-        raise Refused(f"{folder}: its identity is none ({type(error).__name__}: {error})") from error
+        raise Refused(
+            f"{folder}: its identity is none ({type(error).__name__}: {error})"
+        ) from error
     if goal.relative_to(target.runs) != place:
-        raise Refused(f"{folder}: the identity inside is that of another cell, {goal.relative_to(target.runs)}")
+        raise Refused(
+            f"{folder}: the identity inside is that of another cell, {goal.relative_to(target.runs)}"
+        )
     with target.claim(identity) as mine:
         if not mine:
             raise Refused(f"{folder}: a sweep is at this cell here; merge again when it has ended")
@@ -107,7 +126,9 @@ def _adopt(folder: Path, place: Path, target: Store) -> str:
         if here["seal"] == record["seal"]:
             return "already here"
         if different := _difference(here, record, goal, folder):
-            raise Refused(f"{folder}: the same cell is here with other content ({different}); delete the one that is wrong")
+            raise Refused(
+                f"{folder}: the same cell is here with other content ({different}); delete the one that is wrong"
+            )
         return "same answers"
 
 
@@ -115,7 +136,10 @@ def _difference(here: dict[str, Any], record: dict[str, Any], goal: Path, folder
     """In what two runs of one cell differ beside time and place; empty if in nothing."""
     if here["identity"] != record["identity"]:
         return "two identities share a name"
-    rows, others = (pq.read_table(path / "samples.parquet", columns=_ANSWER).to_pylist() for path in (goal, folder))
+    rows, others = (
+        pq.read_table(path / "samples.parquet", columns=_ANSWER).to_pylist()
+        for path in (goal, folder)
+    )
     if len(rows) != len(others):
         return f"{len(rows)} documents and {len(others)}"
     changed = sum(row != other for row, other in zip(rows, others, strict=True))
@@ -141,8 +165,12 @@ def _copy(folder: Path, goal: Path, target: Store) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", type=Path, nargs="+", metavar="SOURCE", help="results folders of other machines")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "sources", type=Path, nargs="+", metavar="SOURCE", help="results folders of other machines"
+    )
     parser.add_argument("--into", type=Path, required=True, help="the results folder that receives")
     options = parser.parse_args()
     for source in options.sources:
@@ -153,7 +181,10 @@ def main() -> int:
 
     target, console = Store(options.into), Console(soft_wrap=True, highlight=False, markup=False)
     contributions = [merge(source, target) for source in options.sources]
-    rows = [{"source": str(one.source)} | {name: one.counts[name] for name in _COUNTS} for one in contributions]
+    rows = [
+        {"source": str(one.source)} | {name: one.counts[name] for name in _COUNTS}
+        for one in contributions
+    ]
     console.print(f"Merged into {options.into}\n{pd.DataFrame(rows).to_string(index=False)}")
     if any(one.counts["failed"] or one.counts["unfinished"] for one in contributions):
         console.print("Cells that failed or are unfinished there were not merged.")

@@ -7,8 +7,8 @@ import dataclasses
 import inspect
 import json
 
-from eval.checkpoints import ROOT
-from pruners import REGISTRY, InLLMPruner, Pruner, build
+from secateur.paths import ROOT
+from secateur.pruners import REGISTRY, InLLMPruner, Pruner, build
 
 TABLE = ROOT / "pruners" / "METHODS.md"
 
@@ -100,7 +100,9 @@ def table() -> str:
     for name, (paper, acts, status, why) in ABSENT.items():
         rows.append((f"{name} (absent)", paper, acts, "-", "-", "-", status, "-", why))
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
-    body = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    body = "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
     return f"{HEAD}\n{body}\n"
 
 

@@ -16,39 +16,56 @@ from pathlib import Path
 import pandas as pd
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-
-from eval.checkpoints import ROOT
-from eval.job import Job
-from eval.store import Store
+from secateur.job import Job
+from secateur.paths import CONFIGS, ROOT
+from secateur.store import Store
 
 # documents of the real data sets as lmms-eval 0.7.3 loads them
-DOCUMENTS = {"pope": 9000, "scienceqa_img": 2017, "gqa": 12578, "mme": 2374, "mmmu_val": 900, "mmstar": 1500}
+DOCUMENTS = {
+    "pope": 9000,
+    "scienceqa_img": 2017,
+    "gqa": 12578,
+    "mme": 2374,
+    "mmmu_val": 900,
+    "mmstar": 1500,
+}
 DEVICES = (1, 8, 64)
 
 
 def jobs(experiment: str, results: Path) -> list[Job]:
     """The Hydra jobs of an experiment."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("sweep", [f"experiment={experiment}", f"results={results}"], return_hydra_config=True)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose(
+            "sweep", [f"experiment={experiment}", f"results={results}"], return_hydra_config=True
+        )
         lines = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
         choices = []
         for override in OverridesParser.create().parse_overrides(lines):
-            values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+            values = (
+                override.sweep_string_iterator()
+                if override.is_sweep_override()
+                else [override.value()]
+            )
             choices.append([f"{override.key_or_group}={value}" for value in values])
         return [
-            Job.of(compose("sweep", [f"experiment={experiment}", f"results={results}", *values])) for values in product(*choices)
+            Job.of(compose("sweep", [f"experiment={experiment}", f"results={results}", *values]))
+            for values in product(*choices)
         ]
 
 
 def rates(results: Path) -> dict[str, float]:
     """Documents a second of every model with finished cells on the hub's data."""
-    records = [Store.read(path.parent) for path in (results / "runs" / "hub").glob("**/record.json")]
+    records = [
+        Store.read(path.parent) for path in (results / "runs" / "hub").glob("**/record.json")
+    ]
     found = pd.DataFrame(
         [(r["identity"]["model"]["name"], r["documents"], r["seconds"]) for r in records],
         columns=["model", "documents", "seconds"],
     )
     total = found.groupby("model")[["documents", "seconds"]].sum()
-    return {str(model): float(rate) for model, rate in (total["documents"] / total["seconds"]).items()}
+    return {
+        str(model): float(rate) for model, rate in (total["documents"] / total["seconds"]).items()
+    }
 
 
 def given(words: list[str], models: set[str]) -> dict[str, float]:
@@ -61,24 +78,39 @@ def given(words: list[str], models: set[str]) -> dict[str, float]:
     for word in words:
         name, _, number = word.rpartition("=")
         if name and name not in models:
-            raise ValueError(f"--rate {word}: {name!r} is not in this plan, which has {', '.join(sorted(models))}")
+            raise ValueError(
+                f"--rate {word}: {name!r} is not in this plan, which has {', '.join(sorted(models))}"
+            )
         try:
             rate = float(number)
         except ValueError:
             rate = 0.0
         if not 0 < rate < float("inf"):
-            raise ValueError(f"--rate {word}: documents a second are a positive number, 12 or model=12")
+            raise ValueError(
+                f"--rate {word}: documents a second are a positive number, 12 or model=12"
+            )
         found |= {name: rate} if name else {model: rate for model in models if model not in found}
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml") if not path.stem.startswith("shapes"))
-    parser.add_argument("experiments", nargs="*", default=every, metavar="experiment", help="default: all of papers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = sorted(
+        path.stem
+        for path in (CONFIGS / "experiment").glob("*.yaml")
+        if not path.stem.startswith("shapes")
+    )
+    parser.add_argument(
+        "experiments", nargs="*", default=every, metavar="experiment", help="default: all of papers"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument(
-        "--rate", nargs="+", default=[], help="documents a second and device where none was measured: 12, or model=12 ..."
+        "--rate",
+        nargs="+",
+        default=[],
+        help="documents a second and device where none was measured: 12, or model=12 ...",
     )
     options = parser.parse_args()
     if unknown := sorted(set(options.experiments) - set(every)):
@@ -94,7 +126,11 @@ def main() -> None:
                 if not job.store.has(identity):
                     documents = min(job.limit or DOCUMENTS[task], DOCUMENTS[task])
                     cells[job.store.folder(identity)] = (job.model["name"], documents)
-    table = pd.DataFrame(cells.values(), columns=["model", "documents"]).groupby("model")["documents"].agg(["size", "sum"])
+    table = (
+        pd.DataFrame(cells.values(), columns=["model", "documents"])
+        .groupby("model")["documents"]
+        .agg(["size", "sum"])
+    )
     table.columns = pd.Index(["cells", "documents"])
     try:
         known = given(options.rate, set(map(str, table.index))) | measured
@@ -106,10 +142,17 @@ def main() -> None:
         table[f"hours on {count}"] = table["documents"] / rate / 3600 / count
     table.loc["all"] = table.sum(min_count=len(table))
     table.loc["all", "documents per second"] = float("nan")
-    shown = {name: table[name].map(lambda value: "-" if value != value else f"{value:,.1f}".removesuffix(".0")) for name in table}
+    shown = {
+        name: table[name].map(
+            lambda value: "-" if value != value else f"{value:,.1f}".removesuffix(".0")
+        )
+        for name in table
+    }
     print(pd.DataFrame(shown).to_markdown(stralign="right", disable_numparse=True))
     if rate.isna().any():
-        print(f"\nNo rate for {', '.join(map(str, rate.index[rate.isna()]))}: run a small cell of it first, or give --rate.")
+        print(
+            f"\nNo rate for {', '.join(map(str, rate.index[rate.isna()]))}: run a small cell of it first, or give --rate."
+        )
 
 
 if __name__ == "__main__":

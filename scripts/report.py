@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-
-from eval.checkpoints import ROOT
-from eval.reporting.stats import RESAMPLES
+from secateur.paths import ROOT
+from secateur.reporting.stats import RESAMPLES
 
 
 def _document(text: str) -> tuple[str, int]:
@@ -20,23 +19,49 @@ def _document(text: str) -> tuple[str, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of a sweep (default: results)")
-    parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"of the images (default: {RESAMPLES})")
-    parser.add_argument("--data-root", type=Path, help="folder with the data sets, for the images (default: the hub)")
-    parser.add_argument(
-        "--documents", nargs="+", type=_document, default=[], metavar="TASK:NUMBER", help="of which to show the kept tokens"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rivals", nargs=2, default=[], metavar="METHOD", help="of the gallery (default: the two best)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=ROOT / "results",
+        help="folder of a sweep (default: results)",
+    )
+    parser.add_argument(
+        "--resamples", type=int, default=RESAMPLES, help=f"of the images (default: {RESAMPLES})"
+    )
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        help="folder with the data sets, for the images (default: the hub)",
+    )
+    parser.add_argument(
+        "--documents",
+        nargs="+",
+        type=_document,
+        default=[],
+        metavar="TASK:NUMBER",
+        help="of which to show the kept tokens",
+    )
+    parser.add_argument(
+        "--rivals",
+        nargs=2,
+        default=[],
+        metavar="METHOD",
+        help="of the gallery (default: the two best)",
+    )
     options = parser.parse_args()
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # of lmms-eval's index of tasks
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from eval.reporting.report import Report
-    from eval.reporting.report_page import write
+    from secateur.reporting.report import Report
+    from secateur.reporting.report_page import write
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
     try:
-        report = Report(options.results, options.resamples, options.data_root, options.documents, options.rivals)
+        report = Report(
+            options.results, options.resamples, options.data_root, options.documents, options.rivals
+        )
     except ValueError as error:
         console.print(str(error), style="red")
         return 1

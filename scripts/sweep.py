@@ -6,13 +6,12 @@ import sys
 
 import hydra
 from omegaconf import DictConfig
-
-from eval.progress import KEPT, Interrupt
+from secateur.progress import KEPT, Interrupt
 
 
 @hydra.main(config_path="../configs", config_name="sweep", version_base="1.3")
 def main(config: DictConfig) -> None:
-    from eval.sweep import run_job
+    from secateur.sweep import run_job
 
     Interrupt.catch()
     run_job(config)

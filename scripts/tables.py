@@ -9,19 +9,31 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-
-from eval.checkpoints import ROOT
-from eval.reporting import comparison, interval_table, paper_tables, render, reported, tables
-from eval.reporting.layouts import layouts
-from eval.reporting.stats import RESAMPLES
+from secateur.paths import ROOT
+from secateur.reporting import comparison, interval_table, paper_tables, render, reported, tables
+from secateur.reporting.layouts import layouts
+from secateur.reporting.stats import RESAMPLES
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of a sweep (default: results)")
-    parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"of the images (default: {RESAMPLES})")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=ROOT / "results",
+        help="folder of a sweep (default: results)",
+    )
+    parser.add_argument(
+        "--resamples", type=int, default=RESAMPLES, help=f"of the images (default: {RESAMPLES})"
+    )
     options = parser.parse_args()
-    folder, console, failed = options.results / "tables", Console(soft_wrap=True, highlight=False, markup=False), False
+    folder, console, failed = (
+        options.results / "tables",
+        Console(soft_wrap=True, highlight=False, markup=False),
+        False,
+    )
 
     numbers = reported.load_reported()
     damaged: list[str] = []
@@ -39,27 +51,42 @@ def main() -> int:
         paths = render.write(table, folder / "papers")
         console.print(paths[0].read_text())
         counts = table.cells["verdict"].value_counts()
-        console.print(f"{layout.title}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()), style="bold")
+        console.print(
+            f"{layout.title}: "
+            + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()),
+            style="bold",
+        )
     claims = reported.load_efficiency().query("paper == 'SPpruner'")
     console.print(
         "ZSPAPrune: no table of it is public, and no number.\nSPpruner: no table of it is public; its abstract says: "
-        + ", ".join(f"{row.quantity} {row.value:g} {row.unit} ({row.model})" for row in claims.itertuples())
+        + ", ".join(
+            f"{row.quantity} {row.value:g} {row.unit} ({row.model})" for row in claims.itertuples()
+        )
         + "."
     )
-    for name, question in (("duplicates", "numbers in several papers"), ("contradictions", "cells printed differently")):
+    for name, question in (
+        ("duplicates", "numbers in several papers"),
+        ("contradictions", "cells printed differently"),
+    ):
         found = getattr(reported, name)(numbers)
         found.to_csv(folder / "papers" / f"{name}.csv", index=False)
-        console.print(f"\n{len(found)} {question}; the first five of papers/{name}.csv:\n{found.head().to_string(index=False)}")
+        console.print(
+            f"\n{len(found)} {question}; the first five of papers/{name}.csv:\n{found.head().to_string(index=False)}"
+        )
     means = reported.averages(numbers)
     means.to_csv(folder / "papers" / "averages.csv", index=False)
     wrong = (~means["follows"]).sum()
-    console.print(f"\n{wrong} of {len(means)} printed averages are not the mean of ratios; see papers/averages.csv\n")
+    console.print(
+        f"\n{wrong} of {len(means)} printed averages are not the mean of ratios; see papers/averages.csv\n"
+    )
 
     for group in comparison.settings(cells):
         try:
             compared = comparison.compare(group, options.resamples)
         except ValueError as error:
-            console.print(f"REFUSED {tables.title([cell.record for cell in group])}: {error}", style="red")
+            console.print(
+                f"REFUSED {tables.title([cell.record for cell in group])}: {error}", style="red"
+            )
             failed = True
             continue
         for path in interval_table.write(group, compared, folder):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where model, processor and recipe.json go; must not exist")
+    parser.add_argument(
+        "folder", type=Path, help="where model, processor and recipe.json go; must not exist"
+    )
     folder = parser.parse_args().folder
     if folder.exists():
         parser.error(f"{folder} exists; name a new folder")
@@ -16,9 +18,9 @@ def main() -> None:
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
-    from eval.shapes.datasets import build
-    from eval.shapes.training import Recipe, train
-    from eval.tasks import TASKS, load_tasks
+    from secateur.shapes.datasets import build
+    from secateur.shapes.training import Recipe, train
+    from secateur.tasks import TASKS, load_tasks
 
     data = build(Path("results/data/shapes"))
     train(Recipe(), load_tasks(list(TASKS), data), folder)

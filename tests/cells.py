@@ -8,17 +8,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-
-from eval.reporting.comparison import Cell
-from eval.reporting.stats import METRICS
-from pruners import build
+from secateur.pruners import build
+from secateur.reporting.comparison import Cell
+from secateur.reporting.stats import METRICS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CATEGORIES = ["OCR", "count", "color", "code_reasoning", "text_translation"]
 PER_IMAGE = {"pope": 10, "gqa": 10, "mme": 2}
 
 
-def identity(model: str, method: str, budget: str, task: str, suite: str = "hub", limit: int | None = None, **fields: Any):
+def identity(
+    model: str,
+    method: str,
+    budget: str,
+    task: str,
+    suite: str = "hub",
+    limit: int | None = None,
+    **fields: Any,
+):
     settings = yaml.safe_load((CONFIGS / "model" / f"{model}.yaml").read_text())
     overrides = settings.get("pruner_fields", {}).get(method, {})
     for name in ("budgets", "device", "pruner_fields"):
@@ -26,7 +33,12 @@ def identity(model: str, method: str, budget: str, task: str, suite: str = "hub"
     pruner = build(method, **overrides, **fields)
     return {
         "model": settings | {"weights": "w"},
-        "pruner": {"name": method, "status": pruner.status, **dataclasses.asdict(pruner), "source": "s"},
+        "pruner": {
+            "name": method,
+            "status": pruner.status,
+            **dataclasses.asdict(pruner),
+            "source": "s",
+        },
         "budget": budget,
         "suite": {"name": suite, "revision": "main"},
         "task": task,
@@ -50,7 +62,9 @@ def rows(task: str, share: float, documents: int = 2000, shift: int = 0) -> pd.D
     frame = pd.DataFrame(
         {
             "doc_id": docs,
-            "image_id": [f"{CATEGORIES[image % 5]}/{image}" for image in images] if task == "mme" else images.astype(str),
+            "image_id": [f"{CATEGORIES[image % 5]}/{image}" for image in images]
+            if task == "mme"
+            else images.astype(str),
             "target": targets,
             "answer": np.where(right, targets, np.where(docs % 2, "yes", "no")),
             "score": right.astype(float),
@@ -80,7 +94,13 @@ def cell(
         "environment": {"commit": "abc"},
     }
     for metric in METRICS[task].values():
-        named = samples.assign(category=samples["image_id"].str.split("/").str[0]) if task == "mme" else samples
+        named = (
+            samples.assign(category=samples["image_id"].str.split("/").str[0])
+            if task == "mme"
+            else samples
+        )
         if not metric.stratified or "category" in named:
-            record["metrics"][metric.stored] = float(metric.value(metric.terms(named).sum(axis=0))) / metric.factor
+            record["metrics"][metric.stored] = (
+                float(metric.value(metric.terms(named).sum(axis=0))) / metric.factor
+            )
     return Cell(record, samples)

@@ -10,9 +10,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": _CACHE.name, "OMP_NUM
 import numpy as np
 import pytest
 from PIL import Image
+from secateur.geometry import random_model, random_processor, tiny
 from transformers import PreTrainedModel, ProcessorMixin
-
-from eval.geometry import random_model, random_processor, tiny
 
 
 def tiny_model(family: str, attention: str) -> PreTrainedModel:
@@ -52,12 +51,13 @@ def qwen_eager() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory: pytest.TempPathFactory):
     """Sweeps over two small tasks that this module may disturb."""
+    from secateur.shapes.datasets import build
     from sweeping import Sweeps  # needs `datasets`, which most tests do without
-
-    from eval.shapes.datasets import build
 
     return Sweeps(build(tmp_path_factory.mktemp("data") / "shapes"))
 
 
 def picture(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    )

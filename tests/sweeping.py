@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.progress import Interrupt, console
+from secateur.progress import Interrupt, console
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "sweep.py"
 
@@ -25,13 +25,24 @@ class Sweeps:
 
     def command(self, results: Path, *overrides: str) -> list[str]:
         multirun, given = [o for o in overrides if o == "-m"], [o for o in overrides if o != "-m"]
-        return [str(SCRIPT), *multirun, f"results={results}", f"suite.data_root={self.data}", *self.common, *given]
+        return [
+            str(SCRIPT),
+            *multirun,
+            f"results={results}",
+            f"suite.data_root={self.data}",
+            *self.common,
+            *given,
+        ]
 
     def here(self, results: Path, *overrides: str) -> tuple[int, str]:
         """Exit code, and what was printed."""
         before = sys.argv, console.file, signal.getsignal(signal.SIGINT)
         printed = io.StringIO()
-        sys.argv, console.file, Interrupt._requested = self.command(results, *overrides), printed, False
+        sys.argv, console.file, Interrupt._requested = (
+            self.command(results, *overrides),
+            printed,
+            False,
+        )
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
                 runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -65,7 +76,10 @@ def tables(results: Path) -> dict[str, bytes]:
 
 
 def cells(results: Path) -> dict[str, Path]:
-    return {f"{p.parts[-3]}/{p.parts[-2].rsplit('_', 1)[0]}": p.parent for p in results.glob("runs/*/*/*/*/record.json")}
+    return {
+        f"{p.parts[-3]}/{p.parts[-2].rsplit('_', 1)[0]}": p.parent
+        for p in results.glob("runs/*/*/*/*/record.json")
+    }
 
 
 def wait_for(condition, seconds: float = 60) -> None:

@@ -6,14 +6,20 @@ import typing
 from typing import Literal
 
 import torch
-
-from pruners import REGISTRY, InLLMPruner, LayerTokens, VisualTokens
+from secateur.pruners import REGISTRY, InLLMPruner, LayerTokens, VisualTokens
 
 KINDS = ("gauss", "clusters", "duplicates", "identical", "zero", "no_saliency")
 
 
 def visual_tokens(
-    batch: int, grid: tuple[int, int], *, seed: int = 0, width: int = 16, heads: int = 2, text: int = 3, kind: str = "gauss"
+    batch: int,
+    grid: tuple[int, int],
+    *,
+    seed: int = 0,
+    width: int = 16,
+    heads: int = 2,
+    text: int = 3,
+    kind: str = "gauss",
 ) -> VisualTokens:
     """B rows of rows x columns tokens with all captures; `kind` is one of KINDS."""
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +59,9 @@ def visual_tokens(
     )
 
 
-def layer_tokens(batch: int, count: int, *, seed: int = 0, width: int = 16, kind: str = "gauss") -> LayerTokens:
+def layer_tokens(
+    batch: int, count: int, *, seed: int = 0, width: int = 16, kind: str = "gauss"
+) -> LayerTokens:
     """B prompts: 3 positions, `count` visual tokens, 6 text positions; 2 heads, 2 asked rows of which one is padding."""
     states = visual_tokens(batch, (1, count + 9), seed=seed, width=width, kind=kind)
     length, heads = count + 9, 2
@@ -73,7 +81,9 @@ def layer_tokens(batch: int, count: int, *, seed: int = 0, width: int = 16, kind
 def rows_of(tokens: VisualTokens | LayerTokens, rows: list[int]) -> typing.Any:
     """The same with some rows only."""
     values = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
-    picked = {name: value[rows] for name, value in values.items() if isinstance(value, torch.Tensor)}
+    picked = {
+        name: value[rows] for name, value in values.items() if isinstance(value, torch.Tensor)
+    }
     if values.get("sample_ids"):
         picked["sample_ids"] = tuple(values["sample_ids"][row] for row in rows)
     return dataclasses.replace(tokens, **picked)
@@ -88,8 +98,16 @@ def variants(kind: type) -> list[tuple[str, dict]]:
             hints = typing.get_type_hints(cls)
             for field in dataclasses.fields(cls):
                 hint = hints[field.name]
-                choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else (True, False) if hint is bool else ()
-                found += [(name, {field.name: choice}) for choice in choices if choice != field.default]
+                choices = (
+                    typing.get_args(hint)
+                    if typing.get_origin(hint) is Literal
+                    else (True, False)
+                    if hint is bool
+                    else ()
+                )
+                found += [
+                    (name, {field.name: choice}) for choice in choices if choice != field.default
+                ]
     return found
 
 

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
-
-from eval.answers import Answers
+from secateur.answers import Answers
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,31 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from secateur.budget import Budget
+from secateur.efficiency import hardware, latency
+from secateur.efficiency.bench import Bench, Plan, Setting
+from secateur.efficiency.bench_report import figure, markdown, published, summarise, write
+from secateur.efficiency.latency import PHASES, ClockJumped, Timeline, fed, phases
+from secateur.geometry import config_of, tiny
+from secateur.injection import inject
+from secateur.pruners import REGISTRY, build
 from test_inject import hooks
 
-from eval.budget import Budget
-from eval.efficiency import hardware, latency
-from eval.efficiency.bench import Bench, Plan, Setting
-from eval.efficiency.bench_report import figure, markdown, published, summarise, write
-from eval.efficiency.latency import PHASES, ClockJumped, Timeline, fed, phases
-from eval.geometry import config_of, tiny
-from eval.inject import inject
-from pruners import REGISTRY, build
 from scripts import bench as script
 from scripts import bundle_gpu, gpu_check
 
-PLAN = Plan(torch.device("cpu"), "float32", "sdpa", "tiny", prompts=3, text=(6, 5), new_tokens=3, warm_up=1, timed=4, seed=0)
+PLAN = Plan(
+    torch.device("cpu"),
+    "float32",
+    "sdpa",
+    "tiny",
+    prompts=3,
+    text=(6, 5),
+    new_tokens=3,
+    warm_up=1,
+    timed=4,
+    seed=0,
+)
 FAMILIES = {"llava": {}, "llava_next": {"layout": "fixed2880"}, "qwen2_5_vl": {"image_side": 168}}
 METHODS = [build("divprune"), build("fastv", layer=1)]
 
@@ -52,7 +63,10 @@ def samples(llava):
 
 class TestSamples:
     def test_every_setting_runs_once_a_round_in_changing_order(self, samples):
-        assert samples.groupby(["method", "budget"])["round"].agg(list).map(sorted).tolist() == [[0, 1, 2, 3]] * 6
+        assert (
+            samples.groupby(["method", "budget"])["round"].agg(list).map(sorted).tolist()
+            == [[0, 1, 2, 3]] * 6
+        )
         orders = samples.sort_values("place").groupby("round")[["method", "budget"]].agg(list)
         assert len(set(orders.astype(str).agg("".join, axis=1))) > 1
         assert set(samples["place"]) == set(range(6))
@@ -79,14 +93,22 @@ class TestSamples:
         held = samples.groupby(["method", "budget"])["kv_bytes"].first()
         assert list(held["unpruned", 16]) == [position * (text + 16)] * 4
         assert list(held["ceiling", 8]) == list(held["divprune", 8]) == [position * (text + 8)] * 4
-        assert list(held["fastv layer=1", 8]) == [position * (text + tokens) for tokens in (16, 5, 5, 5)]
+        assert list(held["fastv layer=1", 8]) == [
+            position * (text + tokens) for tokens in (16, 5, 5, 5)
+        ]
 
     def test_flops_are_of_the_tokens_that_were_there(self, samples):
-        tokens = samples.groupby(["method", "budget"])[["tokens_in", "tokens", "text_tokens", "macs_visual"]].first()
+        tokens = samples.groupby(["method", "budget"])[
+            ["tokens_in", "tokens", "text_tokens", "macs_visual"]
+        ].first()
         assert tokens.loc[("fastv layer=1", 8)].tolist()[:3] == [16, 31 / 4, 12]
         assert tokens.loc[("divprune", 8)].tolist()[:3] == [8, 8, 12]
         layer = 8 * (4 * 64 * 64 + 3 * 64 * 160) + 2 * 8 * 8 * 64  # multiply-adds of 8 tokens
-        assert tokens.loc[("divprune", 8), "macs_visual"] == 4 * layer == tokens.loc[("ceiling", 8), "macs_visual"]
+        assert (
+            tokens.loc[("divprune", 8), "macs_visual"]
+            == 4 * layer
+            == tokens.loc[("ceiling", 8), "macs_visual"]
+        )
 
     def test_a_method_that_fails_does_not_stop_the_others(self, llava, capsys):
         broken = Setting("pruned", 8, build("cdpruner"))  # asks for a CLIP that is not there
@@ -115,7 +137,11 @@ class TestMarks:
             "return_dict_in_generate": True,
         }
         keep = bench.tokens if pruner is None else bench.tokens // 2
-        plain = fed(bench.adapter, inputs, keep) if pruner is None else inject(bench.model, pruner, keep, layout=bench.layout)
+        plain = (
+            fed(bench.adapter, inputs, keep)
+            if pruner is None
+            else inject(bench.model, pruner, keep, layout=bench.layout)
+        )
         with plain as opened:
             expected = bench.model.generate(**(opened if pruner is None else inputs), **steps)
         before = hooks(bench.model)
@@ -137,7 +163,14 @@ class TestMarks:
             ("door", 15),
             ("prefill", 17),
         ]
-        inside = [("cut", 20), ("cut end", 23), ("cut", 30), ("cut end", 31), ("prefill end", 50), ("token", 55)]
+        inside = [
+            ("cut", 20),
+            ("cut end", 23),
+            ("cut", 30),
+            ("cut end", 31),
+            ("prefill end", 50),
+            ("token", 55),
+        ]
         step = [("door", 60), ("prefill", 61), ("cut", 62), ("cut end", 63), ("prefill end", 64)]
         found = phases([*prompt, *inside, *step, ("token", 65), *step, ("token", 85)])
         assert found == {
@@ -198,7 +231,9 @@ class TestRefused:
 
     def test_a_kernel_that_is_not_installed(self):
         plan = dataclasses.replace(PLAN, attn_implementation="flash_attention_2")
-        with pytest.raises(ValueError, match="attn_implementation=flash_attention_2 is not possible here"):
+        with pytest.raises(
+            ValueError, match="attn_implementation=flash_attention_2 is not possible here"
+        ):
             Bench("llava", tiny("llava"), plan)
 
     def test_a_budget_above_the_tokens(self, llava):
@@ -252,7 +287,9 @@ class TestRefused:
 
     @pytest.mark.parametrize("column", ["dtype", "attn_implementation", "device", "torch"])
     def test_samples_of_different_runs_are_not_averaged(self, samples, column):
-        mixed = pd.concat([samples, samples.assign(**{column: "another", "round": samples["round"] + 4})])
+        mixed = pd.concat(
+            [samples, samples.assign(**{column: "another", "round": samples["round"] + 4})]
+        )
         with pytest.raises(ValueError, match=f"samples of {column} .* cannot be compared"):
             summarise(mixed)
 
@@ -262,7 +299,9 @@ class TestRefused:
             summarise(samples[samples["kind"] != kind])
 
     def test_rounds_that_lack_a_setting(self, samples):
-        with pytest.raises(ValueError, match="has 3 samples of 4 rounds; every round measures all once"):
+        with pytest.raises(
+            ValueError, match="has 3 samples of 4 rounds; every round measures all once"
+        ):
             summarise(samples.drop(index=samples.index[-1]))
 
 
@@ -279,7 +318,12 @@ class TestSharedGPU:
 
             return handle
 
-        nvml.NVMLError, nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM, nvml.NVML_TEMPERATURE_GPU = RuntimeError, 1, 2, 0
+        nvml.NVMLError, nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM, nvml.NVML_TEMPERATURE_GPU = (
+            RuntimeError,
+            1,
+            2,
+            0,
+        )
         nvml.nvmlInit = lambda: None
         nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetHandleByUUID = by("index"), by("uuid")
         nvml.nvmlSystemGetDriverVersion = lambda: "580.1"
@@ -287,7 +331,9 @@ class TestSharedGPU:
         nvml.nvmlDeviceGetPowerUsage = lambda _gpu: 120_500
         nvml.nvmlDeviceGetTemperature = lambda _gpu, _sensor: 40
         nvml.nvmlDeviceGetMemoryInfo = lambda _gpu: types.SimpleNamespace(used=state.used)
-        nvml.nvmlDeviceGetComputeRunningProcesses = lambda _gpu: [types.SimpleNamespace(pid=pid) for pid in state.pids]
+        nvml.nvmlDeviceGetComputeRunningProcesses = lambda _gpu: [
+            types.SimpleNamespace(pid=pid) for pid in state.pids
+        ]
         monkeypatch.setitem(sys.modules, "pynvml", nvml)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         return state
@@ -306,7 +352,10 @@ class TestSharedGPU:
             "processes": [],
         }
 
-    @pytest.mark.parametrize(("visible", "asked"), [("3,1", ("index", 3)), ("GPU-ab", ("uuid", "GPU-ab")), (None, ("index", 0))])
+    @pytest.mark.parametrize(
+        ("visible", "asked"),
+        [("3,1", ("index", 3)), ("GPU-ab", ("uuid", "GPU-ab")), (None, ("index", 0))],
+    )
     def test_the_gpu_that_torch_sees(self, gpu, monkeypatch, visible, asked):
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -320,7 +369,9 @@ class TestSharedGPU:
 
     def test_with_memory_that_somebody_holds(self, gpu):
         gpu.used = 30e9
-        with pytest.raises(hardware.SharedGPU, match=r"not visible from here use the GPU \(30.0 GB held\)"):
+        with pytest.raises(
+            hardware.SharedGPU, match=r"not visible from here use the GPU \(30.0 GB held\)"
+        ):
             hardware.check_alone(self.cuda)
 
     def test_without_nvml(self, monkeypatch):
@@ -335,9 +386,17 @@ class TestReport:
         fixed.loc[fixed["kind"] == "unpruned", "first_token"] *= 4
         fixed.loc[fixed["kind"] == "ceiling", "first_token"] *= 0.5
         row = summarise(fixed).set_index(["method", "budget"]).loc[("divprune", 8)]
-        assert row[["first_token", "first_token_q1", "first_token_q3"]].tolist() == [11.5, 10.75, 12.25]
+        assert row[["first_token", "first_token_q1", "first_token_q3"]].tolist() == [
+            11.5,
+            10.75,
+            12.25,
+        ]
         assert row["first_token_p95"] == pytest.approx(12.85)
-        assert row[["speed_up", "speed_up_low", "speed_up_high"]].tolist() == [4, 4, 4]  # paired by round: no spread
+        assert row[["speed_up", "speed_up_low", "speed_up_high"]].tolist() == [
+            4,
+            4,
+            4,
+        ]  # paired by round: no spread
         assert (row["of_ceiling"], row["ceiling_speed_up"], row["samples"]) == (0.5, 8, 4)
 
     def test_intervals_hold_the_ratio(self, samples):
@@ -346,7 +405,12 @@ class TestReport:
 
     def test_rows_come_in_order(self, samples):
         found = summarise(samples)[["method", "budget"]].to_numpy().tolist()
-        assert found[:4] == [["unpruned", 16], ["ceiling", 8], ["divprune", 8], ["fastv layer=1", 8]]
+        assert found[:4] == [
+            ["unpruned", 16],
+            ["ceiling", 8],
+            ["divprune", 8],
+            ["fastv layer=1", 8],
+        ]
 
     def test_published_numbers_stand_beside_ours_at_true_geometry_only(self, samples):
         reduced = summarise(samples)
@@ -374,7 +438,10 @@ class TestReport:
     def test_figure_holds_every_setting(self, samples):
         left, right = figure(summarise(samples)).axes
         assert len(left.get_yticklabels()) == 6
-        assert {text.get_text() for text in right.get_legend().get_texts()} >= {"divprune", "fastv layer=1"}
+        assert {text.get_text() for text in right.get_legend().get_texts()} >= {
+            "divprune",
+            "fastv layer=1",
+        }
 
 
 class TestScripts:
@@ -387,36 +454,68 @@ class TestScripts:
             "prompts=2",
             "warm_up=1",
         ]
-        with initialize_config_dir(str(Path(script.__file__).parents[1] / "configs"), version_base="1.3"):
-            composed = compose("bench_cpu", [*quick, "timed=2", "new_tokens=1", f"results={tmp_path}"])
+        with initialize_config_dir(
+            str(Path(script.__file__).parents[1] / "configs"), version_base="1.3"
+        ):
+            composed = compose(
+                "bench_cpu", [*quick, "timed=2", "new_tokens=1", f"results={tmp_path}"]
+            )
             yield dict(composed) | {"results": str(tmp_path)}
 
     def test_bench_writes_everything(self, settings, tmp_path):
         assert script.measure(settings) == []
         stored = pd.read_parquet(tmp_path / "bench/bench-cpu.parquet")
-        assert set(stored["method"]) == {"unpruned", "ceiling", "divprune", "cdpruner relevance_space=llm_embed"}
+        assert set(stored["method"]) == {
+            "unpruned",
+            "ceiling",
+            "divprune",
+            "cdpruner relevance_space=llm_embed",
+        }
         assert set(stored["geometry"]) == {"2 layers, widths / 16"}
         (tmp_path / "bench/bench-cpu.md").unlink()
-        script.report({"report": str(tmp_path / "bench/bench-cpu.parquet"), "results": str(tmp_path)})
+        script.report(
+            {"report": str(tmp_path / "bench/bench-cpu.parquet"), "results": str(tmp_path)}
+        )
         assert (tmp_path / "bench/bench-cpu.md").exists()
         assert (tmp_path / "figures/bench_cpu_llava_1_5_7b.png").exists()
 
     def test_bench_says_what_it_had_no_time_for(self, settings):
-        assert script.measure(settings | {"minutes": -1}) == ["llava_1_5_7b: not begun, the -1 minutes were over"]
+        assert script.measure(settings | {"minutes": -1}) == [
+            "llava_1_5_7b: not begun, the -1 minutes were over"
+        ]
 
     def test_methods_are_set_as_in_a_sweep_but_for_clip(self):
-        with initialize_config_dir(str(Path(script.__file__).parents[1] / "configs"), version_base="1.3"):
+        with initialize_config_dir(
+            str(Path(script.__file__).parents[1] / "configs"), version_base="1.3"
+        ):
             gpu, cpu = (dict(compose(name)) for name in ("bench", "bench_cpu"))
-            layout, (cdpruner, visionzip) = script._composed("qwen2_5_vl_7b", gpu | {"methods": ["cdpruner", "visionzip"]})
-            assert (layout, cdpruner.relevance_space, visionzip.keep_cls) == (None, "llm_embed", False)
-            assert script._composed("llava_next_7b", gpu | {"methods": ["sppruner"]})[0] == "fixed2880"
+            layout, (cdpruner, visionzip) = script._composed(
+                "qwen2_5_vl_7b", gpu | {"methods": ["cdpruner", "visionzip"]}
+            )
+            assert (layout, cdpruner.relevance_space, visionzip.keep_cls) == (
+                None,
+                "llm_embed",
+                False,
+            )
+            assert (
+                script._composed("llava_next_7b", gpu | {"methods": ["sppruner"]})[0] == "fixed2880"
+            )
         assert {*gpu["methods"], *cpu["methods"]} <= set(REGISTRY)
         for model in [*gpu["models"], *cpu["models"]]:
             assert config_of(model["name"])
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_gpu_check_passes_on_tiny_models(self, monkeypatch, tmp_path, dtype):
-        command = ["gpu_check", "--device", "cpu", "--dtype", dtype, "--tiny", "--out", str(tmp_path)]
+        command = [
+            "gpu_check",
+            "--device",
+            "cpu",
+            "--dtype",
+            dtype,
+            "--tiny",
+            "--out",
+            str(tmp_path),
+        ]
         monkeypatch.setattr(sys, "argv", command)
         gpu_check.main()
         assert (tmp_path / f"check-cpu-{dtype}.md").read_text().count("True") == 6
@@ -428,15 +527,34 @@ class TestScripts:
                 yield trace
             last = trace.records[-1]
             if len(last.kept_indices[0]) < last.visual_tokens[0]:
-                trace.records[0] = dataclasses.replace(last, kept_indices=(tuple(i - 1 for i in last.kept_indices[0]),))
+                trace.records[0] = dataclasses.replace(
+                    last, kept_indices=(tuple(i - 1 for i in last.kept_indices[0]),)
+                )
 
         monkeypatch.setattr(gpu_check, "inject", shifted)
         monkeypatch.setattr(
-            sys, "argv", ["gpu_check", "--device", "cpu", "--dtype", "bfloat16", "--tiny", "--out", str(tmp_path)]
+            sys,
+            "argv",
+            [
+                "gpu_check",
+                "--device",
+                "cpu",
+                "--dtype",
+                "bfloat16",
+                "--tiny",
+                "--out",
+                str(tmp_path),
+            ],
         )
         with pytest.raises(SystemExit, match="further from what it has to compute"):
             gpu_check.main()
 
     def test_the_bundle_holds_what_is_installed_here(self):
-        names = [*bundle_gpu.LMMS_EVAL, *bundle_gpu.PYDANTIC, *bundle_gpu.TABLES, *bundle_gpu.DATASETS, *bundle_gpu.HYDRA]
+        names = [
+            *bundle_gpu.LMMS_EVAL,
+            *bundle_gpu.PYDANTIC,
+            *bundle_gpu.TABLES,
+            *bundle_gpu.DATASETS,
+            *bundle_gpu.HYDRA,
+        ]
         assert all(bundle_gpu.version(name) for name in (*names, *bundle_gpu.SOURCE_ONLY))

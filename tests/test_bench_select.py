@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from secateur.pruners import build
 from synthetic import visual_tokens
 
-from pruners import build
 from scripts.literal_select import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,15 @@ def test_literal_formulation_picks_the_same(name: str, kind: str) -> None:
 
 
 def test_benchmark_writes_its_tables(tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/bench_select.py", "--quick", "--pruners", "fastervlm,fastv", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "scripts/bench_select.py",
+        "--quick",
+        "--pruners",
+        "fastervlm,fastv",
+        "--out",
+        str(tmp_path),
+    ]
     subprocess.run([*command, "--threads", "1"], cwd=ROOT, check=True, capture_output=True)
     with (tmp_path / "select-cpu-quick.csv").open() as file:
         rows = list(csv.DictReader(file))

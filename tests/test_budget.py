@@ -1,6 +1,5 @@
 import pytest
-
-from eval.budget import Budget
+from secateur.budget import Budget
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,17 @@ import random
 from pathlib import Path
 
 import pytest
+import secateur.cache as cache_module
 import torch
 from safetensors.torch import save
-
-import eval.cache as cache_module
-from eval.cache import EncodeCache, image_key
+from secateur.cache import EncodeCache, image_key
 
 
 def entry(seed: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
     """1000 numbers, 4000 bytes in float32."""
-    return {"features": torch.randn(10, 100, generator=torch.Generator().manual_seed(seed)).to(dtype)}
+    return {
+        "features": torch.randn(10, 100, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    }
 
 
 def never() -> dict[str, torch.Tensor]:
@@ -30,7 +31,9 @@ def files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("tier", ["memory", "disk"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+)
 def test_a_hit_is_a_miss_bit_for_bit(tmp_path, tier, dtype):
     odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
     made = {
@@ -41,7 +44,11 @@ def test_a_hit_is_a_miss_bit_for_bit(tmp_path, tier, dtype):
         "empty": torch.empty(0, 4, dtype=dtype),
         "odd": odd,
     }
-    caches = [EncodeCache(10**6)] * 2 if tier == "memory" else [EncodeCache(0, tmp_path, 10**6) for _ in range(2)]
+    caches = (
+        [EncodeCache(10**6)] * 2
+        if tier == "memory"
+        else [EncodeCache(0, tmp_path, 10**6) for _ in range(2)]
+    )
     miss = caches[0].fetch(key(0), lambda: made)
     hit = caches[1].fetch(key(0), never)
     assert set(miss) == set(hit) == set(made)
@@ -50,7 +57,10 @@ def test_a_hit_is_a_miss_bit_for_bit(tmp_path, tier, dtype):
             assert given.dtype == tensor.dtype
             assert given.shape == tensor.shape
             assert given.stride() == tensor.contiguous().stride()
-            assert torch.equal(given.reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8))
+            assert torch.equal(
+                given.reshape(-1).view(torch.uint8),
+                tensor.contiguous().reshape(-1).view(torch.uint8),
+            )
 
 
 def test_what_the_encoder_does_to_its_tensor_later_does_not_reach_the_cache():
@@ -73,7 +83,11 @@ class TestGrowingEntries:
 
     @pytest.mark.parametrize("tier", ["memory", "disk"])
     def test_what_is_there_stays_bit_for_bit(self, tmp_path, tier):
-        made = [EncodeCache(10**6)] * 4 if tier == "memory" else [EncodeCache(0, tmp_path, 10**6) for _ in range(4)]
+        made = (
+            [EncodeCache(10**6)] * 4
+            if tier == "memory"
+            else [EncodeCache(0, tmp_path, 10**6) for _ in range(4)]
+        )
         made[0].fetch(key(0), lambda: entry(0), self.one)
         grown = made[1].fetch(key(0), self.later, self.both)
         for names in (self.both, self.one):

@@ -4,11 +4,10 @@ import shutil
 
 import pytest
 import torch
+from secateur.injection.clip import ClipRelevance
+from secateur.pruners import VisualTokens, build
+from secateur.pruners.relevance import clip_relevance
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-from eval.inject.clip import ClipRelevance
-from pruners import VisualTokens, build
-from pruners.relevance import clip_relevance
 
 SEGMENT, WIDTH, JOINT = 77, 48, 24
 LENGTHS = [3, 76, 77, 78, 79, 154, 155, 200]  # of questions in tokens, with start and end
@@ -17,7 +16,14 @@ LENGTHS = [3, 76, 77, 78, 79, 154, 155, 200]  # of questions in tokens, with sta
 @pytest.fixture(scope="module")
 def tokenizer() -> CLIPTokenizer:
     letters = [chr(ord("a") + i) for i in range(26)]
-    tokens = ["!", *letters, *(f"{letter}</w>" for letter in letters), "?</w>", "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        "!",
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        "?</w>",
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
 
 
@@ -26,7 +32,9 @@ def tiny_clip(tokenizer: CLIPTokenizer, end: int) -> CLIPModel:
     sizes = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = sizes | {"hidden_size": 32, "vocab_size": len(tokenizer), "eos_token_id": end}
     vision = sizes | {"hidden_size": WIDTH, "image_size": 56, "patch_size": 14}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=JOINT)).eval()
+    model = CLIPModel(
+        CLIPConfig(text_config=text, vision_config=vision, projection_dim=JOINT)
+    ).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,9 +82,13 @@ def test_the_segments_of_a_question(tokenizer, length, legacy):
         pooled = max(filled) if legacy else end
         at = filled.index(pooled) if pooled in filled else 0
         with torch.no_grad():
-            hidden = model.text_model(torch.tensor([filled]), attention_mask=torch.tensor([mask])).last_hidden_state
+            hidden = model.text_model(
+                torch.tensor([filled]), attention_mask=torch.tensor([mask])
+            ).last_hidden_state
             expected.append(hidden[0, at] @ model.text_projection.weight.T)
-            embeds = model.get_text_features(torch.tensor([filled]), attention_mask=torch.tensor([mask])).pooler_output
+            embeds = model.get_text_features(
+                torch.tensor([filled]), attention_mask=torch.tensor([mask])
+            ).pooler_output
             torch.testing.assert_close(embeds[0], expected[-1])
     text = ClipRelevance(model, tokenizer).text(question_of(length))
     torch.testing.assert_close(text, torch.stack(expected))
@@ -90,8 +102,12 @@ def test_questions_differ_and_blank_ones_have_no_segment(clip):
 
 def test_a_question_is_encoded_once_a_device(clip, monkeypatch):
     calls, tower = [], clip.text_model.forward
-    monkeypatch.setattr(clip.text_model, "forward", lambda **inputs: calls.append(inputs) or tower(**inputs))
-    first, again, other = (clip.text(question) for question in ("how many?", "how many?", "how many??"))
+    monkeypatch.setattr(
+        clip.text_model, "forward", lambda **inputs: calls.append(inputs) or tower(**inputs)
+    )
+    first, again, other = (
+        clip.text(question) for question in ("how many?", "how many?", "how many??")
+    )
     assert len(calls) == 2
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -122,7 +138,9 @@ def test_patches_are_those_of_clips_own_modules(clip, model):
 def test_a_models_dtype_does_not_reach_the_projections(clip, dtype):
     features = torch.randn(1, 4, WIDTH, generator=torch.Generator().manual_seed(2)).to(dtype)
     assert clip.patches(features).dtype == torch.float32
-    torch.testing.assert_close(clip.patches(features), clip.patches(features.float()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        clip.patches(features), clip.patches(features.float()), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("pruner", ["cdpruner", "sppruner", "fsr"])
@@ -163,11 +181,15 @@ def test_a_saved_checkpoint_loads_without_its_vision_tower(clip, folder):
 def test_half_precision_checkpoints_load_in_float32(tokenizer, tmp_path):
     tiny_clip(tokenizer, tokenizer.eos_token_id).half().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert {p.dtype for p in ClipRelevance.from_pretrained(str(tmp_path)).parameters()} == {torch.float32}
+    assert {p.dtype for p in ClipRelevance.from_pretrained(str(tmp_path)).parameters()} == {
+        torch.float32
+    }
 
 
 def test_a_checkpoint_that_is_nowhere():
-    with pytest.raises(FileNotFoundError, match=r"'nobody/clip'.*no folder here.*set model\.clip=/its/folder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"'nobody/clip'.*no folder here.*set model\.clip=/its/folder"
+    ):
         ClipRelevance.from_pretrained("nobody/clip")
 
 
@@ -175,7 +197,11 @@ def test_a_checkpoint_that_is_nowhere():
     ("lost", "error", "message"),
     [
         ("model.safetensors", FileNotFoundError, "a file is missing or damaged"),
-        ("tokenizer.json", ValueError, r"has 2 tokens, its text tower \d+: the tokenizer's files are missing"),
+        (
+            "tokenizer.json",
+            ValueError,
+            r"has 2 tokens, its text tower \d+: the tokenizer's files are missing",
+        ),
     ],
 )
 def test_incomplete_folders(folder, tmp_path, lost, error, message):
@@ -186,8 +212,14 @@ def test_incomplete_folders(folder, tmp_path, lost, error, message):
 
 
 def test_half_a_clip_is_refused(model, tokenizer, tmp_path):
-    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("text_projection")}
+    weights = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("text_projection")
+    }
     model.save_pretrained(tmp_path, state_dict=weights)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no complete CLIP: 1 weights are missing, text_projection\.weight"):
+    with pytest.raises(
+        ValueError, match=r"no complete CLIP: 1 weights are missing, text_projection\.weight"
+    ):
         ClipRelevance.from_pretrained(str(tmp_path))

@@ -4,11 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from cells import cell, rows
-
-from eval.reporting.comparison import compare, load, settings
-from eval.reporting.interval_table import markdown, write
-from eval.reporting.stats import Estimates
-from eval.store import Store
+from secateur.reporting.comparison import compare, load, settings
+from secateur.reporting.interval_table import markdown, write
+from secateur.reporting.stats import Estimates
+from secateur.store import Store
 
 MODEL = "llava_1_5_7b"
 
@@ -18,7 +17,10 @@ def grid(tasks=("pope", "gqa"), **methods):
     found = [cell(MODEL, "none", "full", task, rows(task, 0.8), 576) for task in tasks]
     for method, effect in methods.items():
         share, shift, tokens = effect if isinstance(effect, tuple) else (effect, 0, 64)
-        found += [cell(MODEL, method, "64", task, rows(task, share, shift=shift), tokens) for task in tasks]
+        found += [
+            cell(MODEL, method, "64", task, rows(task, share, shift=shift), tokens)
+            for task in tasks
+        ]
     return found
 
 
@@ -74,7 +76,10 @@ def test_the_table_says_what_it_shows(compared, tmp_path):
     assert f"{len(cells)} cells, commit abc." in text
     assert "three seeds" not in text
     paths = write(cells, table, tmp_path)
-    assert [path.name for path in paths] == ["intervals_hub_llava_1_5_7b_all.md", "intervals_hub_llava_1_5_7b_all.csv"]
+    assert [path.name for path in paths] == [
+        "intervals_hub_llava_1_5_7b_all.md",
+        "intervals_hub_llava_1_5_7b_all.csv",
+    ]
     assert len(pd.read_csv(paths[1])) == len(table)
 
 
@@ -87,7 +92,9 @@ def test_methods_that_keep_more_tokens_are_not_compared():
 
 @pytest.mark.parametrize(("few", "many"), [(60, 64), (0, 64)])
 def test_two_methods_of_other_token_numbers_are_marked_and_the_task_estimated(few, many):
-    table = compare(grid(tasks=["gqa"], scope=(0.7, 0, few), visionzip=(0.6, 0, many)), 200).set_index("method")
+    table = compare(
+        grid(tasks=["gqa"], scope=(0.7, 0, few), visionzip=(0.6, 0, many)), 200
+    ).set_index("method")
     assert table["low"].notna().all()
     assert table["mark"].to_dict() == {
         "none": "",
@@ -114,20 +121,29 @@ def test_an_average_over_an_unpruned_score_of_0_is_refused():
 
 def test_a_model_that_says_one_thing_is_marked():
     cells = grid(tasks=["gqa"], scope=0.7)
-    constant = cells[1].rows.assign(answer="yes", score=(cells[1].rows["target"] == "yes").astype(float))
-    table = compare([cells[0], cell(MODEL, "scope", "64", "gqa", constant, 64)], 200).set_index("method")
+    constant = cells[1].rows.assign(
+        answer="yes", score=(cells[1].rows["target"] == "yes").astype(float)
+    )
+    table = compare([cells[0], cell(MODEL, "scope", "64", "gqa", constant, 64)], 200).set_index(
+        "method"
+    )
     assert table.loc["scope", "mark"] == "every answer is 'yes'"
 
 
 def test_few_images_are_marked():
     few = rows("gqa", 0.7, 60)
-    cells = [cell(MODEL, "none", "full", "gqa", few, 576), cell(MODEL, "scope", "64", "gqa", few, 64)]
+    cells = [
+        cell(MODEL, "none", "full", "gqa", few, 576),
+        cell(MODEL, "scope", "64", "gqa", few, 64),
+    ]
     assert compare(cells, 200)["mark"].tolist() == ["6 images: intervals are too short"] * 2
 
 
 def test_a_task_that_cannot_be_estimated_is_marked_and_not_averaged():
     cells = grid(scope=0.7)
-    broken = cells[-1].rows.assign(score=cells[-1].rows["score"].where(cells[-1].rows["doc_id"] != 5))
+    broken = cells[-1].rows.assign(
+        score=cells[-1].rows["score"].where(cells[-1].rows["doc_id"] != 5)
+    )
     table = compare([*cells[:-1], cells[-1]._replace(rows=broken)], 200)
     gqa = table[table["task"] == "gqa"]
     assert gqa["mark"].str.contains("gqa: scope at 64 has a score that is not a number").all()
@@ -139,7 +155,9 @@ def test_a_task_that_cannot_be_estimated_is_marked_and_not_averaged():
 def test_a_record_that_its_samples_contradict_is_marked():
     cells = grid(tasks=["gqa"], scope=0.7)
     cells[1].record["metrics"]["exact_match"] = 0.75
-    assert compare(cells, 200)["mark"].str.contains("has accuracy 75.00, its samples give 70.00").all()
+    assert (
+        compare(cells, 200)["mark"].str.contains("has accuracy 75.00, its samples give 70.00").all()
+    )
 
 
 def test_without_an_unpruned_cell_there_is_no_comparison():
@@ -153,7 +171,9 @@ def test_two_cells_for_one_row_are_refused():
         compare([*cells, cells[1]])
 
 
-@pytest.mark.parametrize(("field", "value"), [("limit", 60), ("versions", {"secateur": "0.2.0"}), ("seed", 1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("limit", 60), ("versions", {"secateur": "0.2.0"}), ("seed", 1)]
+)
 def test_cells_of_other_settings_do_not_share_a_table(field, value):
     cells = grid(tasks=["gqa"], scope=0.7)
     cells[1].record["identity"][field] = value
@@ -163,7 +183,10 @@ def test_cells_of_other_settings_do_not_share_a_table(field, value):
 
 def test_stored_cells_come_back_by_setting(tmp_path):
     store = Store(tmp_path)
-    cells = [*grid(tasks=["gqa"], scope=0.7), cell(MODEL, "none", "full", "gqa", rows("gqa", 0.8, 60), 576, limit=60)]
+    cells = [
+        *grid(tasks=["gqa"], scope=0.7),
+        cell(MODEL, "none", "full", "gqa", rows("gqa", 0.8, 60), 576, limit=60),
+    ]
     for one in cells:
         record = {name: value for name, value in one.record.items() if name != "identity"}
         store.write(one.record["identity"], record, one.rows)

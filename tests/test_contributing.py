@@ -1,5 +1,6 @@
 """CONTRIBUTING's recipe, performed to the letter in a copy of the project: one file, one YAML, one line."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECK = """
 import torch
 from hydra import compose, initialize_config_dir
-from eval.job import Job
-from pruners import VisualTokens, build
+from secateur.job import Job
+from secateur.pruners import VisualTokens, build
 
 with initialize_config_dir("{copy}/configs", version_base="1.3"):
     job = Job.of(compose("sweep", overrides=["pruner=mine", "pruner.smallest=true", "results={copy}/results"]))
@@ -22,24 +23,56 @@ print(job.pruner, job.pruner.prune(tokens, 2).indices.tolist(), build("mine").pr
 
 def test_the_recipe_adds_a_pruner(tmp_path):
     for folder in ("pruners", "eval", "configs", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "golden")
+        )
     text = (ROOT / "CONTRIBUTING.md").read_text()
     code, config = (
-        re.search(rf"   ```{kind}\n(.*?)   ```", text, re.DOTALL)[1].replace("\n   ", "\n") for kind in ("python", "yaml")
+        re.search(rf"   ```{kind}\n(.*?)   ```", text, re.DOTALL)[1].replace("\n   ", "\n")
+        for kind in ("python", "yaml")
     )
+    # an installed `secateur` is the original; links make the copy one of its own
+    links = tmp_path / "links" / "secateur"
+    links.mkdir(parents=True)
+    for part in [*(tmp_path / "eval").iterdir(), tmp_path / "pruners"]:
+        (links / part.name).symlink_to(part)
+    environment = os.environ | {"PYTHONPATH": str(links.parent)}
+
     line = re.search(r"Add the line `(\w+,)`", text)[1]
 
     (tmp_path / "pruners" / "mine.py").write_text(code.removeprefix("   "))
     (tmp_path / "configs" / "pruner" / "mine.yaml").write_text(config.removeprefix("   "))
     registry = tmp_path / "pruners" / "__init__.py"
-    registry.write_text(registry.read_text().replace("from pruners import (\n", f"from pruners import (\n    {line}\n"))
+    registry.write_text(
+        registry.read_text().replace(
+            "from secateur.pruners import (\n", f"from secateur.pruners import (\n    {line}\n"
+        )
+    )
 
     def run(*command: str) -> str:
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    assert run("-c", CHECK.format(copy=tmp_path)).split("\n")[0] == "Mine(smallest=True) [[1, 2]] [[0, 2]]"
+    assert (
+        run("-c", CHECK.format(copy=tmp_path)).split("\n")[0]
+        == "Mine(smallest=True) [[1, 2]] [[0, 2]]"
+    )
     assert "passed" in run(
-        "-m", "pytest", "tests/test_pruner_configs.py", "tests/test_properties.py", "-k", "mine", "-q", "-p", "no:cacheprovider"
+        "-m",
+        "pytest",
+        "tests/test_pruner_configs.py",
+        "tests/test_properties.py",
+        "-k",
+        "mine",
+        "-q",
+        "-p",
+        "no:cacheprovider",
     )

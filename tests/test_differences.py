@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-
-from eval.metrics import named_metrics
-from eval.prompts import PROMPTS
+from secateur.metrics import named_metrics
+from secateur.prompts import PROMPTS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -15,7 +14,11 @@ PAGE = (ROOT / "docs" / "DIFFERENCES.md").read_text()
 
 
 def fields(group: str) -> set[str]:
-    return {f"{group}.{key}" for path in (CONFIGS / group).glob("*.yaml") for key in OmegaConf.create(path.read_text())}
+    return {
+        f"{group}.{key}"
+        for path in (CONFIGS / group).glob("*.yaml")
+        for key in OmegaConf.create(path.read_text())
+    }
 
 
 @pytest.mark.parametrize("group", ["model", "pruner", "suite"])
@@ -26,11 +29,23 @@ def test_fields_it_names_exist(group):
 
 
 def test_it_names_every_field_that_decides_what_a_model_sees():
-    about_the_run = {"name", "family", "pretrained", "weights", "device", "budgets", "pruner_fields"}
-    assert fields("model") - {f"model.{field}" for field in about_the_run} == set(re.findall(r"`(model\.\w+)`", PAGE))
+    about_the_run = {
+        "name",
+        "family",
+        "pretrained",
+        "weights",
+        "device",
+        "budgets",
+        "pruner_fields",
+    }
+    assert fields("model") - {f"model.{field}" for field in about_the_run} == set(
+        re.findall(r"`(model\.\w+)`", PAGE)
+    )
 
 
 def test_names_it_quotes_exist():
     assert all(f"`{prompt}`" in PAGE for prompt in PROMPTS)
-    assert named_metrics("mme", {"mme_perception_score,none": 1.0}).keys() <= set(re.findall(r"`(\w+)`", PAGE))
+    assert named_metrics("mme", {"mme_perception_score,none": 1.0}).keys() <= set(
+        re.findall(r"`(\w+)`", PAGE)
+    )
     assert all((ROOT / "docs" / link).exists() for link in re.findall(r"\]\(([^)#]+)\)", PAGE))

@@ -10,14 +10,17 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-
-from eval.budget import Budget
-from eval.job import Job
-from pruners import InLLMPruner, PrunerError, build
+from secateur.budget import Budget
+from secateur.job import Job
+from secateur.pruners import InLLMPruner, PrunerError, build
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
-EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml") if not path.stem.startswith("shapes"))
+EXPERIMENTS = sorted(
+    path.stem
+    for path in (CONFIGS / "experiment").glob("*.yaml")
+    if not path.stem.startswith("shapes")
+)
 SIX = {"pope", "scienceqa_img", "gqa", "mme", "mmmu_val", "mmstar"}
 # model -> visual tokens of an image (1008 x 1008 pixels for Qwen2.5-VL), LLM layers
 SIZES = {
@@ -28,8 +31,26 @@ SIZES = {
     "qwen2_5_vl_3b": (1296, 36),
 }
 FIELDS = [  # of a model, in the order of its file
-    *("name", "family", "pretrained", "revision", "weights", "dtype", "attn_implementation", "device"),
-    *("prompt", "geometry", "resize", "layout", "min_pixels", "max_pixels", "image_side", "text_scope"),
+    *(
+        "name",
+        "family",
+        "pretrained",
+        "revision",
+        "weights",
+        "dtype",
+        "attn_implementation",
+        "device",
+    ),
+    *(
+        "prompt",
+        "geometry",
+        "resize",
+        "layout",
+        "min_pixels",
+        "max_pixels",
+        "image_side",
+        "text_scope",
+    ),
     *("max_new_tokens", "clip", "positions", "budgets"),
 ]
 
@@ -60,13 +81,31 @@ LEFT_OUT: dict[str | tuple[str, str, str], str] = {
     "prunesid_descend": "ablation, Table 14: another choice within groups, not implemented",
     "prunesid_group=kmeans": "ablation, Table 5: another grouping, not implemented",
     "prunesid_group=random": "ablation, Table 5: another grouping, not implemented",
-    **{f"prunesid_alpha={alpha}": "ablation, Table 15: another threshold, not a field" for alpha in (24, 28, 32, 36, 40)},
-    **{f"prunesid_k={groups}": "ablation, Table 6: another number of groups, not a field" for groups in (8, 16, 32, 48, 60)},
-    ("llava_1_5_7b", "fastv", "32"): "the layers before the cut alone average 36 tokens: pruner.budget=after takes 32",
+    **{
+        f"prunesid_alpha={alpha}": "ablation, Table 15: another threshold, not a field"
+        for alpha in (24, 28, 32, 36, 40)
+    },
+    **{
+        f"prunesid_k={groups}": "ablation, Table 6: another number of groups, not a field"
+        for groups in (8, 16, 32, 48, 60)
+    },
+    (
+        "llava_1_5_7b",
+        "fastv",
+        "32",
+    ): "the layers before the cut alone average 36 tokens: pruner.budget=after takes 32",
     ("llava_1_5_7b", "sparsevlm", "32"): "the release has no counts for this share",
     ("llava_next_7b", "sparsevlm", "160"): "the release has no counts for this share",
-    ("llava_next_7b", "pyramiddrop", "160"): "POPE beside an efficiency table: scope_next with pruner=pyramiddrop budget=160",
-    ("llava_1_5_7b", "random", "64"): "floor of the ablation in Table 4: scope_llava with pruner=random budget=64",
+    (
+        "llava_next_7b",
+        "pyramiddrop",
+        "160",
+    ): "POPE beside an efficiency table: scope_next with pruner=pyramiddrop budget=160",
+    (
+        "llava_1_5_7b",
+        "random",
+        "64",
+    ): "floor of the ablation in Table 4: scope_llava with pruner=random budget=64",
 }
 
 
@@ -89,7 +128,11 @@ def written(experiment: str) -> DictConfig:
 
 @cache
 def model_of(experiment: str) -> str:
-    (name,) = (item["override /model"] for item in written(experiment).defaults if "override /model" in item)
+    (name,) = (
+        item["override /model"]
+        for item in written(experiment).defaults
+        if "override /model" in item
+    )
     return name
 
 
@@ -138,19 +181,32 @@ def test_every_combination_is_a_job(tmp_path, experiment):
             keep = job.budget.resolve(tokens)
             if isinstance(job.pruner, InLLMPruner):  # raises where no schedule meets the budget
                 # the counts SparseVLM releases for 192, 128 and 64 average 206, 145 and 82
-                assert job.pruner.average(tokens, layers, keep) < (1.3 if method == "sparsevlm" else 1.02) * keep
+                assert (
+                    job.pruner.average(tokens, layers, keep)
+                    < (1.3 if method == "sparsevlm" else 1.02) * keep
+                )
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_input_is_that_of_the_papers(experiment):
-    stated, model = written(experiment).model, OmegaConf.load(CONFIGS / "model" / f"{model_of(experiment)}.yaml")
-    original_llava = {"prompt": "vicuna_v1", "dtype": "float16", "positions": "compact", "resize": "pil"}
+    stated, model = (
+        written(experiment).model,
+        OmegaConf.load(CONFIGS / "model" / f"{model_of(experiment)}.yaml"),
+    )
+    original_llava = {
+        "prompt": "vicuna_v1",
+        "dtype": "float16",
+        "positions": "compact",
+        "resize": "pil",
+    }
     expected = {
         "llava": original_llava | {"geometry": "pad"},
         "llava_next": original_llava | {"layout": "fixed2880"},
         "qwen2_5_vl": {"prompt": "hub", "dtype": "bfloat16", "positions": "original"},
     }[model.family]
-    assert {key: stated[key] for key in expected} == expected  # in the experiment itself, whatever the model's file says
+    assert {
+        key: stated[key] for key in expected
+    } == expected  # in the experiment itself, whatever the model's file says
     assert set(stated) <= set(model)
 
 
@@ -165,14 +221,20 @@ def test_the_header_names_source_and_command(experiment):
     assert header[2] == f"# python scripts/sweep.py -m experiment={experiment}"
 
 
-@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if "reported" in written(name)])
+@pytest.mark.parametrize(
+    "experiment", [name for name in EXPERIMENTS if "reported" in written(name)]
+)
 def test_an_experiment_is_what_its_tables_hold(experiment):
     source, rows = written(experiment).reported, reported()
     rows = rows[
-        (rows["paper"] == source.paper) & rows["table"].isin(list(source.tables)) & (rows["model"] == model_of(experiment))
+        (rows["paper"] == source.paper)
+        & rows["table"].isin(list(source.tables))
+        & (rows["model"] == model_of(experiment))
     ]
     assert set(source.tables) == set(rows["table"])
-    assert set(rows.loc[rows["method"].isin(grid(experiment)["pruner"]), "task"]) == set(written(experiment).tasks)
+    assert set(rows.loc[rows["method"].isin(grid(experiment)["pruner"]), "task"]) == set(
+        written(experiment).tasks
+    )
     printed = set(zip(rows["method"], rows["budget"], strict=True))
     assert set(grid(experiment)["pruner"]) <= {method for method, _ in printed}
     assert set(grid(experiment)["budget"]) <= {budget for _, budget in printed}
@@ -188,14 +250,22 @@ def test_every_result_of_the_papers_has_an_experiment_or_a_reason():
         for cell in cells(name)
         for task in written(name).tasks
     }
-    keys = rows[["paper", "model", "method", "budget", "task"]].drop_duplicates().itertuples(index=False, name=None)
+    keys = (
+        rows[["paper", "model", "method", "budget", "task"]]
+        .drop_duplicates()
+        .itertuples(index=False, name=None)
+    )
     missing = [key for key in keys if key not in covered]
-    reasons = {key: [name for name in (key[1], key[2], key[1:4]) if name in LEFT_OUT] for key in missing}
+    reasons = {
+        key: [name for name in (key[1], key[2], key[1:4]) if name in LEFT_OUT] for key in missing
+    }
     assert [key for key in missing if not reasons[key]] == []
     assert {names[0] for names in reasons.values()} == set(LEFT_OUT)  # no reason outlives its gap
 
 
-@pytest.mark.parametrize(("model", "method", "budget"), [name for name in LEFT_OUT if name[1] in ("fastv", "sparsevlm")])
+@pytest.mark.parametrize(
+    ("model", "method", "budget"), [name for name in LEFT_OUT if name[1] in ("fastv", "sparsevlm")]
+)
 def test_cells_left_out_for_their_budget_cannot_run(model, method, budget):
     tokens, layers = SIZES[model]
     with pytest.raises(PrunerError):
@@ -210,7 +280,9 @@ def test_a_model_states_every_field_in_order(model):
     assert all(Budget.parse(budget) != Budget() for budget in config.budgets)
 
 
-@pytest.mark.parametrize("method", ["promprune", "prunesid", "prunesid_dyn", "visionzip", "cdpruner", "sppruner", "fsr"])
+@pytest.mark.parametrize(
+    "method", ["promprune", "prunesid", "prunesid_dyn", "visionzip", "cdpruner", "sppruner", "fsr"]
+)
 def test_a_model_decides_the_fields_that_depend_on_it(method):
     config = composed("model=qwen2_5_vl_7b", f"pruner={method}")
     fields = dict(config.model.pruner_fields[method])

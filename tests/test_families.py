@@ -10,16 +10,15 @@ from lmms_eval.models.chat.llava_hf import LlavaHf
 from lmms_eval.models.chat.qwen2_5_vl import Qwen2_5_VL
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
-
-from eval.budget import Budget
-from eval.cache import EncodeCache
-from eval.geometry import config_of, random_model, random_processor, tiny
-from eval.inject import inject
-from eval.models import PrunedModel
-from eval.shapes.datasets import build as build_shapes
-from eval.tasks import TASKS, load_tasks, task_manager
-from pruners import InLLMPruner, build
-from pruners.base import REGISTRY
+from secateur.budget import Budget
+from secateur.cache import EncodeCache
+from secateur.geometry import config_of, random_model, random_processor, tiny
+from secateur.injection import inject
+from secateur.models import PrunedModel
+from secateur.pruners import InLLMPruner, build
+from secateur.pruners.base import REGISTRY
+from secateur.shapes.datasets import build as build_shapes
+from secateur.tasks import TASKS, load_tasks, task_manager
 
 FAMILIES = {"llava": {}, "llava_next": {"layout": "fixed2880"}, "qwen2_5_vl": {}}
 # fields that a tiny model needs, and those that a family without CLS and CLIP needs
@@ -38,7 +37,11 @@ WITHOUT_CLS = {
     "visionzip": {"keep_cls": False},
 }
 # what Qwen2.5-VL cannot have: scores of a CLS row, blocks of 2 x 2 in a grid of 3 x 3
-REFUSED = {"prumerge": "do not provide", "prumerge_plus": "do not provide", "pooling": "sides have to be even"}
+REFUSED = {
+    "prumerge": "do not provide",
+    "prumerge_plus": "do not provide",
+    "pooling": "sides have to be even",
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +55,22 @@ def folders(tmp_path_factory):
     made = {}
     for family in FAMILIES:
         made[family], config = tmp_path_factory.mktemp(family), tiny(family)
-        random_model(config, "cpu", torch.float32, "sdpa", seed=0, std=0.2).save_pretrained(made[family])
+        random_model(config, "cpu", torch.float32, "sdpa", seed=0, std=0.2).save_pretrained(
+            made[family]
+        )
         random_processor(config).save_pretrained(made[family])
     return made
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request, folders):
-    return PrunedModel(str(folders[request.param]), dtype="float32", device="cpu", max_new_tokens=4, **FAMILIES[request.param])
+    return PrunedModel(
+        str(folders[request.param]),
+        dtype="float32",
+        device="cpu",
+        max_new_tokens=4,
+        **FAMILIES[request.param],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +78,12 @@ def requests(model, tasks):
     """One document of every task, once lmms-eval has put the tasks to the model: all six scored with the unpruned one."""
     model.use(build("none"), Budget(), None)
     results = simple_evaluate(
-        model=model, tasks=list(tasks.values()), limit=2, task_manager=task_manager(), bootstrap_iters=0, process_docs_parallel=1
+        model=model,
+        tasks=list(tasks.values()),
+        limit=2,
+        task_manager=task_manager(),
+        bootstrap_iters=0,
+        process_docs_parallel=1,
     )
     assert set(results["results"]) == set(TASKS)
     return [task.instances[0] for task in tasks.values()]
@@ -75,7 +91,9 @@ def requests(model, tasks):
 
 @pytest.mark.parametrize("method", sorted(REGISTRY))
 def test_every_method_answers_every_task(model, requests, method):
-    options = OPTIONS.get(method, {}) | (WITHOUT_CLS.get(method, {}) if model.family == "qwen2_5_vl" else {})
+    options = OPTIONS.get(method, {}) | (
+        WITHOUT_CLS.get(method, {}) if model.family == "qwen2_5_vl" else {}
+    )
     budget = Budget.parse("25%" if method == "pooling" else "50%")
     model.use(build(method, **options), budget, None)
     if model.family == "qwen2_5_vl" and method in REFUSED:
@@ -86,7 +104,11 @@ def test_every_method_answers_every_task(model, requests, method):
     assert len(answers) == len(TASKS)
     for answer in model.answers.values():
         assert answer.new_tokens
-        before, kept, *between = sum(answer.audit.visual_tokens), answer.audit.layer_tokens[-1], answer.audit.layer_tokens[0]
+        before, kept, *between = (
+            sum(answer.audit.visual_tokens),
+            answer.audit.layer_tokens[-1],
+            answer.audit.layer_tokens[0],
+        )
         assert before
         if method == "none":
             assert kept == before
@@ -105,7 +127,11 @@ def test_an_unknown_layout_and_fields_of_other_families_are_refused(folders):
         ("qwen2_5_vl", {"prompt": "vicuna_v1"}, "model.prompt='vicuna_v1' is not one of hub"),
         ("qwen2_5_vl", {"family": "llava"}, "model.family=llava but"),
         ("llava", {"resize": "cv2"}, "model.resize='cv2' is not one of pil, torchvision"),
-        ("llava", {"text_scope": "words"}, "model.text_scope='words' is not one of question, question_stripped, all_text"),
+        (
+            "llava",
+            {"text_scope": "words"},
+            "model.text_scope='words' is not one of question, question_stripped, all_text",
+        ),
         ("llava", {"weights": "tiny"}, "weights='tiny'"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -117,18 +143,28 @@ class TestInputs:
 
     def chat(self, image: Image.Image, text: str = "Why?") -> ChatMessages:
         return ChatMessages(
-            messages=[{"role": "user", "content": [{"type": "image", "url": image}, {"type": "text", "text": text}]}]
+            messages=[
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "url": image}, {"type": "text", "text": text}],
+                }
+            ]
         )
 
     def made(self, folders, family, **fields):
         return PrunedModel(str(folders[family]), dtype="float32", device="cpu", **fields).inputs
 
     def test_pad_puts_the_image_into_a_square_of_the_mean_colour(self, folders):
-        inputs, white = self.made(folders, "llava", geometry="pad", resize="pil"), Image.new("RGB", (56, 28), "white")
+        inputs, white = (
+            self.made(folders, "llava", geometry="pad", resize="pil"),
+            Image.new("RGB", (56, 28), "white"),
+        )
         prompt = inputs.prompt(self.chat(white), "x")
         assert prompt.images[0].size == (56, 56)
         pixels = inputs(prompt)["pixel_values"][0]
-        assert pixels[:, :13].abs().max() < 0.02  # the mean colour, rounded down, is about 0 once normalised
+        assert (
+            pixels[:, :13].abs().max() < 0.02
+        )  # the mean colour, rounded down, is about 0 once normalised
         assert pixels[:, 20:36].min() > 1.5
         cropped = self.made(folders, "llava")
         assert cropped(cropped.prompt(self.chat(white), "x"))["pixel_values"].min() > 1.5
@@ -144,7 +180,9 @@ class TestInputs:
     def test_qwen_images_get_a_fixed_side(self, folders):
         inputs = self.made(folders, "qwen2_5_vl", image_side=112)
         for image in (picture(0), picture(1).resize((90, 31))):
-            assert inputs(inputs.prompt(self.chat(image), "x"))["image_grid_thw"].tolist() == [[1, 8, 8]]
+            assert inputs(inputs.prompt(self.chat(image), "x"))["image_grid_thw"].tolist() == [
+                [1, 8, 8]
+            ]
 
     def test_qwen_images_keep_to_the_limits_of_pixels(self, folders):
         inputs = self.made(folders, "qwen2_5_vl", max_pixels=56 * 56, min_pixels=28 * 28)
@@ -156,7 +194,11 @@ class TestInputs:
         for scope, question in [("question", text), ("question_stripped", "Is it red?")]:
             inputs = self.made(folders, "llava", text_scope=scope)
             assert inputs.prompt(self.chat(picture(0), text), "x").question == question
-        whole = self.made(folders, "llava", text_scope="all_text").prompt(self.chat(picture(0), text), "x").question
+        whole = (
+            self.made(folders, "llava", text_scope="all_text")
+            .prompt(self.chat(picture(0), text), "x")
+            .question
+        )
         assert "USER" in whole
         assert "<image>" not in whole
 
@@ -164,7 +206,9 @@ class TestInputs:
     def test_the_text_of_a_placeholder_in_a_question_is_refused(self, folders, family):
         inputs = self.made(folders, family)
         with pytest.raises(ValueError, match=r"pope/3: the question contains the literal text '<"):
-            inputs.prompt(self.chat(picture(0), f"What is {inputs.processor.image_token}?"), "pope/3")
+            inputs.prompt(
+                self.chat(picture(0), f"What is {inputs.processor.image_token}?"), "pope/3"
+            )
 
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("size", [(1, 1), (1, 150), (150, 1), (3, 40), (1, 201)])
@@ -178,7 +222,10 @@ class TestInputs:
         batch = model.inputs(model.inputs.prompt(prompt, "x"))
         for method in ("none", "scope"):
             with inject(model.model, build(method), "50%", layout=FAMILIES[family].get("layout")):
-                assert len(model.model.generate(**batch, max_new_tokens=2)[0]) > batch["input_ids"].shape[1]
+                assert (
+                    len(model.model.generate(**batch, max_new_tokens=2)[0])
+                    > batch["input_ids"].shape[1]
+                )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -188,11 +235,20 @@ def test_prompts_without_and_with_two_images(folders, family, method):
     text, batches = {"type": "text", "text": "Which one?"}, []
     for count in (0, 2):
         content = [*({"type": "image", "url": picture(number)} for number in range(count)), text]
-        prompt = model.inputs.prompt(ChatMessages(messages=[{"role": "user", "content": content}]), "x")
+        prompt = model.inputs.prompt(
+            ChatMessages(messages=[{"role": "user", "content": content}]), "x"
+        )
         batches.append(model.inputs(prompt))
     unpruned = model.model.generate(**batches[0], max_new_tokens=2, min_new_tokens=2)
-    with inject(model.model, build(method, **OPTIONS.get(method, {})), "50%", layout=FAMILIES[family].get("layout")) as trace:
-        outputs = [model.model.generate(**batch, max_new_tokens=2, min_new_tokens=2) for batch in batches]
+    with inject(
+        model.model,
+        build(method, **OPTIONS.get(method, {})),
+        "50%",
+        layout=FAMILIES[family].get("layout"),
+    ) as trace:
+        outputs = [
+            model.model.generate(**batch, max_new_tokens=2, min_new_tokens=2) for batch in batches
+        ]
     assert torch.equal(outputs[0], unpruned)  # without an image there is nothing to prune
     assert outputs[1].shape[1] == batches[1]["input_ids"].shape[1] + 2
     assert [len(record.visual_tokens) for record in trace.records[-2:]] == [0, 2]
@@ -200,7 +256,12 @@ def test_prompts_without_and_with_two_images(folders, family, method):
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
 def test_the_unpruned_answers_are_those_of_lmms_evals_own_classes(folders, tasks, family):
-    options = {"pretrained": str(folders[family]), "device": "cpu", "device_map": "cpu", "attn_implementation": "sdpa"}
+    options = {
+        "pretrained": str(folders[family]),
+        "device": "cpu",
+        "device_map": "cpu",
+        "attn_implementation": "sdpa",
+    }
     fields = {}
     if family == "qwen2_5_vl":  # its class knows bfloat16 alone, and limits of its own
         theirs = Qwen2_5_VL(**options)
@@ -210,7 +271,14 @@ def test_the_unpruned_answers_are_those_of_lmms_evals_own_classes(folders, tasks
         fields = {"dtype": "float32"}
     ours = PrunedModel(str(folders[family]), device="cpu", **fields)
     task = tasks["scienceqa_img"]
-    simple_evaluate(model=ours, tasks=[task], limit=2, task_manager=task_manager(), bootstrap_iters=0, process_docs_parallel=1)
+    simple_evaluate(
+        model=ours,
+        tasks=[task],
+        limit=2,
+        task_manager=task_manager(),
+        bootstrap_iters=0,
+        process_docs_parallel=1,
+    )
     theirs.task_dict["scienceqa_img"] = ours.task_dict["scienceqa_img"]
     expected = [answer.text for answer in theirs.generate_until(task.instances)]
     assert [ours.answers["scienceqa_img", i].text for i in range(2)] == expected
@@ -225,8 +293,10 @@ def test_the_unpruned_answers_are_those_of_lmms_evals_own_classes(folders, tasks
 
 
 def test_random_weights_need_no_checkpoint(monkeypatch):
-    monkeypatch.setattr("eval.loading.config_of", lambda name: tiny(name))
-    model = PrunedModel("nowhere/at-all", name="llava", weights="random", dtype="float32", device="cpu")
+    monkeypatch.setattr("secateur.loading.config_of", lambda name: tiny(name))
+    model = PrunedModel(
+        "nowhere/at-all", name="llava", weights="random", dtype="float32", device="cpu"
+    )
     assert model.family == "llava"
     assert config_of("llava_1_5_7b").text_config.hidden_size == 4096
 
@@ -239,7 +309,14 @@ class TestBatches:
         fields = {"dtype": "float32", "device": "cpu", "max_new_tokens": 6} | FAMILIES[family]
         model = PrunedModel(str(folders[family]), **fields, **engine)
         some, manager = [tasks["pope"], tasks["mmmu_val"]], task_manager()
-        simple_evaluate(model=model, tasks=some, limit=4, task_manager=manager, bootstrap_iters=0, process_docs_parallel=1)
+        simple_evaluate(
+            model=model,
+            tasks=some,
+            limit=4,
+            task_manager=manager,
+            bootstrap_iters=0,
+            process_docs_parallel=1,
+        )
         return model
 
     @pytest.fixture(scope="class", params=FAMILIES)
@@ -249,7 +326,9 @@ class TestBatches:
     @pytest.fixture(scope="class")
     def quick(self, plain, folders, tasks):
         """The same in batches of all that fit, with a cache that has to evict."""
-        return self.made(plain.family, folders, tasks, batch_tokens=2000, cache=EncodeCache(300_000))
+        return self.made(
+            plain.family, folders, tasks, batch_tokens=2000, cache=EncodeCache(300_000)
+        )
 
     def answers(self, model, tasks, method, **options):
         """Every document of two tasks, one of them with several images a prompt, told apart by task and document."""
@@ -262,7 +341,9 @@ class TestBatches:
     @pytest.mark.parametrize("method", ["none", "scope", "random", "zspaprune", "fastv"])
     def test_they_equal_one_prompt_at_a_time(self, plain, quick, tasks, method):
         options = {"layer": 1} if method == "fastv" else {}
-        assert self.answers(plain, tasks, method, **options) == self.answers(quick, tasks, method, **options)
+        assert self.answers(plain, tasks, method, **options) == self.answers(
+            quick, tasks, method, **options
+        )
         assert quick.images.cache.counts.memory_hits
         assert quick.images.cache.bytes <= 300_000
 
@@ -277,7 +358,9 @@ class TestBatches:
         failed = []
 
         def short_of_memory(**inputs):
-            assert all(held() is None for held in failed), "the tensors of a failed call are still held"
+            assert all(held() is None for held in failed), (
+                "the tensors of a failed call are still held"
+            )
             sizes.append(len(inputs["input_ids"]))
             if sizes[-1] > 1:
                 activations = torch.zeros(1)

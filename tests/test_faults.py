@@ -20,14 +20,13 @@ import pandas as pd
 import pytest
 import torch
 from lmms_eval.api.task import ConfigurableTask
+from secateur import sweep as engine
+from secateur.progress import Bar, Interrupt
+from secateur.pruners import REGISTRY
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.store import Store
 from sweeping import cells, output, tables, wait_for
 from transformers import PreTrainedTokenizerBase
-
-from eval import sweep as engine
-from eval.progress import Bar, Interrupt
-from eval.store import Store
-from pruners import REGISTRY
-from pruners.base import Pruner, Selection, VisualTokens, register
 
 GRID = ("-m", "pruner=none,random")
 
@@ -70,7 +69,11 @@ def broken():
                 indices[:, -1] = tokens.shape[1]
             if self.how == "fewer":
                 indices = indices[:, :-1]
-            features = torch.full((*indices.shape, tokens.features.shape[2]), float("nan")) if self.how == "infinite" else None
+            features = (
+                torch.full((*indices.shape, tokens.features.shape[2]), float("nan"))
+                if self.how == "infinite"
+                else None
+            )
             return Selection(indices, features)
 
     Broken.__module__ = __name__
@@ -94,7 +97,9 @@ def failures(results: Path) -> list[dict]:
     ],
 )
 def test_a_broken_pruner_fails_its_cells_only(sweeps, broken, tmp_path, how, message):
-    code, printed = sweeps.here(tmp_path, "-m", "pruner=none", "pruner.name=broken", f"+pruner.how={how},fine", "limit=2")
+    code, printed = sweeps.here(
+        tmp_path, "-m", "pruner=none", "pruner.name=broken", f"+pruner.how={how},fine", "limit=2"
+    )
     assert code == 1
     assert "2 cells done, 0 cells skipped, 2 cells failed" in printed
     assert "FAILED pope broken 16" in printed
@@ -279,13 +284,19 @@ def _killed_and_resumed(sweeps, reference, results: Path, moment: float) -> None
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_killed_sweep_goes_on_to_the_same_tables(sweeps, reference, tmp_path, number):
-    _killed_and_resumed(sweeps, reference, tmp_path / "results", (0.4, 0.6, 0.8)[number] * reference[2])
+    _killed_and_resumed(
+        sweeps, reference, tmp_path / "results", (0.4, 0.6, 0.8)[number] * reference[2]
+    )
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", range(50))
-def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_tables(sweeps, reference, tmp_path, number):
-    _killed_and_resumed(sweeps, reference, tmp_path / "results", random.Random(number).uniform(0, reference[2]))
+def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_tables(
+    sweeps, reference, tmp_path, number
+):
+    _killed_and_resumed(
+        sweeps, reference, tmp_path / "results", random.Random(number).uniform(0, reference[2])
+    )
 
 
 def test_two_sweeps_at_once_share_the_cells(sweeps, reference, tmp_path):
@@ -304,7 +315,10 @@ def test_two_sweeps_at_once_share_the_cells(sweeps, reference, tmp_path):
 
 
 def _counts(printed: str) -> list[int]:
-    return [int(printed.split(f" cells {state}")[0].split()[-1]) for state in ("done", "skipped", "failed")]
+    return [
+        int(printed.split(f" cells {state}")[0].split()[-1])
+        for state in ("done", "skipped", "failed")
+    ]
 
 
 def test_a_cell_that_another_process_gives_up_is_taken_over(sweeps, reference, tmp_path):
@@ -350,11 +364,16 @@ def _interrupted_twice(place: Path) -> None:
 
 
 def test_an_interrupt_twice_ends_at_once(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=_interrupted_twice, args=(tmp_path / "printed",))
+    process = multiprocessing.get_context("fork").Process(
+        target=_interrupted_twice, args=(tmp_path / "printed",)
+    )
     process.start()
     process.join(10)
     assert process.exitcode == 130
-    assert "Interrupted twice. Finished cells and answers are kept" in (tmp_path / "printed").read_text()
+    assert (
+        "Interrupted twice. Finished cells and answers are kept"
+        in (tmp_path / "printed").read_text()
+    )
 
 
 def test_shards_answer_apart_and_the_last_one_scores(sweeps, reference, tmp_path):
@@ -372,14 +391,18 @@ def test_shards_answer_apart_and_the_last_one_scores(sweeps, reference, tmp_path
 
 def test_shards_of_several_processes_make_one_cell(sweeps, reference, tmp_path):
     results = tmp_path / "results"
-    processes = [sweeps.child(results, "pruner=random", "tasks=[pope]", f"shard={n}/2") for n in (0, 1)]
+    processes = [
+        sweeps.child(results, "pruner=random", "tasks=[pope]", f"shard={n}/2") for n in (0, 1)
+    ]
     for process in processes:
         process.join(120)
         assert process.exitcode == 0, output(results, process)
     assert _samples(results, "pope/random_16") == _samples(reference[0], "pope/random_16")
 
 
-def _on_a_small_disk(sweeps, tmp_path: Path, options: str, *overrides: str) -> subprocess.CompletedProcess:
+def _on_a_small_disk(
+    sweeps, tmp_path: Path, options: str, *overrides: str
+) -> subprocess.CompletedProcess:
     """A sweep whose results folder is a file system of its own, in a mount namespace of its own."""
     results = tmp_path / "results"
     results.mkdir()
@@ -391,7 +414,13 @@ def _on_a_small_disk(sweeps, tmp_path: Path, options: str, *overrides: str) -> s
     copy = f"mkdir -p {tmp_path}/left; cp -r {results}/. {tmp_path}/left"
     script = f'{mount} && "$@"; code=$?; {copy}; exit $code'
     environment = os.environ | {"COLUMNS": "300"}
-    return subprocess.run([*own, "sh", "-c", script, "sh", *words], capture_output=True, text=True, timeout=200, env=environment)
+    return subprocess.run(
+        [*own, "sh", "-c", script, "sh", *words],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+    )
 
 
 @pytest.mark.faults
@@ -404,7 +433,9 @@ def test_a_full_disk_ends_the_sweep_with_what_it_has(sweeps, reference, tmp_path
     assert 1 <= len(finished) < 4
     code, printed = sweeps.here(left, *GRID)
     assert code == 0
-    assert f"{4 - len(finished)} cells done, {len(finished)} cells skipped, 0 cells failed" in printed
+    assert (
+        f"{4 - len(finished)} cells done, {len(finished)} cells skipped, 0 cells failed" in printed
+    )
     assert tables(left) == reference[1]
 
 
@@ -415,7 +446,10 @@ def test_a_full_disk_is_one_paragraph(sweeps, tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "write", full)
     code, printed = sweeps.here(tmp_path, "pruner=random", "tasks=[pope]")
     assert code == 1
-    assert "cannot be written any more ([Errno 28] No space left on device), so the sweep ends here." in printed
+    assert (
+        "cannot be written any more ([Errno 28] No space left on device), so the sweep ends here."
+        in printed
+    )
     assert "Finished cells and answers are kept" in printed
     assert "Traceback" not in printed
     (answers,) = tmp_path.rglob("*.answers.jsonl")

@@ -4,12 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from secateur.reporting import figures, gallery
+from secateur.reporting.comparison import compare, load
+from secateur.reporting.costs import first_token_flops, prefill_times
+from secateur.shapes.datasets import build as build_shapes
 from stored import FULL, SPPRUNER, grid, store
-
-from eval.reporting import figures, gallery
-from eval.reporting.comparison import compare, load
-from eval.reporting.costs import first_token_flops, prefill_times
-from eval.shapes.datasets import build as build_shapes
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +48,18 @@ def test_accuracy_against_cost_draws_values_intervals_and_the_front(compared):
     assert "suite shapes: a demonstration" in figure.get_suptitle()
     panel = titles(figure)["POPE F1"]
     own = table[table["task"] == "pope"].set_index("method")
-    drawn = {(x, round(y, 6)) for line in panel.lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)}
+    drawn = {
+        (x, round(y, 6))
+        for line in panel.lines
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    }
     for method, row in own.iterrows():
         assert (row["tokens"], round(row["value"], 6)) in drawn, method
-        ends = [segment[:, 1] for bars in panel.containers for segment in bars.lines[2][0].get_segments()]
+        ends = [
+            segment[:, 1]
+            for bars in panel.containers
+            for segment in bars.lines[2][0].get_segments()
+        ]
         assert any(np.allclose(end, [row["low"], row["high"]]) for end in ends), method
     front = panel.lines[0]
     assert front.get_xdata().tolist() == [16, FULL]
@@ -63,7 +70,9 @@ def test_accuracy_against_cost_draws_values_intervals_and_the_front(compared):
 def test_rows_without_a_cost_are_not_drawn_and_without_any_refused(compared):
     _, table = compared
     cost = table.set_index(["task", "method", "budget"])["tokens"]
-    panel = titles(figures.accuracy_against(table, cost.drop("scope", level="method"), "tokens", "x"))["POPE F1"]
+    panel = titles(
+        figures.accuracy_against(table, cost.drop("scope", level="method"), "tokens", "x")
+    )["POPE F1"]
     scope = table[(table["task"] == "pope") & (table["method"] == "scope")]["value"].iloc[0]
     assert not any(np.isclose(line.get_ydata(), scope).any() for line in panel.lines)
     with pytest.raises(ValueError, match="no row has a cost"):
@@ -75,9 +84,9 @@ def test_bars_are_the_values_and_the_tied_best_are_framed(compared):
     panel = titles(figures.bars(table, "x"))["GQA"]
     own = table[(table["task"] == "gqa") & (table["method"] != "none")].set_index("method")
     look = figures.looks(table)
-    assert [bar.get_height() for bar in panel.patches if bar.get_height() < 100 and bar.get_width() < 1] == pytest.approx(
-        [own.loc[method, "value"] for method in own.index]
-    )
+    assert [
+        bar.get_height() for bar in panel.patches if bar.get_height() < 100 and bar.get_width() < 1
+    ] == pytest.approx([own.loc[method, "value"] for method in own.index])
     by_color = {bar.get_facecolor()[:3]: bar for bar in panel.patches}
     framed = {method for method in own.index if by_color[look[method].color].get_linewidth() == 1.2}
     assert framed == set(own.index[own["tied_best"]]) < set(own.index)
@@ -89,7 +98,9 @@ def test_what_has_no_interval_is_hatched_and_hollow():
     bars = figures.bars(table, "x")
     assert [bar.get_hatch() for bar in bars.axes[0].patches] == ["///"]
     assert "hatched: no interval" in [text.get_text() for text in bars.legends[0].get_texts()]
-    points = figures.accuracy_against(table, table.set_index(["task", "method", "budget"])["tokens"], "tokens", "x")
+    points = figures.accuracy_against(
+        table, table.set_index(["task", "method", "budget"])["tokens"], "tokens", "x"
+    )
     assert "hollow: no interval" in [text.get_text() for text in points.legends[0].get_texts()]
     assert not any(bars.has_yerr for bars in points.axes[0].containers)
 
@@ -99,10 +110,14 @@ def test_agreement_is_the_share_of_equal_answers():
     shares = figures.agreement(cells)["16"]
     answers = {own.method: own.rows.set_index("doc_id")["answer"] for own in cells}
     assert list(shares) == ["none", "random", "scope"]
-    assert shares.loc["random", "scope"] == pytest.approx((answers["random"] == answers["scope"]).mean())
+    assert shares.loc["random", "scope"] == pytest.approx(
+        (answers["random"] == answers["scope"]).mean()
+    )
     assert np.diag(shares).tolist() == [1, 1, 1]
     figure = figures.agreement_matrices({"16": shares}, "suite shapes")
-    assert f"{100 * shares.loc['random', 'scope']:.0f}" in [text.get_text() for text in figure.axes[0].texts]
+    assert f"{100 * shares.loc['random', 'scope']:.0f}" in [
+        text.get_text() for text in figure.axes[0].texts
+    ]
 
 
 def test_agreement_over_other_tasks_or_documents_is_missing():
@@ -111,7 +126,9 @@ def test_agreement_over_other_tasks_or_documents_is_missing():
     shares = figures.agreement(without)["16"]
     assert np.isnan(shares.loc["random", "scope"])
     assert shares.loc["none", "scope"] > 0.5
-    shortened = [own._replace(rows=own.rows[:100]) if own.method == "scope" else own for own in cells]
+    shortened = [
+        own._replace(rows=own.rows[:100]) if own.method == "scope" else own for own in cells
+    ]
     assert np.isnan(figures.agreement(shortened)["16"].loc["none", "scope"])
 
 
@@ -121,16 +138,30 @@ def test_flops_are_the_records_own(results):
     assert costs.mean["pope", "scope", "16"] == costs.mean["average", "scope", "16"] == 1.016e9
     assert costs.mean["average", "none", "full"] == 1.144e9
     assert costs.uncounted == [SPPRUNER]
-    partly = first_token_flops([own for own in cells if (own.method, own.task) != ("scope", "gqa")]).mean
+    partly = first_token_flops(
+        [own for own in cells if (own.method, own.task) != ("scope", "gqa")]
+    ).mean
     assert ("average", "scope", "16") not in partly
-    older = cells[0]._replace(record={key: value for key, value in cells[0].record.items() if key != "flops"})
+    older = cells[0]._replace(
+        record={key: value for key, value in cells[0].record.items() if key != "flops"}
+    )
     with pytest.raises(ValueError, match=f"1 cells, such as {older.key}, have no FLOPs"):
         first_token_flops([older, *cells[1:]])
 
 
 def test_prefill_is_the_benchs_median_for_the_same_method_and_tokens(results, tmp_path):
-    sample = {"model": "shapes_llava", "geometry": "true", "device": "gpu", "dtype": "bfloat16", "attn_implementation": "sdpa"}
-    settings = [("unpruned", "unpruned", FULL, 9.0), ("pruned", "scope", 16, 3.0), ("pruned", "random", 32, 4.0)]
+    sample = {
+        "model": "shapes_llava",
+        "geometry": "true",
+        "device": "gpu",
+        "dtype": "bfloat16",
+        "attn_implementation": "sdpa",
+    }
+    settings = [
+        ("unpruned", "unpruned", FULL, 9.0),
+        ("pruned", "scope", 16, 3.0),
+        ("pruned", "random", 32, 4.0),
+    ]
     settings += [("ceiling", "ceiling", 16, 2.0)]
     timed = [
         sample | {"kind": kind, "method": method, "budget": budget, "prefill": time + spread}
@@ -147,9 +178,17 @@ def test_prefill_is_the_benchs_median_for_the_same_method_and_tokens(results, tm
     assert times.xs("average").to_dict() == {("none", "full"): 9, ("scope", "16"): 3}
     assert prefill_times(load(results), tmp_path / "elsewhere") == {}
 
-    several = [own._replace(record=own.record | {"images": 1.05, "average_tokens": own.tokens * 1.05}) for own in load(results)]
-    assert prefill_times(several, tmp_path)[axis].to_dict() == times.to_dict()  # the bench counts tokens an image
-    blind = [own._replace(record=own.record | {"images": 0.0, "average_tokens": 0.0}) for own in load(results)]
+    several = [
+        own._replace(record=own.record | {"images": 1.05, "average_tokens": own.tokens * 1.05})
+        for own in load(results)
+    ]
+    assert (
+        prefill_times(several, tmp_path)[axis].to_dict() == times.to_dict()
+    )  # the bench counts tokens an image
+    blind = [
+        own._replace(record=own.record | {"images": 0.0, "average_tokens": 0.0})
+        for own in load(results)
+    ]
     assert prefill_times(blind, tmp_path) == {}
 
 
@@ -164,7 +203,9 @@ def test_the_gallery_counts_where_exactly_one_is_right(compared, results):
     for task in ("pope", "gqa"):
         scope, random = right[task, "scope"], right[task, "random"]
         assert counts[task] == {"scope": (scope & ~random).sum(), "random": (random & ~scope).sum()}
-    assert len(shown) == sum(min(gallery.PER_SIDE, number) for own in counts.values() for number in own.values())
+    assert len(shown) == sum(
+        min(gallery.PER_SIDE, number) for own in counts.values() for number in own.values()
+    )
     for item in shown:
         other = next(method for method in pair.methods if method != item.right)
         assert right[item.task, item.right][item.row["doc_id"]]
@@ -183,8 +224,12 @@ def test_rivals_must_be_two_of_the_table(compared):
 
 def test_rivals_are_the_best_of_a_task_that_both_ran(compared):
     _, table = compared
-    apart = ((table["method"] != "scope") | (table["task"] == "pope")) & (table["task"] != "average")
-    table = table[apart & table["method"].isin(["none", "scope", "random"])]  # scope ran POPE only, random GQA too
+    apart = ((table["method"] != "scope") | (table["task"] == "pope")) & (
+        table["task"] != "average"
+    )
+    table = table[
+        apart & table["method"].isin(["none", "scope", "random"])
+    ]  # scope ran POPE only, random GQA too
     assert gallery.rivals(table) == gallery.Rivals("16", ("scope", "random"))
     disjoint = table[(table["method"] != "random") | (table["task"] == "gqa")]
     assert gallery.rivals(disjoint) is None
@@ -197,12 +242,24 @@ def test_the_image_is_cut_as_the_encoder_sees_it():
     image.paste("blue", (0, 0, 10, 40))
     row = pd.Series({"visual_tokens": FULL})
     seen, grid_of = gallery.as_seen({"geometry": "processor"}, [image], row)
-    assert (seen.size, grid_of, seen.getpixel((0, 20))) == ((40, 40), (12, 12), (255, 0, 0))  # the middle square
+    assert (seen.size, grid_of, seen.getpixel((0, 20))) == (
+        (40, 40),
+        (12, 12),
+        (255, 0, 0),
+    )  # the middle square
     seen, _ = gallery.as_seen({"geometry": "pad"}, [image], row)
-    assert (seen.size, seen.getpixel((0, 0)), seen.getpixel((0, 30))) == ((60, 60), (128, 128, 128), (0, 0, 255))
+    assert (seen.size, seen.getpixel((0, 0)), seen.getpixel((0, 30))) == (
+        (60, 60),
+        (128, 128, 128),
+        (0, 0, 255),
+    )
     seen, _ = gallery.as_seen({"family": "qwen2_5_vl", "image_side": 336}, [image], row)
     assert (seen.size, seen.getpixel((0, 30))) == ((60, 60), (0, 0, 255))
-    for model, images in (({"family": "llava_next"}, [image]), ({"family": "qwen2_5_vl"}, [image]), ({}, [image] * 2)):
+    for model, images in (
+        ({"family": "llava_next"}, [image]),
+        ({"family": "qwen2_5_vl"}, [image]),
+        ({}, [image] * 2),
+    ):
         assert gallery.as_seen(model, images, row) is None
     assert gallery.as_seen({}, [image], pd.Series({"visual_tokens": 143})) is None
 

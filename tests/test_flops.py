@@ -6,14 +6,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import picture
+from secateur.efficiency.flops import conventions, count, count_row, head, prefill, projector, tower
+from secateur.efficiency.flops_published import explain
+from secateur.geometry import config_of, random_model, random_processor, reduced, tiny
+from secateur.injection import inject
+from secateur.pruners import build
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DynamicCache
-
-from eval.efficiency.flops import conventions, count, count_row, head, prefill, projector, tower
-from eval.efficiency.flops_published import explain
-from eval.geometry import config_of, random_model, random_processor, reduced, tiny
-from eval.inject import inject
-from pruners import build
 
 CLIP = [(24, 24)]
 # crops and visual tokens of a prompt
@@ -34,7 +33,11 @@ def measured(call) -> int:
     """All but the angles of the rotary embedding, which older releases of transformers multiply as matrices."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
-    angles = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    angles = [
+        sum(ops.values())
+        for name, ops in counter.get_flop_counts().items()
+        if name.endswith("rotary_emb")
+    ]
     return counter.get_total_flops() - sum(angles)
 
 
@@ -59,11 +62,21 @@ def test_the_language_model_at_true_geometry(name):
 @pytest.mark.parametrize("name", ["llava_1_5_7b", "qwen2_5_vl_7b"])
 def test_decoding_at_true_width(name):
     config = reduced(config_of(name), layers=2)
-    language, cache, width = random_model(config, "meta").model.language_model, DynamicCache(), config.text_config.hidden_size
-    language(inputs_embeds=torch.empty(1, 162, width, device="meta"), past_key_values=cache, use_cache=True)
+    language, cache, width = (
+        random_model(config, "meta").model.language_model,
+        DynamicCache(),
+        config.text_config.hidden_size,
+    )
+    language(
+        inputs_embeds=torch.empty(1, 162, width, device="meta"),
+        past_key_values=cache,
+        use_cache=True,
+    )
     step = torch.empty(1, 1, width, device="meta")
     first, second = (
-        measured(lambda: language(inputs_embeds=step, past_key_values=cache, use_cache=True)) + head(config) for _ in range(2)
+        measured(lambda: language(inputs_embeds=step, past_key_values=cache, use_cache=True))
+        + head(config)
+        for _ in range(2)
     )
     flops = count(config, layer_tokens=[100, 100], text_tokens=62, crops=CLIP, new_tokens=3)
     assert flops.step == first
@@ -79,12 +92,17 @@ def test_a_clip_tower_at_true_geometry(name):
 
 
 def test_qwens_tower_at_true_geometry():
-    config, crops = config_of("qwen2_5_vl_7b"), [(6, 5), (4, 4)]  # windows of 4 x 4 tokens, smaller at the edges
+    config, crops = (
+        config_of("qwen2_5_vl_7b"),
+        [(6, 5), (4, 4)],
+    )  # windows of 4 x 4 tokens, smaller at the edges
     visual, patches = shapes(config).model.visual, empty(4 * 46, 3 * 2 * 14 * 14)
     grid = torch.tensor([(1, 2 * rows, 2 * columns) for rows, columns in crops])
     # positions are made from the grid, which has to have values
     visual.rotary_pos_emb.register_forward_pre_hook(
-        lambda _, args: tuple(part.to("meta") if isinstance(part, torch.Tensor) else part for part in args)
+        lambda _, args: tuple(
+            part.to("meta") if isinstance(part, torch.Tensor) else part for part in args
+        )
     )
     both = measured(lambda: visual(patches, grid_thw=grid))
     assert both == tower(config, crops).total + projector(config, crops).total
@@ -125,7 +143,12 @@ def test_a_pruned_model_with_its_hooks(method, attention):
     with inject(model, build(method, **options), "full" if method == "none" else 8) as trace:
         seen = measured(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
     record = trace.records[0]
-    row = {"visual_tokens": 16, "new_tokens": 1, "layer_tokens": layer_tokens, "prompt_tokens": record.prompt_tokens}
+    row = {
+        "visual_tokens": 16,
+        "new_tokens": 1,
+        "layer_tokens": layer_tokens,
+        "prompt_tokens": record.prompt_tokens,
+    }
     flops = count_row(config, row, method)
     assert record.layer_tokens == layer_tokens
     assert seen == flops.first_token
@@ -147,20 +170,32 @@ def test_the_embedded_model():
         ("macs_visual", "llava_1_5_7b", 0, {576: 3.82, 192: 1.25, 128: 0.83, 64: 0.42}),
         ("macs_visual_fastv", "llava_1_5_7b", 0, {576: 2.99, 192: 0.98}),
         ("flops_prompt", "llava_next_7b", 62, {2880: 42.6, 320: 5.02}),  # PromPrune, Table 6
-        ("flops_linear", "llava_1_5_7b", 49, {576: 8.63, 192: 3.56, 128: 2.71, 64: 1.87}),  # HiPrune, Table 5
+        (
+            "flops_linear",
+            "llava_1_5_7b",
+            49,
+            {576: 8.63, 192: 3.56, 128: 2.71, 64: 1.87},
+        ),  # HiPrune, Table 5
     ],
 )
 def test_published_numbers_by_their_convention(convention, model, text, printed):
     for tokens, value in printed.items():
         digits = len(str(value).split(".")[1])
-        flops = conventions(config_of(model), plan(model, tokens), text, MODELS[model][0])[convention]
+        flops = conventions(config_of(model), plan(model, tokens), text, MODELS[model][0])[
+            convention
+        ]
         assert round(flops / 1e12, digits) == value
 
 
 def test_pyramiddrops_own_number():
     """arXiv 2410.17247, ablation of stages: 1.78 T with half of the tokens dropped before layers 8, 16 and 24."""
     layer_tokens = [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
-    assert round(conventions(config_of("llava_1_5_7b"), layer_tokens, 0, CLIP)["macs_visual"] / 1e12, 2) == 1.78
+    assert (
+        round(
+            conventions(config_of("llava_1_5_7b"), layer_tokens, 0, CLIP)["macs_visual"] / 1e12, 2
+        )
+        == 1.78
+    )
 
 
 def test_grouped_queries_cost_less_than_the_literature_writes():
@@ -172,7 +207,10 @@ def test_grouped_queries_cost_less_than_the_literature_writes():
 
 def test_a_method_without_a_count_says_so():
     options = {"layer_tokens": plan("llava_1_5_7b", 64), "text_tokens": 62, "crops": CLIP}
-    counted, unknown = (count(config_of("llava_1_5_7b"), method=method, **options) for method in ("random", "visionzip"))
+    counted, unknown = (
+        count(config_of("llava_1_5_7b"), method=method, **options)
+        for method in ("random", "visionzip")
+    )
     assert unknown.pruner is None
     assert unknown.first_token == counted.first_token
 
@@ -202,9 +240,9 @@ def test_a_table_is_explained_only_by_one_text_for_several_budgets():
         ("d", "vispruner", 64, "macs", 1.138),
         ("e", "none", None, "flops", 8.63),
     ]
-    reported = pd.DataFrame(rows, columns=["paper", "method", "budget_tokens", "quantity", "value"]).assign(
-        table="T", model="llava_1_5_7b", unit="T"
-    )
+    reported = pd.DataFrame(
+        rows, columns=["paper", "method", "budget_tokens", "quantity", "value"]
+    ).assign(table="T", model="llava_1_5_7b", unit="T")
     found = explain(reported).groupby("paper")["explained by"].agg(list)
     assert found["a"][:3] == ["flops_linear with 48.9 to 49.2 text tokens"] * 3
     assert found["a"][3] == ""

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from conftest import picture
+from secateur.geometry import config_of, random_model, random_processor, reduced, tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor
-
-from eval.geometry import config_of, random_model, random_processor, reduced, tiny
 
 # parameters of the hub checkpoints
 SIZES = {
@@ -29,22 +28,31 @@ def small(family: str):
 def prompt(config, pictures: int = 1):
     processor = random_processor(config)
     content = [{"type": "image"}] * pictures + [{"type": "text", "text": "what is this?"}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-    return processor(text=[text], images=[picture(seed) for seed in range(pictures)], return_tensors="pt")
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    return processor(
+        text=[text], images=[picture(seed) for seed in range(pictures)], return_tensors="pt"
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_geometry_has_the_size_of_its_checkpoint(name):
     model = random_model(config_of(name), "meta", torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == SIZES[name]
-    assert len(random_processor(config_of(name)).tokenizer) == config_of(name).text_config.vocab_size
+    assert (
+        len(random_processor(config_of(name)).tokenizer) == config_of(name).text_config.vocab_size
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", [*FAMILIES, "tied"])
 def test_a_drawn_model_is_an_ordinary_one_with_other_weights(family):
     config = small(family)
-    drawn, ordinary = random_model(config, std=0.2), AutoModelForImageTextToText.from_config(config).eval()
+    drawn, ordinary = (
+        random_model(config, std=0.2),
+        AutoModelForImageTextToText.from_config(config).eval(),
+    )
     buffers = dict(ordinary.named_buffers())
     assert [name for name, _ in drawn.named_buffers()] == list(buffers)
     for name, buffer in drawn.named_buffers():
@@ -59,13 +67,19 @@ def test_a_drawn_model_is_an_ordinary_one_with_other_weights(family):
 
 
 def test_the_buffers_keep_their_precision_in_bfloat16():
-    dtypes = {name: buffer.dtype for name, buffer in random_model(tiny("llava"), dtype=torch.bfloat16).named_buffers()}
+    dtypes = {
+        name: buffer.dtype
+        for name, buffer in random_model(tiny("llava"), dtype=torch.bfloat16).named_buffers()
+    }
     assert {name: dtype for name, dtype in dtypes.items() if "inv_freq" in name}
     assert set(dtypes.values()) == {torch.float32, torch.int64}
 
 
 def test_the_seed_decides_the_weights_and_the_callers_generator_is_left_alone():
-    state, draw = torch.get_rng_state(), [random_model(tiny("llava"), seed=seed) for seed in (0, 0, 1)]
+    state, draw = (
+        torch.get_rng_state(),
+        [random_model(tiny("llava"), seed=seed) for seed in (0, 0, 1)],
+    )
     assert torch.equal(torch.get_rng_state(), state)
     one, same, other = (torch.cat([p.flatten() for p in model.parameters()]) for model in draw)
     assert torch.equal(one, same)
@@ -79,19 +93,30 @@ def test_processor_and_model_fit_through_a_saved_folder(family, tmp_path):
     config = tiny(family)
     random_model(config, std=0.2).save_pretrained(tmp_path)
     random_processor(config).save_pretrained(tmp_path)
-    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
     inputs = prompt(config, pictures=2)
     count = int((inputs["input_ids"] == config.image_token_id).sum())
     # 48 x 64 px: 16 and, without padding, 4 rows of 6 of two crops or 6 of 8 of four, each with a newline; Qwen: 56 x 56
-    assert count == 2 * {"llava": 16, "llava_next": 16 + 4 * 7, "llava_next_fixed": 16 + 6 * 9, "qwen2_5_vl": 4}[family]
+    assert (
+        count
+        == 2
+        * {"llava": 16, "llava_next": 16 + 4 * 7, "llava_next_fixed": 16 + 6 * 9, "qwen2_5_vl": 4}[
+            family
+        ]
+    )
     output = model.generate(**inputs, do_sample=False, max_new_tokens=8, min_new_tokens=8)
-    text = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    text = processor.tokenizer.decode(
+        output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     assert text
     again = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert not set(again) & set(processor.tokenizer.all_special_ids)
-    assert processor.tokenizer.decode(processor.tokenizer("Grün, 3 × 4?\n", add_special_tokens=False)["input_ids"]) == (
-        "Grün, 3 × 4?\n"
-    )
+    assert processor.tokenizer.decode(
+        processor.tokenizer("Grün, 3 × 4?\n", add_special_tokens=False)["input_ids"]
+    ) == ("Grün, 3 × 4?\n")
     assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
 
@@ -116,7 +141,12 @@ def test_a_reduced_checkpoint_keeps_the_width_of_a_head():
     assert (text.num_attention_heads, text.num_key_value_heads) == (7, 1)
     assert vision.hidden_size // vision.num_heads == 80
     assert vision.fullatt_block_indexes == [3, 11]
-    assert reduced(config_of("qwen2_5_vl_7b"), 32).vision_config.fullatt_block_indexes == [7, 15, 23, 31]
+    assert reduced(config_of("qwen2_5_vl_7b"), 32).vision_config.fullatt_block_indexes == [
+        7,
+        15,
+        23,
+        31,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,14 @@ def test_comparison(ours: list, theirs: list, exact: bool) -> None:
     assert Comparison("x", torch.tensor(ours), torch.tensor(theirs)).exact is exact
 
 
-def test_a_wrong_answer_is_a_mismatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_wrong_answer_is_a_mismatch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     tensors = load_file(GOLDEN / "hiprune.safetensors")
     name = next(key for key in tensors if key.endswith(".sorted"))
-    save_file(tensors | {name: tensors[name].flip(0).contiguous()}, tmp_path / "hiprune.safetensors")
+    save_file(
+        tensors | {name: tensors[name].flip(0).contiguous()}, tmp_path / "hiprune.safetensors"
+    )
     (tmp_path / "hiprune.json").write_text((GOLDEN / "hiprune.json").read_text())
     monkeypatch.setattr("sys.argv", ["check_golden.py", str(tmp_path)])
     assert main() == 1
@@ -55,15 +59,25 @@ def test_a_wrong_answer_is_a_mismatch(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("above", [0, 7])
-@pytest.mark.parametrize("file", ["cdpruner", "divprune", "fsr_ref", "scope", "sppruner_ref", "zspaprune_ref"])
+@pytest.mark.parametrize(
+    "file", ["cdpruner", "divprune", "fsr_ref", "scope", "sppruner_ref", "zspaprune_ref"]
+)
 def test_a_budget_of_all_tokens_leaves_them_alone(file: str, above: int, tmp_path: Path) -> None:
-    index, tensors = json.loads((GOLDEN / f"{file}.json").read_text()), load_file(GOLDEN / f"{file}.safetensors")
+    index, tensors = (
+        json.loads((GOLDEN / f"{file}.json").read_text()),
+        load_file(GOLDEN / f"{file}.safetensors"),
+    )
     case = index["cases"][0]
-    name, budget = case.get("id") or case["case"], "budget_per_crop" if file == "cdpruner" else "budget"
+    name, budget = (
+        case.get("id") or case["case"],
+        "budget_per_crop" if file == "cdpruner" else "budget",
+    )
     case[budget] = case["N"] + above
     for key, value in tensors.items():
         if key.startswith(name) and key.endswith("sorted"):
-            tensors[key] = torch.arange(case["N"]).repeat(*value.shape[:-1], 1).view(*value.shape[:-1], -1)
+            tensors[key] = (
+                torch.arange(case["N"]).repeat(*value.shape[:-1], 1).view(*value.shape[:-1], -1)
+            )
     if f"{name}.tokens" in tensors:
         tensors[f"{name}.tokens"] = tensors[f"{name}.visual"].clone()
     path = tmp_path / f"{file}.json"
@@ -89,7 +103,11 @@ def test_a_budget_of_all_tokens_leaves_them_alone(file: str, above: int, tmp_pat
     ],
 )
 def test_bad_files_are_one_clear_error(
-    content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    content: str | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     path = tmp_path / "scope.json"
     if content is not None:

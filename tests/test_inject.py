@@ -10,16 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import picture, tiny_model
+from secateur.injection import Sample, inject
+from secateur.injection.families import _warn_untested
+from secateur.pruners import Pruner, PrunerError, Selection, VisualTokens, build
+from secateur.pruners.base import EXTRA
 from torch import Tensor
-
-from eval.inject import Sample, inject
-from eval.inject.families import _warn_untested
-from pruners import Pruner, PrunerError, Selection, VisualTokens, build
-from pruners.base import EXTRA
 
 ROOT = Path(__file__).resolve().parents[1]
 N = 16
-STEPS = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True}
+STEPS = {
+    "do_sample": False,
+    "max_new_tokens": 8,
+    "min_new_tokens": 8,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
 QUESTIONS = ["what is this, and why?", "short", "a question of another length still"]
 
 
@@ -46,7 +51,12 @@ class Fixed(Pruner):
 
 def encode(processor, batch: int, images_each: int = 1):
     texts = [f"USER: {'<image>' * images_each}\n{QUESTIONS[i]} ASSISTANT:" for i in range(batch)]
-    return processor(text=texts, images=[picture(i) for i in range(batch * images_each)], padding=True, return_tensors="pt")
+    return processor(
+        text=texts,
+        images=[picture(i) for i in range(batch * images_each)],
+        padding=True,
+        return_tensors="pt",
+    )
 
 
 def logits(output) -> Tensor:
@@ -58,7 +68,9 @@ def reference(model, inputs, kept: list[list[int]], new: Tensor, positions: str)
     """Logits of the language model fed only the kept tokens: row by row, without cache, mask or hooks."""
     core, image = model.model, model.config.image_token_id
     features = torch.cat(core.get_image_features(inputs["pixel_values"]).pooler_output)
-    embeds = model.get_input_embeddings()(inputs["input_ids"]).masked_scatter((inputs["input_ids"] == image)[..., None], features)
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(
+        (inputs["input_ids"] == image)[..., None], features
+    )
     rows = []
     for b, indices in enumerate(kept):
         ids, real = inputs["input_ids"][b], inputs["attention_mask"][b].bool()
@@ -73,7 +85,10 @@ def reference(model, inputs, kept: list[list[int]], new: Tensor, positions: str)
             position = torch.cat([order - start, int(real.sum()) + torch.arange(len(new[b]) - 1)])
         ones = torch.ones(1, len(sequence), dtype=torch.long)
         hidden = core.language_model(
-            inputs_embeds=sequence[None], position_ids=position[None], attention_mask=ones, use_cache=False
+            inputs_embeds=sequence[None],
+            position_ids=position[None],
+            attention_mask=ones,
+            use_cache=False,
         ).last_hidden_state
         rows.append(model.lm_head(hidden[0, len(order) - 1 :]))
     return torch.stack(rows)
@@ -90,7 +105,9 @@ class TestAnswers:
         assert torch.equal(kept.sequences, plain.sequences)
         assert torch.equal(logits(kept), logits(plain))
 
-    def test_a_subset_equals_the_model_fed_only_that_subset(self, model, processor, batch, positions):
+    def test_a_subset_equals_the_model_fed_only_that_subset(
+        self, model, processor, batch, positions
+    ):
         inputs = encode(processor, batch)
         rows = ((0, 3, 4, 9, 15), (1, 2, 7, 8, 11))[:batch]
         with inject(model, Fixed(rows), 5, positions):
@@ -98,7 +115,9 @@ class TestAnswers:
         new = pruned.sequences[:, inputs["input_ids"].shape[1] :]
         want = reference(model, inputs, [list(row) for row in rows], new, positions)
         assert (logits(pruned) - want).abs().max() < 1e-4
-        assert (logits(pruned) - logits(model.generate(**inputs, **STEPS))).abs().max() > 0.1  # it does matter
+        assert (
+            logits(pruned) - logits(model.generate(**inputs, **STEPS))
+        ).abs().max() > 0.1  # it does matter
         assert torch.equal(pruned.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
 
     def test_an_official_order_reaches_the_model(self, model, processor, batch, positions):
@@ -121,14 +140,19 @@ def test_steps_by_hand_equal_generate(model, processor, positions):
         mask = inputs["attention_mask"]
         for token in generated.sequences[:, inputs["input_ids"].shape[1] : -1].T:
             mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-            output = model(input_ids=token[:, None], attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
+            output = model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                past_key_values=output.past_key_values,
+                use_cache=True,
+            )
             steps.append(output.logits[:, -1])
     assert (torch.stack(steps, 1) - logits(generated)).abs().max() < 1e-4
 
 
 def test_the_library_needs_neither_hydra_nor_lmms_eval():
     code = (
-        "import sys; from eval.inject import inject; from pruners import build;"
+        "import sys; from secateur.injection import inject; from secateur.pruners import build;"
         "found = {'hydra', 'lmms_eval', 'datasets', 'wandb'} & sys.modules.keys(); sys.exit(str(found) if found else 0)"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -147,7 +171,11 @@ def test_rows_of_a_batch_equal_the_rows_alone(model, processor):
     with inject(model, build("scope"), 5):
         together = model.generate(**inputs, **STEPS)
         for row in range(3):
-            alone = processor(text=[f"USER: <image>\n{QUESTIONS[row]} ASSISTANT:"], images=[picture(row)], return_tensors="pt")
+            alone = processor(
+                text=[f"USER: <image>\n{QUESTIONS[row]} ASSISTANT:"],
+                images=[picture(row)],
+                return_tensors="pt",
+            )
             one = model.generate(**alone, **STEPS)
             assert (logits(one)[0] - logits(together)[row]).abs().max() < 1e-4
 
@@ -206,7 +234,15 @@ def test_captures_equal_those_of_an_eager_tower(processor):
     @dataclass(frozen=True)
     class Spy(Fixed):
         needs = frozenset(
-            {"features", "saliency", "encoder_features", "cls_token", "encoder_keys", "object_attention", "output_attention"}
+            {
+                "features",
+                "saliency",
+                "encoder_features",
+                "cls_token",
+                "encoder_keys",
+                "object_attention",
+                "output_attention",
+            }
         )
 
         def select(self, tokens: VisualTokens, keep: int) -> Selection:
@@ -217,7 +253,9 @@ def test_captures_equal_those_of_an_eager_tower(processor):
         model.generate(**inputs, max_new_tokens=1)
     model.model.vision_tower.set_attn_implementation("eager")
     with torch.no_grad():
-        tower = model.model.vision_tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+        tower = model.model.vision_tower(
+            inputs["pixel_values"], output_attentions=True, output_hidden_states=True
+        )
     assert (seen["saliency"] - tower.attentions[-2][:, :, 0, 1:]).abs().max() < 1e-6
     for name, layer in (("object_attention", 1), ("output_attention", -2)):
         assert (seen[name] - tower.attentions[layer].mean((1, 2))[:, 1:]).abs().max() < 1e-6
@@ -268,12 +306,17 @@ def test_the_question_reaches_a_pruner_that_asks_for_it(model, processor):
 
 
 def hooks(model) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
 
 
 def test_nothing_is_left_behind(model, processor):
     inputs = encode(processor, 1)
-    before, state = model.generate(**inputs, **STEPS), {name: value.clone() for name, value in model.state_dict().items()}
+    before, state = (
+        model.generate(**inputs, **STEPS),
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
     count = hooks(model)
     with inject(model, build("scope"), 3):
         assert hooks(model) > count
@@ -308,7 +351,10 @@ def test_a_block_within_a_block_is_refused_and_the_outer_one_goes_on(model, proc
     with inject(model, build("uniform"), 5):
         want = model.generate(**inputs, **STEPS)
     with inject(model, build("uniform"), 5) as trace:
-        with pytest.raises(ValueError, match="leave its block first"), inject(model, build(inner[0], **inner[1]), 3):
+        with (
+            pytest.raises(ValueError, match="leave its block first"),
+            inject(model, build(inner[0], **inner[1]), 3),
+        ):
             pass
         assert torch.equal(logits(model.generate(**inputs, **STEPS)), logits(want))
     assert [record.kept_tokens for record in trace.records] == [(5,), (5,)]
@@ -321,7 +367,10 @@ def test_a_block_keeps_no_prompt_and_no_cache_alive(model, processor, name, opti
     inputs, seen = encode(processor, 2), []
     with inject(model, build(name, **options), 8):
         handle = model.model.language_model.layers[0].register_forward_pre_hook(
-            lambda _module, args, kwargs: seen.append(weakref.ref(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
+            lambda _module, args, kwargs: seen.append(
+                weakref.ref(args[0] if args else kwargs["hidden_states"])
+            ),
+            with_kwargs=True,
         )
         output = model.generate(**inputs, **STEPS)
         handle.remove()
@@ -342,7 +391,9 @@ def test_a_block_keeps_no_prompt_and_no_cache_alive(model, processor, name, opti
     ],
 )
 def test_a_wrong_answer_of_a_pruner_reaches_the_caller(model, processor, rows, message):
-    model.generate(**encode(processor, 1), max_new_tokens=1)  # transformers adds hooks of its own at the first call
+    model.generate(
+        **encode(processor, 1), max_new_tokens=1
+    )  # transformers adds hooks of its own at the first call
     before = hooks(model)
     with inject(model, Fixed(rows), 3), pytest.raises(PrunerError, match=message):
         model.generate(**encode(processor, 1), max_new_tokens=1)
@@ -351,11 +402,19 @@ def test_a_wrong_answer_of_a_pruner_reaches_the_caller(model, processor, rows, m
 
 def test_settings_that_make_no_sense_are_errors(model, processor):
     for budget in (0, -3, "0%", "120%", "many", 17):
-        with pytest.raises(ValueError, match=str(budget).strip("%")), inject(model, build("scope"), budget):
+        with (
+            pytest.raises(ValueError, match=str(budget).strip("%")),
+            inject(model, build("scope"), budget),
+        ):
             model.generate(**encode(processor, 1), max_new_tokens=1)
     with pytest.raises(ValueError, match="positions"), inject(model, build("scope"), 3, "absolute"):
         pass
-    with pytest.raises(ValueError, match=r"'scope' is no pruner: pass what pruners\.build"), inject(model, "scope", 3):
+    with (
+        pytest.raises(
+            ValueError, match=r"'scope' is no pruner: pass what secateur\.pruners\.build"
+        ),
+        inject(model, "scope", 3),
+    ):
         pass
     with inject(model, build("none"), "full"), pytest.raises(ValueError, match="input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, 64))

@@ -3,17 +3,16 @@
 import pytest
 import torch
 from conftest import tiny_model
+from secateur.cache import EncodeCache
+from secateur.injection import inject
+from secateur.injection.encoder import ImageCache
+from secateur.pruners import build
 from test_inject import STEPS, logits
 from test_inject import encode as encode_llava
 from test_inject_next import encode as encode_next
 from test_inject_next import setting
 from test_inject_qwen import SIZES
 from test_inject_qwen import encode as encode_qwen
-
-from eval.cache import EncodeCache
-from eval.inject import inject
-from eval.inject.encoder import ImageCache
-from pruners import build
 
 # every method but the last reads something of the encoder that none before it does
 METHODS = ("divprune", "fastervlm", "hiprune", "promprune")
@@ -27,7 +26,11 @@ def case(request, processor, qwen_processor):
         return model, request.param, encode_next(inputs, 2)
     if request.param == "llava":
         return tiny_model("llava", "sdpa"), None, encode_llava(processor, 2)
-    return tiny_model("qwen2_5_vl", "sdpa"), None, encode_qwen(qwen_processor, [[SIZES[0]], [SIZES[1]]])
+    return (
+        tiny_model("qwen2_5_vl", "sdpa"),
+        None,
+        encode_qwen(qwen_processor, [[SIZES[0]], [SIZES[1]]]),
+    )
 
 
 def answers(case, name: str, images: ImageCache) -> torch.Tensor:

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from conftest import picture, tiny_model
+from secateur.injection import Sample, inject
+from secateur.pruners import InLLMPruner, LayerTokens, PrunerError, Selection, build
+from secateur.pruners.base import EXTRA
 from test_inject import QUESTIONS, STEPS, N, encode, hooks, logits
 from torch import Tensor
 from transformers import DynamicCache
-
-from eval.inject import Sample, inject
-from pruners import InLLMPruner, LayerTokens, PrunerError, Selection, build
-from pruners.base import EXTRA
 
 # every method with schedules for four layers, the budget, and the visual tokens the four layers then process
 METHODS = {
@@ -21,12 +20,32 @@ METHODS = {
     "fastv after 2": ("fastv", {"layer": 2, "budget": "after"}, 6, (16, 16, 6, 6)),
     "fastv reindexed": ("fastv", {"layer": 1, "positions": "reindex"}, 8, (16, 5, 5, 5)),
     "pyramiddrop": ("pyramiddrop", {"stages": (1, 2, 3)}, 8, (16, 8, 4, 2)),
-    "pyramiddrop original": ("pyramiddrop", {"stages": (1, 3), "positions": "original"}, 10, (16, 9, 9, 5)),
+    "pyramiddrop original": (
+        "pyramiddrop",
+        {"stages": (1, 3), "positions": "original"},
+        10,
+        (16, 9, 9, 5),
+    ),
     "dart": ("dart", {"layer": 1, "image_pivots": 2, "text_pivots": 2}, 8, (16, 6, 6, 6)),
-    "dart reindexed": ("dart", {"layer": 2, "image_pivots": 1, "text_pivots": 1, "positions": "reindex"}, 12, (16, 16, 9, 9)),
+    "dart reindexed": (
+        "dart",
+        {"layer": 2, "image_pivots": 1, "text_pivots": 1, "positions": "reindex"},
+        12,
+        (16, 16, 9, 9),
+    ),
     "sparsevlm": ("sparsevlm", {"stages": (1, 2, 3), "kept": (9, 5, 3)}, 8, (16, 10, 6, 4)),
-    "sparsevlm original": ("sparsevlm", {"stages": (1, 3), "kept": (4, 1), "positions": "original"}, 8, (16, 5, 5, 2)),
-    "sparsevlm unmerged": ("sparsevlm", {"stages": (1, 2, 3), "kept": (9, 5, 3), "merge": False}, 8, (16, 9, 5, 3)),
+    "sparsevlm original": (
+        "sparsevlm",
+        {"stages": (1, 3), "kept": (4, 1), "positions": "original"},
+        8,
+        (16, 5, 5, 2),
+    ),
+    "sparsevlm unmerged": (
+        "sparsevlm",
+        {"stages": (1, 2, 3), "kept": (9, 5, 3), "merge": False},
+        8,
+        (16, 9, 5, 3),
+    ),
 }
 
 
@@ -98,13 +117,19 @@ def prompts(model, inputs) -> list[tuple[Tensor, Tensor]]:
     visual = inputs["input_ids"] == model.config.image_token_id
     images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
     features = torch.cat(list(model.model.get_image_features(**images).pooler_output))
-    embeds = model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(visual[..., None], features)
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(
+        visual[..., None], features
+    )
     reals = inputs["attention_mask"].bool()
-    return [(row[real], place[real]) for row, place, real in zip(embeds, visual, reals, strict=True)]
+    return [
+        (row[real], place[real]) for row, place, real in zip(embeds, visual, reals, strict=True)
+    ]
 
 
 @torch.no_grad()
-def reference(eager, rows_in, pruner: InLLMPruner, budget: int, new: Tensor) -> tuple[Tensor, list[list[int]]]:
+def reference(
+    eager, rows_in, pruner: InLLMPruner, budget: int, new: Tensor
+) -> tuple[Tensor, list[list[int]]]:
     """Logits of every row and its surviving tokens: one row at a time, all layers over prompt and generated tokens at once."""
     language, lookup = eager.model.language_model, eager.get_input_embeddings()
     rows, survivors = [], []
@@ -127,7 +152,9 @@ def reference(eager, rows_in, pruner: InLLMPruner, budget: int, new: Tensor) -> 
                 shown = number - 1 if pruner.attention_of == "previous" else number
                 state, turn = [*entered, (hidden, rotary)][shown]
                 weights = language.layers[shown].self_attn(
-                    language.layers[shown].input_layernorm(state), position_embeddings=turn, attention_mask=causal(state.shape[1])
+                    language.layers[shown].input_layernorm(state),
+                    position_embeddings=turn,
+                    attention_mask=causal(state.shape[1]),
                 )[1]
                 cache = DynamicCache()
                 state, turn = entered[-1]
@@ -150,13 +177,20 @@ def reference(eager, rows_in, pruner: InLLMPruner, budget: int, new: Tensor) -> 
                 chosen = selection.indices[0].tolist()
                 merged = [i for i, index in enumerate(chosen) if index == EXTRA]
                 stays = [i for i in range(length) if i not in visual or visual.index(i) in chosen]
-                before, after = [i for i in stays if i <= visual[-1]], [i for i in stays if i > visual[-1]]
+                before, after = (
+                    [i for i in stays if i <= visual[-1]],
+                    [i for i in stays if i > visual[-1]],
+                )
                 after += range(length, hidden.shape[1])
                 parts = [hidden[0, before], hidden[0, after]]
                 if merged:
                     parts.insert(1, selection.features[0, merged])
                 hidden = torch.cat(parts)[None]
-                position = [*(position[i] for i in before), *[position[visual[-1]]] * len(merged), *(position[i] for i in after)]
+                position = [
+                    *(position[i] for i in before),
+                    *[position[visual[-1]]] * len(merged),
+                    *(position[i] for i in after),
+                ]
                 if pruner.positions == "reindex":
                     position = list(range(hidden.shape[1]))
                 places = [before.index(visual[index]) for index in chosen if index != EXTRA]
@@ -164,7 +198,9 @@ def reference(eager, rows_in, pruner: InLLMPruner, budget: int, new: Tensor) -> 
                 visual = places + list(range(len(before), len(before) + len(merged)))
             rotary = language.rotary_emb(hidden, torch.tensor([position]))
             entered.append((hidden, rotary))
-            hidden = layer(hidden, attention_mask=causal(hidden.shape[1]), position_embeddings=rotary)
+            hidden = layer(
+                hidden, attention_mask=causal(hidden.shape[1]), position_embeddings=rotary
+            )
         rows.append(eager.lm_head(language.norm(hidden[0, -len(new[b]) :])))
         survivors.append([token for token in tokens if token != EXTRA])
     return torch.stack(rows), survivors
@@ -176,15 +212,23 @@ def test_a_schedule_equals_the_layer_by_layer_reference(model, eager, processor,
     name, options, budget, layer_tokens = METHODS[method]
     pruner, inputs = build(name, **options), encode(processor, batch)
     if batch == 2:
-        assert int(inputs["attention_mask"].sum(1).min()) < inputs["attention_mask"].shape[1]  # one row is padded
+        assert (
+            int(inputs["attention_mask"].sum(1).min()) < inputs["attention_mask"].shape[1]
+        )  # one row is padded
     with inject(model, pruner, budget) as trace:
         pruned = model.generate(**inputs, **STEPS)
     length = inputs["input_ids"].shape[1]
-    want, survivors = reference(eager, prompts(eager, inputs), pruner, budget, pruned.sequences[:, length:])
+    want, survivors = reference(
+        eager, prompts(eager, inputs), pruner, budget, pruned.sequences[:, length:]
+    )
     assert (logits(pruned) - want).abs().max() < 1e-4
-    assert (logits(pruned) - logits(model.generate(**inputs, **STEPS))).abs().max() > 0.1  # it does matter
+    assert (
+        logits(pruned) - logits(model.generate(**inputs, **STEPS))
+    ).abs().max() > 0.1  # it does matter
     cache = pruned.past_key_values
-    assert [cache.get_seq_length(layer) for layer in range(4)] == [length - N + count + 7 for count in layer_tokens]
+    assert [cache.get_seq_length(layer) for layer in range(4)] == [
+        length - N + count + 7 for count in layer_tokens
+    ]
     for row, record in enumerate(trace.records):
         assert record.visual_tokens == (N,)
         assert record.layer_tokens == layer_tokens
@@ -225,8 +269,14 @@ def test_rows_of_a_batch_equal_the_rows_alone(model, processor, method):
         shown = [tokens for tokens, _ in spy.seen]
         for row in range(3):
             spy.seen.clear()
-            alone = processor(text=[f"USER: <image>\n{QUESTIONS[row]} ASSISTANT:"], images=[picture(row)], return_tensors="pt")
-            assert (logits(model.generate(**alone, **STEPS))[0] - logits(together)[row]).abs().max() < 1e-4
+            alone = processor(
+                text=[f"USER: <image>\n{QUESTIONS[row]} ASSISTANT:"],
+                images=[picture(row)],
+                return_tensors="pt",
+            )
+            assert (
+                logits(model.generate(**alone, **STEPS))[0] - logits(together)[row]
+            ).abs().max() < 1e-4
             for (one, _), many in zip(spy.seen, shown, strict=True):
                 real = one.text.shape[1]
                 assert torch.equal(one.visual[0], many.visual[row])
@@ -235,7 +285,9 @@ def test_rows_of_a_batch_equal_the_rows_alone(model, processor, method):
                 for axis, capture in ((0, "hidden"), (2, "attention"), (1, "keys")):
                     if (value := getattr(one, capture)) is not None:
                         part = getattr(many, capture)[row].narrow(axis, 0, real)
-                        part = part[:, : value.shape[2]] if capture == "attention" else part  # rows of other prompts follow
+                        part = (
+                            part[:, : value.shape[2]] if capture == "attention" else part
+                        )  # rows of other prompts follow
                         assert (value[0] - part).abs().max() < 1e-4
 
 
@@ -245,7 +297,9 @@ def test_score_rows_equal_those_of_an_eager_model(model, eager, processor, name,
     spy = Spy(build(name, **({"layer": 2} if name == "fastv" else {"stages": (2,)})))
     texts = [f"USER: <image>\n{question} ASSISTANT:" for question in QUESTIONS[:2]]
     images = [picture(0), picture(1)]
-    inputs = processor(text=texts, images=images, padding=True, padding_side=padding, return_tensors="pt")
+    inputs = processor(
+        text=texts, images=images, padding=True, padding_side=padding, return_tensors="pt"
+    )
     with inject(model, spy, 9), torch.no_grad():
         model(**inputs)
     with torch.no_grad():
@@ -257,7 +311,10 @@ def test_score_rows_equal_those_of_an_eager_model(model, eager, processor, name,
         want = maps[row, :, last[row]][:, real]
         assert (tokens.attention[row, :, 0, : want.shape[1]] - want).abs().max() < 1e-5
         assert not tokens.attention[row, :, 0, want.shape[1] :].any()
-    behind = [processor.tokenizer(text.split("<image>")[1], add_special_tokens=False)["input_ids"] for text in texts]
+    behind = [
+        processor.tokenizer(text.split("<image>")[1], add_special_tokens=False)["input_ids"]
+        for text in texts
+    ]
     assert tokens.text.sum(1).tolist() == [len(ids) for ids in behind]
 
 
@@ -281,7 +338,9 @@ def test_grouped_keys_are_those_of_an_eager_model(processor, eager):
     for row, real in enumerate(inputs["attention_mask"].bool()):
         rows, count = spy.seen[0][0].attention[row, :, 0], int(real.sum())
         assert (rows[:, :count] - output.attentions[0][row, :, -1][:, real]).abs().max() < 1e-5
-        assert (keys[row, :, :count] - output.past_key_values.layers[0].keys[row][:, real]).abs().max() < 1e-5
+        assert (
+            keys[row, :, :count] - output.past_key_values.layers[0].keys[row][:, real]
+        ).abs().max() < 1e-5
 
 
 def test_what_a_method_does_not_need_is_not_computed(model, processor):
@@ -325,7 +384,9 @@ def test_a_count_is_meant_per_image(model, processor):
 def test_a_prompt_without_image_passes_through(model, processor):
     inputs = processor(text=["USER: hello ASSISTANT:"], return_tensors="pt")
     plain = model.generate(**inputs, **STEPS)
-    with inject(model, build("sparsevlm"), 192) as trace:  # no layer to match: its schedule is never asked
+    with inject(
+        model, build("sparsevlm"), 192
+    ) as trace:  # no layer to match: its schedule is never asked
         model.generate(**inputs, **STEPS)
         pruned = model.generate(**inputs, **STEPS)
     assert torch.equal(logits(pruned), logits(plain))
@@ -347,7 +408,10 @@ def test_a_plan_without_layers_is_recorded(model, processor):
 
 def test_prompts_follow_one_another(model, processor):
     """What one prompt leaves in the block does not reach the next: image, none, image."""
-    inputs, text = encode(processor, 2), processor(text=["USER: hello ASSISTANT:"], return_tensors="pt")
+    inputs, text = (
+        encode(processor, 2),
+        processor(text=["USER: hello ASSISTANT:"], return_tensors="pt"),
+    )
     with inject(model, build("fastv", layer=1), 8) as trace:
         trace.announce([Sample("a"), Sample("b")])
         first = model.generate(**inputs, **STEPS)
@@ -360,7 +424,10 @@ def test_prompts_follow_one_another(model, processor):
 
 def test_nothing_is_left_behind(model, processor):
     inputs = encode(processor, 1)
-    before, state = model.generate(**inputs, **STEPS), {name: value.clone() for name, value in model.state_dict().items()}
+    before, state = (
+        model.generate(**inputs, **STEPS),
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
     count = hooks(model)
     with inject(model, build("pyramiddrop", stages=(1, 2)), 8):
         assert hooks(model) > count
@@ -390,7 +457,9 @@ def test_nothing_is_left_behind(model, processor):
     ],
 )
 def test_errors_reach_the_caller(model, processor, pruner, message):
-    model.generate(**encode(processor, 1), max_new_tokens=1)  # transformers adds hooks of its own at the first call
+    model.generate(
+        **encode(processor, 1), max_new_tokens=1
+    )  # transformers adds hooks of its own at the first call
     before = hooks(model)
     with inject(model, pruner, 3), pytest.raises(PrunerError, match=message):
         model.generate(**encode(processor, 1), max_new_tokens=1)
@@ -406,7 +475,10 @@ def test_calls_that_cannot_be_pruned_are_errors(model, processor):
         with inject(model, fastv, 8), pytest.raises(ValueError, match="use batch size 1"):
             model.generate(**inputs, max_new_tokens=1)
     with inject(model, fastv, 8), pytest.raises(ValueError, match="text behind the image"):
-        model.generate(**processor(text=["USER: <image>"], images=[picture(0)], return_tensors="pt"), max_new_tokens=1)
+        model.generate(
+            **processor(text=["USER: <image>"], images=[picture(0)], return_tensors="pt"),
+            max_new_tokens=1,
+        )
     with inject(model, fastv, 17), pytest.raises(ValueError, match=r"17.*16"):
         model.generate(**encode(processor, 1), max_new_tokens=1)
     with inject(model, fastv, 8), pytest.raises(ValueError, match="input_ids"):
@@ -425,8 +497,13 @@ def test_calls_that_cannot_be_pruned_are_errors(model, processor):
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_positions_of_a_block_are_for_methods_before_the_language_model(model, positions):
-    message = rf"positions='{positions}' .* 'pyramiddrop' .* its field `positions`, .* \('reindex' here\)"
-    with pytest.raises(ValueError, match=message), inject(model, build("pyramiddrop", stages=(1,)), 8, positions):
+    message = (
+        rf"positions='{positions}' .* 'pyramiddrop' .* its field `positions`, .* \('reindex' here\)"
+    )
+    with (
+        pytest.raises(ValueError, match=message),
+        inject(model, build("pyramiddrop", stages=(1,)), 8, positions),
+    ):
         pass
 
 

@@ -8,16 +8,15 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
+from secateur.geometry import random_model, random_processor, tiny
+from secateur.injection import Sample, inject
+from secateur.inputs import Inputs, Prompt
+from secateur.pruners import Selection, VisualTokens, build
+from secateur.pruners.cdpruner import CDPruner
 from test_inject import STEPS, Fixed, logits
 from test_inject_layers import prompts, reference
 from torch import Tensor
 from transformers import BatchFeature
-
-from eval.geometry import random_model, random_processor, tiny
-from eval.inject import Sample, inject
-from eval.inputs import Inputs, Prompt
-from pruners import Selection, VisualTokens, build
-from pruners.cdpruner import CDPruner
 
 N, SIDE = 16, 4  # tokens of a crop
 SIZES = [(90, 60), (60, 150), (112, 112)]  # width, height: other numbers of crops each
@@ -52,7 +51,12 @@ def image(seed: int) -> Image.Image:
 
 
 def encode(inputs: Inputs, batch: int, first: int = 0) -> BatchFeature:
-    return inputs.collate([inputs(Prompt(TEXT.format(QUESTIONS[i]), [image(i)], "")) for i in range(first, first + batch)])
+    return inputs.collate(
+        [
+            inputs(Prompt(TEXT.format(QUESTIONS[i]), [image(i)], ""))
+            for i in range(first, first + batch)
+        ]
+    )
 
 
 @torch.no_grad()
@@ -60,10 +64,14 @@ def crops_of(model, inputs) -> list[Tensor]:
     """Projected crops of every image, [crops, N, D], from the tower itself."""
     core = model.model
     pixels = inputs["pixel_values"]
-    real = [int(p.flatten(1).any(1).sum()) for p in pixels]  # behind an image's crops the batch is padded with zeros
+    real = [
+        int(p.flatten(1).any(1).sum()) for p in pixels
+    ]  # behind an image's crops the batch is padded with zeros
     found = []
     for crops, number in zip(pixels, real, strict=True):
-        hidden = core.vision_tower(crops[:number], output_hidden_states=True).hidden_states[-2][:, 1:]
+        hidden = core.vision_tower(crops[:number], output_hidden_states=True).hidden_states[-2][
+            :, 1:
+        ]
         found.append(core.multi_modal_projector(hidden))
     return found
 
@@ -79,7 +87,9 @@ def language(model, embeds: Tensor, new: Tensor) -> Tensor:
     """Logits of the language model fed a prompt [L, D] and what was generated, without cache or hooks."""
     sequence = torch.cat([embeds, model.get_input_embeddings()(new[:-1])])[None]
     ones = torch.ones(sequence.shape[:2], dtype=torch.long)
-    hidden = model.model.language_model(inputs_embeds=sequence, attention_mask=ones, use_cache=False).last_hidden_state
+    hidden = model.model.language_model(
+        inputs_embeds=sequence, attention_mask=ones, use_cache=False
+    ).last_hidden_state
     return model.lm_head(hidden[0, len(embeds) - 1 :])
 
 
@@ -105,7 +115,8 @@ def test_keeping_all_of_anyres_changes_no_bit(anyres, batch, positions):
 
 
 @pytest.mark.parametrize(
-    "method", ["fastervlm", "scope", "divprune", "visionzip", "prumerge", "promprune", "prunesid", "hiprune"]
+    "method",
+    ["fastervlm", "scope", "divprune", "visionzip", "prumerge", "promprune", "prunesid", "hiprune"],
 )
 def test_methods_run_and_rows_equal_the_rows_alone(either, method):
     model, inputs = either
@@ -129,7 +140,11 @@ def test_the_fixed_layout_is_every_token_of_every_crop_without_newlines(fixed):
         assert len(crops) == 5
         tokens = crops.flatten(0, 1)
         visual = torch.cat([tokens[:N], tokens[mosaic().flatten()]])
-        want = language(model, around(model, inputs, row, visual), kept.sequences[row, inputs["input_ids"].shape[1] :])
+        want = language(
+            model,
+            around(model, inputs, row, visual),
+            kept.sequences[row, inputs["input_ids"].shape[1] :],
+        )
         assert (logits(kept)[row] - want).abs().max() < 1e-4
         assert trace.records[row].visual_tokens == trace.records[row].kept_tokens == (5 * N,)
 
@@ -144,17 +159,23 @@ def test_kept_tokens_stand_in_the_raster_of_the_mosaic(fixed):
     numbers = [3, 15] + [number for number in mosaic().flatten().tolist() if number in chosen]
     assert trace.records[0].kept_indices == (tuple(numbers),)
     visual = crops.flatten(0, 1)[numbers]
-    want = language(model, around(model, inputs, 0, visual), kept.sequences[0, inputs["input_ids"].shape[1] :])
+    want = language(
+        model, around(model, inputs, 0, visual), kept.sequences[0, inputs["input_ids"].shape[1] :]
+    )
     assert (logits(kept)[0] - want).abs().max() < 1e-4
 
 
 def test_anyres_drops_padding_and_newlines_of_empty_rows(anyres):
     model = anyres[0]
-    inputs = encode(anyres[1], 1, first=1)  # 60 x 150, which fills no pinpoint: its sides are padding
+    inputs = encode(
+        anyres[1], 1, first=1
+    )  # 60 x 150, which fills no pinpoint: its sides are padding
     (crops,) = crops_of(model, inputs)
     with inject(model, Fixed(((0, 5),) * len(crops)), 2 * len(crops)) as trace:
         kept = model.generate(**inputs, **STEPS)
-    features = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output[0]
+    features = model.model.get_image_features(
+        inputs["pixel_values"], inputs["image_sizes"]
+    ).pooler_output[0]
     newline, tokens = model.model.image_newline, crops.flatten(0, 1)
     # every packed row that holds one of the chosen tokens, found by value
     chosen = torch.cat([tokens[crop * N + torch.tensor([0, 5])] for crop in range(1, len(crops))])
@@ -167,7 +188,11 @@ def test_anyres_drops_padding_and_newlines_of_empty_rows(anyres):
             line.append(feature)
     assert trace.records[0].kept_tokens == (len(want),)
     assert len(want) < len(chosen) + 2 + len(features)
-    logits_of = language(model, around(model, inputs, 0, torch.stack(want)), kept.sequences[0, inputs["input_ids"].shape[1] :])
+    logits_of = language(
+        model,
+        around(model, inputs, 0, torch.stack(want)),
+        kept.sequences[0, inputs["input_ids"].shape[1] :],
+    )
     assert (logits(kept)[0] - logits_of).abs().max() < 1e-4
 
 
@@ -179,9 +204,13 @@ def test_divprune_ranks_the_packed_sequence(anyres, fixed):
         (record,) = trace.records
         assert record.kept_tokens == (12,)
         if places:
-            packed = crops_of(model, batch)[0].flatten(0, 1)[list(range(N)) + mosaic().flatten().tolist()]
+            packed = crops_of(model, batch)[0].flatten(0, 1)[
+                list(range(N)) + mosaic().flatten().tolist()
+            ]
         else:
-            packed = model.model.get_image_features(batch["pixel_values"], batch["image_sizes"]).pooler_output[0]
+            packed = model.model.get_image_features(
+                batch["pixel_values"], batch["image_sizes"]
+            ).pooler_output[0]
         index = build("divprune").prune(VisualTokens(packed[None].detach()), 12).indices[0]
         new = kept.sequences[0, batch["input_ids"].shape[1] :]
         want = language(model, around(model, batch, 0, packed[index]), new)
@@ -206,11 +235,17 @@ def test_the_crops_of_an_image_are_pruned_together(fixed, budget, keeps):
     with inject(model, pruner, budget, layout="fixed2880") as trace:
         trace.announce([Sample("a", (7, 8, 9)), Sample("b", (5,))])
         model.generate(**encode(inputs, 2), max_new_tokens=1)
-    assert [(tokens.shape, keep) for tokens, keep in pruner.seen] == [((10, N), keep) for keep in keeps]
+    assert [(tokens.shape, keep) for tokens, keep in pruner.seen] == [
+        ((10, N), keep) for keep in keeps
+    ]
     expected = {}
     for tokens, keep in pruner.seen:
         assert tokens.image_of_row == (0,) * 5 + (1,) * 5
-        indices = build("cdpruner", relevance_space="llm_embed").prune(tokens, keep).indices.view(2, 5, keep)
+        indices = (
+            build("cdpruner", relevance_space="llm_embed")
+            .prune(tokens, keep)
+            .indices.view(2, 5, keep)
+        )
         expected[keep] = indices + N * torch.arange(5)[:, None]
     for record, number in zip(trace.records, range(2), strict=True):
         each = [3, 3, 2, 2, 2] if budget == 12 else keeps * 5
@@ -231,7 +266,10 @@ def test_an_image_is_pruned_with_its_own_budgets_only(anyres):
     assert shown == [(3, first + third), (4, first + second + third)]
 
 
-@pytest.mark.parametrize(("budget", "each"), [(12, [3, 3, 2, 2, 2]), ("3/tile", [3] * 5), ("12.5%/tile", [2] * 5), (10, [2] * 5)])
+@pytest.mark.parametrize(
+    ("budget", "each"),
+    [(12, [3, 3, 2, 2, 2]), ("3/tile", [3] * 5), ("12.5%/tile", [2] * 5), (10, [2] * 5)],
+)
 def test_budgets_per_image_and_per_tile(fixed, budget, each):
     model, inputs = fixed
     with inject(model, build("fastervlm"), budget, layout="fixed2880") as trace:
@@ -242,15 +280,26 @@ def test_budgets_per_image_and_per_tile(fixed, budget, each):
 
 def test_fewer_tokens_than_crops_are_refused(fixed):
     model, inputs = fixed
-    with pytest.raises(ValueError, match="5 crops"), inject(model, build("fastervlm"), 4, layout="fixed2880"):
+    with (
+        pytest.raises(ValueError, match="5 crops"),
+        inject(model, build("fastervlm"), 4, layout="fixed2880"),
+    ):
         model.generate(**encode(inputs, 1), **STEPS)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_fixed_layout_needs_inputs_without_padding(fixed, batch):
     model, inputs = fixed
-    given = inputs.processor(text=[TEXT.format("a")] * batch, images=[image(0)] * batch, padding=True, return_tensors="pt")
-    with pytest.raises(ValueError, match="fixed2880"), inject(model, build("none"), "full", layout="fixed2880"):
+    given = inputs.processor(
+        text=[TEXT.format("a")] * batch,
+        images=[image(0)] * batch,
+        padding=True,
+        return_tensors="pt",
+    )
+    with (
+        pytest.raises(ValueError, match="fixed2880"),
+        inject(model, build("none"), "full", layout="fixed2880"),
+    ):
         model.generate(**given, **STEPS)
 
 
@@ -281,7 +330,9 @@ def test_methods_inside_the_language_model_equal_the_reference(either, method, o
         rows = [(embeds, place)]
     count = int(rows[0][1].sum())
     keep = count // 2 + count % 2
-    want, _ = reference(eager, rows, pruner, keep, pruned.sequences[:, batch["input_ids"].shape[1] :])
+    want, _ = reference(
+        eager, rows, pruner, keep, pruned.sequences[:, batch["input_ids"].shape[1] :]
+    )
     assert (logits(pruned) - want).abs().max() < 1e-4
     assert trace.records[0].visual_tokens == (count,)
 
@@ -297,7 +348,13 @@ def test_random_choices_differ_between_crops(fixed):
 
 
 def test_layouts_are_for_llava_next(anyres, model):
-    with pytest.raises(ValueError, match="not one of"), inject(anyres[0], build("none"), "full", layout="fixed576"):  # type: ignore[arg-type]
+    with (
+        pytest.raises(ValueError, match="not one of"),
+        inject(anyres[0], build("none"), "full", layout="fixed576"),
+    ):  # type: ignore[arg-type]
         pass
-    with pytest.raises(ValueError, match="one layout"), inject(model, build("none"), "full", layout="anyres"):
+    with (
+        pytest.raises(ValueError, match="one layout"),
+        inject(model, build("none"), "full", layout="anyres"),
+    ):
         pass

@@ -8,18 +8,19 @@ import torch
 import transformers
 from packaging.version import Version
 from PIL import Image
+from secateur.injection import Sample, inject
+from secateur.pruners import REGISTRY, Pruner, Selection, VisualTokens, build
 from test_inject import QUESTIONS, STEPS, logits
 from torch import Tensor
-
-from eval.inject import Sample, inject
-from pruners import REGISTRY, Pruner, Selection, VisualTokens, build
 
 SIZES = [(140, 196), (168, 112), (112, 224)]  # 7 x 5, 4 x 6 and 8 x 4 tokens; windows are 2 x 2
 
 
 def scene(size: tuple[int, int], seed: int = 0) -> Image.Image:
     width, height = size
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def encode(processor, sizes: list[list[tuple[int, int]]], first: int = 0):
@@ -29,7 +30,9 @@ def encode(processor, sizes: list[list[tuple[int, int]]], first: int = 0):
         f"<|im_start|>user\nlook {image * len(row)}{question}<|im_end|>\n<|im_start|>assistant\n"
         for row, question in zip(sizes, QUESTIONS[first:], strict=False)
     ]
-    images = [scene(size, first + i) for i, size in enumerate(size for row in sizes for size in row)]
+    images = [
+        scene(size, first + i) for i, size in enumerate(size for row in sizes for size in row)
+    ]
     return processor(text=texts, images=images or None, padding=True, return_tensors="pt")
 
 
@@ -65,7 +68,11 @@ def prompts(model, inputs) -> list[Row]:
     grids, features = [], []
     if "pixel_values" in inputs:
         grids = [(h // 2, w // 2) for _, h, w in inputs["image_grid_thw"].tolist()]
-        features = list(model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output)
+        features = list(
+            model.model.get_image_features(
+                inputs["pixel_values"], inputs["image_grid_thw"]
+            ).pooler_output
+        )
     rows = []
     for b, real in enumerate(inputs["attention_mask"].bool()):
         row = ids[b, real]
@@ -78,7 +85,10 @@ def prompts(model, inputs) -> list[Row]:
             height, width = grids.pop(0)
             places = place + torch.arange(height * width)
             embeds[places] = features.pop(0)
-            line, column = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+            line, column = (
+                torch.arange(height).repeat_interleave(width),
+                torch.arange(width).repeat(height),
+            )
             axes.append(end + torch.stack([torch.zeros_like(line), line, column]))
             visual.append(places)
             end, place = end + max(height, width), place + height * width
@@ -117,7 +127,11 @@ def reference(model, rows: list[Row], new: Tensor) -> Tensor:
 
 def some(count: int, seed: int) -> list[int]:
     """A quarter of the tokens."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: (count + 2) // 4].sort().values.tolist()
+    return (
+        torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: (count + 2) // 4]
+        .sort()
+        .values.tolist()
+    )
 
 
 CASES = {
@@ -147,16 +161,25 @@ class TestAnswers:
         with inject(qwen_model, Chosen(named), "25%") as trace:
             pruned = qwen_model.generate(**inputs, **STEPS)
         new = pruned.sequences[:, inputs["input_ids"].shape[1] :]
-        assert (logits(pruned) - reference(qwen_model, kept_rows(rows, kept), new)).abs().max() < 1e-4
-        assert (logits(pruned) - logits(qwen_model.generate(**inputs, **STEPS))).abs().max() > 0.1  # it does matter
-        assert [[list(indices) for indices in record.kept_indices] for record in trace.records] == kept
+        assert (
+            logits(pruned) - reference(qwen_model, kept_rows(rows, kept), new)
+        ).abs().max() < 1e-4
+        assert (
+            logits(pruned) - logits(qwen_model.generate(**inputs, **STEPS))
+        ).abs().max() > 0.1  # it does matter
+        assert [
+            [list(indices) for indices in record.kept_indices] for record in trace.records
+        ] == kept
         assert torch.equal(pruned.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
 
-    def test_generated_tokens_stand_behind_the_unpruned_prompt(self, qwen_model, qwen_processor, case):
+    def test_generated_tokens_stand_behind_the_unpruned_prompt(
+        self, qwen_model, qwen_processor, case
+    ):
         inputs, seen = encode(qwen_processor, CASES[case]), []
         with inject(qwen_model, build("uniform"), "25%"):
             handle = qwen_model.model.language_model.register_forward_pre_hook(
-                lambda _module, _args, kwargs: seen.append(kwargs["position_ids"][-3:]), with_kwargs=True
+                lambda _module, _args, kwargs: seen.append(kwargs["position_ids"][-3:]),
+                with_kwargs=True,
             )
             qwen_model.generate(**inputs, **STEPS)
             handle.remove()
@@ -167,7 +190,8 @@ class TestAnswers:
 
 
 @pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.17"), reason="generate of 5.0 does not take embeddings and M-RoPE positions"
+    Version(transformers.__version__) < Version("5.17"),
+    reason="generate of 5.0 does not take embeddings and M-RoPE positions",
 )
 def test_a_subset_equals_generation_from_its_embeddings(qwen_model, qwen_processor):
     """The other way to prune: `generate` is handed the shortened prompt itself, and counts its frame."""
@@ -176,7 +200,10 @@ def test_a_subset_equals_generation_from_its_embeddings(qwen_model, qwen_process
         with inject(qwen_model, build("random"), "25%") as trace:
             pruned = qwen_model.generate(**inputs, **STEPS)
         (row,) = kept_rows(prompts(qwen_model, inputs), [[list(trace.records[0].kept_indices[0])]])
-        options = {"inputs_embeds": row.embeds[None], "attention_mask": torch.ones(1, len(row.embeds), dtype=torch.long)}
+        options = {
+            "inputs_embeds": row.embeds[None],
+            "attention_mask": torch.ones(1, len(row.embeds), dtype=torch.long),
+        }
         output = qwen_model.generate(**options, position_ids=row.positions[:, None], **STEPS)
         assert torch.equal(logits(pruned), logits(output))
         # token by token it takes the offset between positions and the shortened frame
@@ -185,12 +212,17 @@ def test_a_subset_equals_generation_from_its_embeddings(qwen_model, qwen_process
             qwen_model.model.rope_deltas = torch.tensor([[row.end - len(row.embeds)]])
             for number, want in enumerate(output.logits):
                 assert (step.logits[:, -1] - want).abs().max() < 1e-4
-                step = qwen_model(input_ids=output.sequences[:, number : number + 1], past_key_values=step.past_key_values)
+                step = qwen_model(
+                    input_ids=output.sequences[:, number : number + 1],
+                    past_key_values=step.past_key_values,
+                )
 
 
 def test_rows_of_a_batch_equal_the_rows_alone(qwen_model, qwen_processor):
     with inject(qwen_model, build("scope"), "25%") as trace:
-        together = qwen_model.generate(**encode(qwen_processor, [[size] for size in SIZES]), **STEPS)
+        together = qwen_model.generate(
+            **encode(qwen_processor, [[size] for size in SIZES]), **STEPS
+        )
         for row, size in enumerate(SIZES):
             one = qwen_model.generate(**encode(qwen_processor, [[size]], first=row), **STEPS)
             assert (logits(one)[0] - logits(together)[row]).abs().max() < 1e-4
@@ -199,7 +231,12 @@ def test_rows_of_a_batch_equal_the_rows_alone(qwen_model, qwen_processor):
 
 def test_the_audit_equals_the_budget(qwen_model, qwen_processor):
     inputs = encode(qwen_processor, [[SIZES[0], SIZES[1]], [SIZES[2]]])
-    for budget, keeps in (("33.3%", (12, 8, 11)), (5, (5, 5, 5)), (0.111, (4, 3, 4)), ("full", (35, 24, 32))):
+    for budget, keeps in (
+        ("33.3%", (12, 8, 11)),
+        (5, (5, 5, 5)),
+        (0.111, (4, 3, 4)),
+        ("full", (35, 24, 32)),
+    ):
         for name in ("random", "fastervlm", "divprune"):
             with inject(qwen_model, build(name), budget) as trace:
                 qwen_model.generate(**inputs, max_new_tokens=1)
@@ -209,7 +246,10 @@ def test_the_audit_equals_the_budget(qwen_model, qwen_processor):
             assert first.kept_tokens + second.kept_tokens == keeps
             assert tuple(map(len, first.kept_indices + second.kept_indices)) == keeps
             assert first.layer_tokens == (keeps[0] + keeps[1],) * 4
-            assert first.prompt_tokens == int(inputs["attention_mask"][0].sum()) - 59 + keeps[0] + keeps[1]
+            assert (
+                first.prompt_tokens
+                == int(inputs["attention_mask"][0].sum()) - 59 + keeps[0] + keeps[1]
+            )
 
 
 def test_a_prompt_without_image_passes_through(qwen_model, qwen_processor):
@@ -253,18 +293,24 @@ REFUSED = {
 
 
 def test_every_method_before_the_language_model_is_listed():
-    assert {name for name, method in REGISTRY.items() if issubclass(method, Pruner)} == RUNS.keys() | REFUSED.keys()
+    assert {
+        name for name, method in REGISTRY.items() if issubclass(method, Pruner)
+    } == RUNS.keys() | REFUSED.keys()
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_method_runs(qwen_eager, qwen_processor, name):
     sizes = [(224, 168), (112, 336)]  # 48 tokens each, an even number of rows and columns
     inputs = encode(qwen_processor, [[size] for size in sizes])
-    with inject(qwen_eager, build(name, **RUNS[name]), "full" if name == "none" else "25%") as trace:
+    with inject(
+        qwen_eager, build(name, **RUNS[name]), "full" if name == "none" else "25%"
+    ) as trace:
         trace.announce([Sample("a", (70, 80, 81)), Sample("b", (75,))])
         output = qwen_eager.generate(**inputs, **STEPS)
     assert torch.isfinite(logits(output)).all()
-    assert torch.equal(logits(output), logits(qwen_eager.generate(**inputs, **STEPS))) == (name == "none")
+    assert torch.equal(logits(output), logits(qwen_eager.generate(**inputs, **STEPS))) == (
+        name == "none"
+    )
     if name not in ("none", "prunesid", "prunesid_dyn"):  # the latter's own least number is 16
         assert [record.kept_tokens for record in trace.records] == [(12,), (12,)]
 
@@ -278,5 +324,8 @@ def test_a_method_that_cannot_run_says_why(qwen_eager, qwen_processor, name):
 
 def test_settings_of_other_families_are_errors(qwen_eager):
     for options in ({"positions": "compact"}, {"layout": "anyres"}):
-        with pytest.raises(ValueError, match=next(iter(options))), inject(qwen_eager, build("scope"), 4, **options):
+        with (
+            pytest.raises(ValueError, match=next(iter(options))),
+            inject(qwen_eager, build("scope"), 4, **options),
+        ):
             pass

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from secateur.workers import packs
 from sweeping import SCRIPT, cells, tables, wait_for
-
-from eval.workers import packs
 
 GRID = ("-m", "pruner=none,random", "budget=16,32")
 WORKERS = ("hydra/launcher=gpus", "hydra.launcher.workers=2")
@@ -46,7 +45,9 @@ def start(sweeps, results: Path, *overrides: str, **environment: str) -> subproc
     pytest.importorskip("submitit")
     command = [sys.executable, *sweeps.command(results, *overrides)]
     environment = os.environ | {"COLUMNS": "300", **environment}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
@@ -69,7 +70,9 @@ def test_jobs_are_shared_out_evenly_with_those_of_a_model_together():
 @pytest.mark.parametrize("name", ["gpus", "submitit_slurm"])
 def test_every_launcher_composes(name):
     with initialize_config_dir(str(SCRIPT.parents[1] / "configs"), version_base="1.3"):
-        launcher = compose("sweep", [f"hydra/launcher={name}"], return_hydra_config=True).hydra.launcher
+        launcher = compose(
+            "sweep", [f"hydra/launcher={name}"], return_hydra_config=True
+        ).hydra.launcher
     assert set(launcher) == {"_target_", "cluster", "workers", "max_num_timeout", "parameters"}
     assert launcher._target_ == "hydra_plugins.packed.Packed"
 
@@ -132,15 +135,34 @@ def _workers(pid: int) -> list[int]:
 def test_a_slurm_array_makes_the_same_tables(sweeps, reference, tmp_path):
     cluster = tmp_path / "cluster"
     cluster.mkdir()
-    for name, program in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT), ("scancel", "#!/bin/bash\n")):
+    for name, program in (
+        ("sbatch", SBATCH),
+        ("srun", SRUN),
+        ("sacct", SACCT),
+        ("scancel", "#!/bin/bash\n"),
+    ):
         (cluster / name).write_text(program)
         (cluster / name).chmod(0o755)
-    environment = {"PATH": f"{cluster}:{os.environ['PATH']}", "CLUSTER": str(cluster), "PYTHON": sys.executable}
-    launcher = ("hydra/launcher=submitit_slurm", "hydra.launcher.workers=2", "hydra.launcher.parameters.slurm_partition=gpu")
+    environment = {
+        "PATH": f"{cluster}:{os.environ['PATH']}",
+        "CLUSTER": str(cluster),
+        "PYTHON": sys.executable,
+    }
+    launcher = (
+        "hydra/launcher=submitit_slurm",
+        "hydra.launcher.workers=2",
+        "hydra.launcher.parameters.slurm_partition=gpu",
+    )
     code, printed = end(start(sweeps, tmp_path / "results", *GRID, *launcher, **environment))
     assert code == 0, printed
     assert "6 cells done, 0 cells skipped, 0 cells failed" in printed
     assert tables(tmp_path / "results") == reference
     script = (cluster / "script").read_text()
-    for line in ("--array=0-1%2", "--gpus-per-node=1", "--partition=gpu", "--time=720", "--mem=64GB"):
+    for line in (
+        "--array=0-1%2",
+        "--gpus-per-node=1",
+        "--partition=gpu",
+        "--time=720",
+        "--mem=64GB",
+    ):
         assert f"#SBATCH {line}\n" in script

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from eval.lmms_model import Secateur
-from eval.shapes.datasets import build as build_shapes
-from eval.tasks import TASKS
+from secateur.lmms_model import Secateur
+from secateur.shapes.datasets import build as build_shapes
+from secateur.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "eval" / "shapes" / "model"
@@ -19,7 +18,18 @@ WEIGHTS = ROOT / "eval" / "shapes" / "model"
 def test_the_entry_point_runs_a_pruned_task(tmp_path):
     root = build_shapes(tmp_path / "shapes", dict.fromkeys(TASKS, 6))
     arguments = f"pretrained={WEIGHTS},dtype=float32,device=cpu,pruner=scope,budget=16,pruner.alpha=1.5,batch_tokens=500"
-    command = ["-m", "lmms_eval", "--model", "secateur", "--model_args", arguments, "--tasks", "pope", "--limit", "6"]
+    command = [
+        "-m",
+        "lmms_eval",
+        "--model",
+        "secateur",
+        "--model_args",
+        arguments,
+        "--tasks",
+        "pope",
+        "--limit",
+        "6",
+    ]
     ended = subprocess.run(
         [sys.executable, *command, "--output_path", str(tmp_path / "out"), "--log_samples"],
         cwd=root,  # `load_dataset` prefers a folder of the data set's name here
@@ -40,7 +50,10 @@ def test_the_entry_point_runs_a_pruned_task(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("pruner=scope,budget=16,alpha=2", "'alpha'; a pruner's own fields are written pruner.name=value"),
+        (
+            "pruner=scope,budget=16,alpha=2",
+            "'alpha'; a pruner's own fields are written pruner.name=value",
+        ),
         ("pruner=scope,pruner.beta=2,budget=16", "has no option beta"),
         ("pruner=scopes,budget=16", "unknown pruner 'scopes'"),
         ("pruner=scope,budget=0", "at least 1 visual token"),
@@ -48,7 +61,9 @@ def test_the_entry_point_runs_a_pruned_task(tmp_path):
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Secateur.create_from_arg_string(f"pretrained={WEIGHTS},dtype=float32,{arguments}", {"batch_size": 1, "device": "cpu"})
+        Secateur.create_from_arg_string(
+            f"pretrained={WEIGHTS},dtype=float32,{arguments}", {"batch_size": 1, "device": "cpu"}
+        )
 
 
 def test_batch_sizes_are_refused():

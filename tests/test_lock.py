@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 from packaging.specifiers import SpecifierSet
-
-from eval import lock
-from eval.paths import ROOT
+from secateur import lock
+from secateur.paths import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def a_lock(folder: Path, *lines: str) -> Path:
     path = folder / "requirements.lock"
-    path.write_text("".join(f"{line} \\\n    --hash=sha256:0\n    # via nothing\n" for line in lines))
+    path.write_text(
+        "".join(f"{line} \\\n    --hash=sha256:0\n    # via nothing\n" for line in lines)
+    )
     return path
 
 
@@ -34,7 +35,9 @@ def test_the_lock_names_no_host_and_hashes_every_package():
 def test_a_version_that_pyproject_excludes_is_named_with_its_line(tmp_path):
     path = a_lock(tmp_path, "pillow==11.0", "torch==2.1")
     project = {"project": {"dependencies": ["torch>=2.9"], "optional-dependencies": {}}}
-    assert lock.unmet(project, path) == ["requirements.lock, line 4: torch==2.1 does not meet 'torch>=2.9' of pyproject.toml"]
+    assert lock.unmet(project, path) == [
+        "requirements.lock, line 4: torch==2.1 does not meet 'torch>=2.9' of pyproject.toml"
+    ]
 
 
 def test_a_requirement_without_a_line_is_named(tmp_path):

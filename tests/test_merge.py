@@ -9,23 +9,40 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from cells import identity, rows
+from secateur.store import Store, digest
 
-from eval.store import Store, digest
 from scripts.merge_results import merge, mixtures
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "merge_results.py"
 
 
-def write(results: Path, method: str, task: str = "gqa", share: float = 0.5, seconds: float = 1.0, **changes) -> Path:
+def write(
+    results: Path,
+    method: str,
+    task: str = "gqa",
+    share: float = 0.5,
+    seconds: float = 1.0,
+    **changes,
+) -> Path:
     own = identity("llava_1_5_7b", method, "full" if method == "none" else "64", task) | changes
     samples = rows(task, share, 40)
-    samples = samples.assign(kept_indices=[[[doc, 3]] for doc in samples["doc_id"]], seconds=seconds)
-    record = {"metrics": {"exact_match": float(samples["score"].mean())}, "seconds": seconds, "environment": {"commit": "abc"}}
+    samples = samples.assign(
+        kept_indices=[[[doc, 3]] for doc in samples["doc_id"]], seconds=seconds
+    )
+    record = {
+        "metrics": {"exact_match": float(samples["score"].mean())},
+        "seconds": seconds,
+        "environment": {"commit": "abc"},
+    }
     return Store(results).write(own, record, samples)
 
 
 def contents(results: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(results)): path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(results)): path.read_bytes()
+        for path in results.rglob("*")
+        if path.is_file()
+    }
 
 
 def run(monkeypatch, capsys, *words) -> tuple[int, str]:
@@ -53,7 +70,11 @@ def test_cells_arrive_byte_for_byte_and_each_source_is_accounted_for(tmp_path, m
     assert len(records) == 6
     sent = contents(a) | contents(b)
     assert all(arrived[name] == sent[name] for name in records if name not in kept)
-    assert {record["identity"]["pruner"]["name"] for record in Store(here).records()} == {"none", "scope", "random"}
+    assert {record["identity"]["pruner"]["name"] for record in Store(here).records()} == {
+        "none",
+        "scope",
+        "random",
+    }
     assert not list((here / "runs" / ".writing").iterdir())
     code, printed = run(monkeypatch, capsys, a, b, "--into", here)
     assert (code, contents(here)) == (0, arrived)
@@ -62,9 +83,15 @@ def test_cells_arrive_byte_for_byte_and_each_source_is_accounted_for(tmp_path, m
 
 def test_what_was_changed_or_torn_is_refused_and_the_rest_arrives(tmp_path, monkeypatch, capsys):
     source, here = tmp_path / "source", tmp_path / "here"
-    edited, torn, rows_changed = write(source, "scope"), write(source, "random"), write(source, "uniform")
+    edited, torn, rows_changed = (
+        write(source, "scope"),
+        write(source, "random"),
+        write(source, "uniform"),
+    )
     write(source, "none")
-    (edited / "record.json").write_text((edited / "record.json").read_text().replace('"exact_match": 0.5', '"exact_match": 0.9'))
+    (edited / "record.json").write_text(
+        (edited / "record.json").read_text().replace('"exact_match": 0.5', '"exact_match": 0.9')
+    )
     (torn / "record.json").unlink()
     samples = pd.read_parquet(rows_changed / "samples.parquet")
     samples.assign(score=1.0).to_parquet(rows_changed / "samples.parquet", index=False)
@@ -120,7 +147,9 @@ def test_a_damaged_cell_here_is_not_replaced(tmp_path, monkeypatch, capsys):
     assert {name: data for name, data in contents(here).items() if ".locks" not in name} == before
 
 
-def test_unfinished_and_failed_cells_stay_where_they_are_and_are_counted(tmp_path, monkeypatch, capsys):
+def test_unfinished_and_failed_cells_stay_where_they_are_and_are_counted(
+    tmp_path, monkeypatch, capsys
+):
     source, here = tmp_path / "source", tmp_path / "here"
     write(source, "none")
     store, own = Store(source), identity("llava_1_5_7b", "scope", "64", "gqa")
@@ -148,17 +177,27 @@ def test_versions_and_code_that_cannot_share_a_table_are_reported(tmp_path, monk
     source, here = tmp_path / "source", tmp_path / "here"
     write(here, "none"), write(here, "scope")
     pruner = identity("llava_1_5_7b", "scope", "64", "gqa")["pruner"]
-    write(source, "scope", pruner=pruner | {"source": "t"}), write(source, "random", versions={"secateur": "0.2.0"})
+    (
+        write(source, "scope", pruner=pruner | {"source": "t"}),
+        write(source, "random", versions={"secateur": "0.2.0"}),
+    )
     code, printed = run(monkeypatch, capsys, source, "--into", here)
     assert code == 0
-    assert "3 cells of secateur 0.1.0 but 1 cells of secateur 0.2.0; such cells cannot share a table" in printed
+    assert (
+        "3 cells of secateur 0.1.0 but 1 cells of secateur 0.2.0; such cells cannot share a table"
+        in printed
+    )
     assert "gqa scope 64 of code s, t; such cells cannot share a table" in printed
     assert len(mixtures(Store(here))) == 2
 
 
-@pytest.mark.parametrize(("words", "text"), [(["nowhere"], "has no runs/"), (["here"], "is the folder to merge into")])
+@pytest.mark.parametrize(
+    ("words", "text"), [(["nowhere"], "has no runs/"), (["here"], "is the folder to merge into")]
+)
 def test_folders_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys, words, text):
     write(tmp_path / "here", "none")
-    code, printed = run(monkeypatch, capsys, *(tmp_path / word for word in words), "--into", tmp_path / "here")
+    code, printed = run(
+        monkeypatch, capsys, *(tmp_path / word for word in words), "--into", tmp_path / "here"
+    )
     assert code == 2
     assert text in printed

@@ -5,9 +5,8 @@ import typing
 from typing import Any
 
 import pytest
-
-from pruners import REGISTRY, PrunerError, build
-from pruners.fields import Range
+from secateur.pruners import REGISTRY, PrunerError, build
+from secateur.pruners.fields import Range
 
 
 @pytest.mark.parametrize(
@@ -31,7 +30,12 @@ from pruners.fields import Range
         ("visionzip", "keep_cls", "false", "true or false"),
         ("pyramiddrop", "stages", (0, 8), "a list with each item an integer in [1, inf)"),
         ("pyramiddrop", "stages", "8", "a list with each item an integer in [1, inf)"),
-        ("pyramiddrop", "ratios", (1.5, 0.5, 0.2), "a list with each item a number in [0, 1] or None"),
+        (
+            "pyramiddrop",
+            "ratios",
+            (1.5, 0.5, 0.2),
+            "a list with each item a number in [0, 1] or None",
+        ),
         ("sparsevlm", "kept", (3, 2, 0), "a list with each item an integer in [1, inf) or None"),
         ("promprune", "mu", float("nan"), "a number"),
     ],
@@ -44,9 +48,18 @@ def test_values_outside_their_range(name: str, field: str, value: object, expect
 
 def numbers() -> list[tuple[str, str, Any]]:
     """(pruner, field, annotation) of every field that holds a number or None."""
-    fields = [(name, f.name, cls) for name, cls in REGISTRY.items() for f in dataclasses.fields(cls)]
-    hints = [(name, field, typing.get_type_hints(cls, include_extras=True)[field]) for name, field, cls in fields]
-    return [(name, field, hint) for name, field, hint in hints if any(word in repr(hint) for word in ("int", "float"))]
+    fields = [
+        (name, f.name, cls) for name, cls in REGISTRY.items() for f in dataclasses.fields(cls)
+    ]
+    hints = [
+        (name, field, typing.get_type_hints(cls, include_extras=True)[field])
+        for name, field, cls in fields
+    ]
+    return [
+        (name, field, hint)
+        for name, field, hint in hints
+        if any(word in repr(hint) for word in ("int", "float"))
+    ]
 
 
 @pytest.mark.parametrize(("name", "field", "hint"), numbers(), ids=str)
@@ -60,14 +73,21 @@ def test_numbers_have_a_type_and_a_range(name: str, field: str, hint: Any) -> No
     else:
         with pytest.raises(PrunerError, match=f"'{name}': {field}=None is not a"):
             build(name, **{field: None})
-    assert Range.__name__ in repr(hint) or field in ("seed", "mu")  # of these two every value has a meaning
+    assert Range.__name__ in repr(hint) or field in (
+        "seed",
+        "mu",
+    )  # of these two every value has a meaning
 
 
 def test_methods_in_the_llm_need_ascending_stages() -> None:
     for name in ("pyramiddrop", "sparsevlm"):
         for stages in ([], [4, 4], [8, 4]):
-            with pytest.raises(PrunerError, match=f"'{name}': stages=.* have to be at least one and ascend"):
+            with pytest.raises(
+                PrunerError, match=f"'{name}': stages=.* have to be at least one and ascend"
+            ):
                 build(name, stages=stages)
         assert build(name, stages=[4, 8, 9]).stages == (4, 8, 9)
-    with pytest.raises(PrunerError, match="'dart': image_pivots=0 and text_pivots=0 leave no pivot"):
+    with pytest.raises(
+        PrunerError, match="'dart': image_pivots=0 and text_pivots=0 leave no pivot"
+    ):
         build("dart", image_pivots=0, text_pivots=0)

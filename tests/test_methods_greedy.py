@@ -4,10 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
-
-from pruners import Selection, VisualTokens, build
-from pruners.linalg import (
+from secateur.pruners import Selection, VisualTokens, build
+from secateur.pruners.linalg import (
     cosine_gram,
     evenly_spaced,
     facility_location,
@@ -17,9 +15,12 @@ from pruners.linalg import (
     principal_axes,
     symmetric_gram,
 )
-from pruners.prunesid import suppress
+from secateur.pruners.prunesid import suppress
+from torch import Tensor
 
-VISUAL = torch.tensor([[1, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.9, 0.2], [0, 0, 1], [0.6, 0.6, 0]])
+VISUAL = torch.tensor(
+    [[1, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.9, 0.2], [0, 0, 1], [0.6, 0.6, 0]]
+)
 TEXT = torch.tensor([[1, 0.2, 0], [0.8, 0, 0.2]])
 GRID_VISUAL = torch.cat([VISUAL, torch.tensor([[0, 0.1, 1], [0.5, 0, 0.5], [0.2, 0.9, 0.4]])])
 GRID_SALIENCY = torch.tensor([0.30, 0.06, 0.20, 0.12, 0.10, 0.05, 0.14, 0.03, 0])
@@ -45,7 +46,9 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 # --- PromPrune ------------------------------------------------------------------------------------------------------------
 
 PROMINENT = VisualTokens(
-    features=torch.tensor([[2.0, 0, 0], [0, 3, 0], [0, 0, 1], [1, 1, 0], [4, 0, 1], [1, 0, 3]])[None],
+    features=torch.tensor([[2.0, 0, 0], [0, 3, 0], [0, 0, 1], [1, 1, 0], [4, 0, 1], [1, 0, 3]])[
+        None
+    ],
     saliency=torch.tensor([0.30, 0.05, 0.10, 0.25, 0.20, 0.10])[None, None],
 )
 
@@ -54,7 +57,9 @@ def test_promprune_worked_example():
     selection = build("promprune", mu=0.685, order="official").prune(PROMINENT, 4)
     assert kept(selection) == [0, 3, 2, 1]
     assert selection.diagnostics["T_sal"].tolist() == [2]
-    torch.testing.assert_close(selection.diagnostics["entropy"], torch.tensor([0.685238]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        selection.diagnostics["entropy"], torch.tensor([0.685238]), atol=1e-5, rtol=0
+    )
     assert kept(build("promprune", mu=0.685).prune(PROMINENT, 4)) == [0, 1, 2, 3]
 
 
@@ -77,7 +82,9 @@ def test_promprune_at_exhausted_rank_repeats_nothing():
 
 def test_promprune_shares_are_clamped():
     pruner = build("promprune", kr_min=0.7, kr_max=0.2)
-    torch.testing.assert_close(pruner.saliency_ratio(torch.tensor([0.0, 1.0])), torch.tensor([0.7, 0.7]))
+    torch.testing.assert_close(
+        pruner.saliency_ratio(torch.tensor([0.0, 1.0])), torch.tensor([0.7, 0.7])
+    )
 
 
 def test_promprune_rows_may_split_differently():
@@ -87,14 +94,29 @@ def test_promprune_rows_may_split_differently():
     few, many = selection.diagnostics["T_sal"].tolist()
     assert few < many
     for row in range(2):
-        alone = VisualTokens(features=features[row : row + 1], saliency=tokens.saliency[row : row + 1])
-        assert kept(build("promprune", mu=0.6, order="official").prune(alone, 16)) == kept(selection, row)
+        alone = VisualTokens(
+            features=features[row : row + 1], saliency=tokens.saliency[row : row + 1]
+        )
+        assert kept(build("promprune", mu=0.6, order="official").prune(alone, 16)) == kept(
+            selection, row
+        )
 
 
 # --- PruneSID -------------------------------------------------------------------------------------------------------------
 
 GROUPED = torch.tensor(
-    [[1, 0], [0.98, 0.2], [0.6, 0.8], [0, 1], [-0.6, 0.8], [0.7, 0.7], [-1, 0.1], [0.2, -1], [0.1, 0.99], [0.9, -0.4]]
+    [
+        [1, 0],
+        [0.98, 0.2],
+        [0.6, 0.8],
+        [0, 1],
+        [-0.6, 0.8],
+        [0.7, 0.7],
+        [-1, 0.1],
+        [0.2, -1],
+        [0.1, 0.99],
+        [0.9, -0.4],
+    ]
 )[None]
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 0, 1, 0, 1, 0])
 ATTENTION = torch.tensor([0.9, 0.8, 0.1, 0.5, 0.4, 0.3, 0.2, 0.15, 0.45, 0.6])[None, None]
@@ -108,17 +130,28 @@ def test_prunesid_worked_example():
     assert result.picks.tolist() == [[0, 1, 9, 3, 8, 4, 6]]
 
 
-@pytest.mark.parametrize(("factor", "survivors"), [(0.25, [0, 3]), (2, [0, 3, 6]), (4, [0, 3, 6, 7])])
+@pytest.mark.parametrize(
+    ("factor", "survivors"), [(0.25, [0, 3]), (2, [0, 3, 6]), (4, [0, 3, 6, 7])]
+)
 def test_prunesid_suppression(factor: float, survivors: list[int]):
     rank = ATTENTION[:, 0].argsort(descending=True).argsort()
-    kept = suppress(cosine_gram(GROUPED), GROUPS[None], rank, torch.tensor([0.0973135 * factor]), ATTENTION[:, 0] > 0)
+    kept = suppress(
+        cosine_gram(GROUPED),
+        GROUPS[None],
+        rank,
+        torch.tensor([0.0973135 * factor]),
+        ATTENTION[:, 0] > 0,
+    )
     assert kept[0].nonzero()[:, 0].tolist() == survivors
 
 
 def crops(batch: int = 2, count: int = 64, width: int = 32) -> VisualTokens:
     x = noise(batch, count, width)
     return VisualTokens(
-        features=x, encoder_features=x, cls_token=noise(batch, width, seed=1), saliency=noise(batch, 2, count).softmax(-1)
+        features=x,
+        encoder_features=x,
+        cls_token=noise(batch, width, seed=1),
+        saliency=noise(batch, 2, count).softmax(-1),
     )
 
 
@@ -128,12 +161,15 @@ def test_prunesid_counts_the_cls_token():
     assert selection.indices.shape == (2, 16)
     assert selection.indices[:, 0].tolist() == [-1, -1]
     torch.testing.assert_close(selection.features[:, 0], tokens.cls_token)
-    torch.testing.assert_close(selection.features[0, 1:], tokens.encoder_features[0, selection.indices[0, 1:]])
+    torch.testing.assert_close(
+        selection.features[0, 1:], tokens.encoder_features[0, selection.indices[0, 1:]]
+    )
     assert build("prunesid", keep_cls=False).prune(tokens, 16).features is None
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"variant": "qwen"}, {"quotas": "proportional"}, {"pca": "exact"}, {"centring": "tokens"}]
+    "options",
+    [{}, {"variant": "qwen"}, {"quotas": "proportional"}, {"pca": "exact"}, {"centring": "tokens"}],
 )
 def test_prunesid_meets_every_budget(options: dict):
     for keep in (1, 2, 3, 4, 5, 17, 40, 63):
@@ -167,7 +203,9 @@ def test_prunesid_dyn_gives_redundant_images_less():
     tokens = dataclasses.replace(crops(), features=x, encoder_features=x)
     first = build("prunesid_dyn").prune(tokens, 24)
     assert torch.equal(first.indices, build("prunesid").prune(tokens, 24).indices)
-    selection = build("prunesid_dyn", mean_phi=float(first.diagnostics["phi"].mean())).prune(tokens, 24)
+    selection = build("prunesid_dyn", mean_phi=float(first.diagnostics["phi"].mean())).prune(
+        tokens, 24
+    )
     more, less = selection.counts.tolist()
     assert more > 24 > less > 16
     assert more + less == 48
@@ -177,7 +215,9 @@ def test_prunesid_dyn_gives_redundant_images_less():
 
 @pytest.mark.parametrize("mean_phi", [None, 0.8])
 @pytest.mark.parametrize("image_of_row", [None, (0, 0), (0, 1)])
-def test_prunesid_dyn_does_not_depend_on_the_call(mean_phi: float | None, image_of_row: tuple[int, int] | None):
+def test_prunesid_dyn_does_not_depend_on_the_call(
+    mean_phi: float | None, image_of_row: tuple[int, int] | None
+):
     x = torch.cat([noise(1, 64, 32), noise(1, 1, 32, seed=3) + 2 * noise(1, 64, 32, seed=4)])
     tokens = dataclasses.replace(crops(), features=x, encoder_features=x, image_of_row=image_of_row)
     pruner = build("prunesid_dyn", mean_phi=mean_phi)
@@ -193,7 +233,9 @@ def test_prunesid_dyn_does_not_depend_on_the_call(mean_phi: float | None, image_
 # --- ZSPAPrune, DivPrune, CDPruner, TrimTokenator -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rule", "picked"), [("maxmin", [1, 0, 4, 2]), ("mean", [1, 0, 4, 2]), ("minmin", [1, 0, 2, 3])])
+@pytest.mark.parametrize(
+    ("rule", "picked"), [("maxmin", [1, 0, 4, 2]), ("mean", [1, 0, 4, 2]), ("minmin", [1, 0, 2, 3])]
+)
 def test_zspaprune_worked_example(rule: str, picked: list[int]):
     pruner = build("zspaprune", core_ratio=0.5, diversity_rule=rule, order="picked")
     scores = torch.tensor([[0.987878, 0.993958, 0.109764, 0.130962, 0.109764, 0.776151]])
@@ -206,7 +248,10 @@ def test_zspaprune_core_ratio_bounds():
     assert kept(build("zspaprune", core_ratio=0, order="picked").prune(ASKED, 1)) == [1]
 
 
-@pytest.mark.parametrize("text", [{"text_embeddings": torch.zeros(1, 0, 3)}, {"text_mask": torch.zeros(1, 2, dtype=torch.bool)}])
+@pytest.mark.parametrize(
+    "text",
+    [{"text_embeddings": torch.zeros(1, 0, 3)}, {"text_mask": torch.zeros(1, 2, dtype=torch.bool)}],
+)
 def test_zspaprune_without_text_is_divprune(text: dict[str, Tensor]):
     silent = dataclasses.replace(ASKED, **text)
     assert kept(build("zspaprune", order="picked").prune(silent, 3)) == [4, 0, 2]
@@ -241,7 +286,9 @@ def test_cdpruner_worked_example():
 def test_cdpruner_at_exhausted_rank_goes_on_by_relevance():
     tokens = VisualTokens(
         features=torch.eye(2).repeat(3, 1)[None],
-        clip_patches=torch.tensor([[0.1, -0.9], [0.1, -0.5], [1.0, 0.2], [1.0, 0.1], [1.0, 0.4], [1.0, 0.3]])[None],
+        clip_patches=torch.tensor(
+            [[0.1, -0.9], [0.1, -0.5], [1.0, 0.2], [1.0, 0.1], [1.0, 0.4], [1.0, 0.3]]
+        )[None],
         clip_text=torch.tensor([[[0.0, 1.0]]]),
     )
     assert kept(build("cdpruner", order="picked").prune(tokens, 5)) == [0, 1, 3, 2, 5]
@@ -255,7 +302,9 @@ def test_cdpruner_without_text_is_an_unconditioned_process():
 
 def test_cdpruner_scales_relevance_over_the_crops_of_an_image():
     both = {name: t.repeat(2, *[1] * (t.dim() - 1)) for name, t in CONDITIONED.tensors().items()}
-    both["clip_patches"][1, 4] = torch.tensor([1.0, 0.0])  # the second crop has no token as relevant
+    both["clip_patches"][1, 4] = torch.tensor(
+        [1.0, 0.0]
+    )  # the second crop has no token as relevant
     apart = dataclasses.replace(CONDITIONED, **both)
     joint = dataclasses.replace(apart, image_of_row=(0, 0))
     pruner = build("cdpruner")
@@ -270,7 +319,9 @@ def test_trimtokenator_worked_example():
 
 def test_trimtokenator_without_text_looks_at_all_tokens():
     silent = dataclasses.replace(ASKED, text_mask=torch.zeros(1, 2, dtype=torch.bool))
-    assert kept(build("trimtokenator").prune(silent, 6 - 1)) == kept(build("trimtokenator", survivors=1.0).prune(silent, 5))
+    assert kept(build("trimtokenator").prune(silent, 6 - 1)) == kept(
+        build("trimtokenator", survivors=1.0).prune(silent, 5)
+    )
     assert 4 in kept(build("trimtokenator").prune(silent, 1))
 
 
@@ -284,10 +335,15 @@ def test_sppruner_worked_example():
     torch.testing.assert_close(stages.phi, expected, atol=1e-4, rtol=0)
     assert stages.focus.tolist() == [[4, 0]]
     assert stages.context.tolist() == [[2, 7]]
-    assert sorted(zip(stages.merged[0].tolist(), stages.anchors[0].tolist(), strict=True)) == [(3, 2), (8, 2)]
+    assert sorted(zip(stages.merged[0].tolist(), stages.anchors[0].tolist(), strict=True)) == [
+        (3, 2),
+        (8, 2),
+    ]
     selection = pruner.prune(SUBJECTS, 4)
     assert kept(selection) == [0, 2, 4, 7]
-    expected = torch.stack([GRID_VISUAL[0], torch.tensor([0.0543, 0.9226, 0.2090]), GRID_VISUAL[4], GRID_VISUAL[7]])
+    expected = torch.stack(
+        [GRID_VISUAL[0], torch.tensor([0.0543, 0.9226, 0.2090]), GRID_VISUAL[4], GRID_VISUAL[7]]
+    )
     torch.testing.assert_close(selection.features[0], expected, atol=1e-4, rtol=0)
 
 
@@ -336,11 +392,17 @@ def test_fsr_worked_example():
     torch.testing.assert_close(stages.phi, expected, atol=1e-4, rtol=0)
     assert stages.picks.tolist() == [[4, 3, 0, 7]]
     assert stages.focus_count.tolist() == [2]
-    merges = [pair for pair in zip(stages.merged[0].tolist(), stages.anchors[0].tolist(), strict=True) if pair[0] >= 0]
+    merges = [
+        pair
+        for pair in zip(stages.merged[0].tolist(), stages.anchors[0].tolist(), strict=True)
+        if pair[0] >= 0
+    ]
     assert sorted(merges) == [(1, 0), (5, 0)]
     selection = pruner.prune(SUBJECTS, 4)
     assert kept(selection) == [0, 3, 4, 7]
-    torch.testing.assert_close(selection.features[0, 0], torch.tensor([0.9181, 0.0940, 0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        selection.features[0, 0], torch.tensor([0.9181, 0.0940, 0]), atol=1e-4, rtol=0
+    )
 
 
 def test_fsr_without_relevance_or_scores():
@@ -365,7 +427,7 @@ def test_gram_is_symmetric(count: int):
 def test_cosines_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch):
     x = noise(3, 20, 8)
     together = cosine_gram(x)
-    monkeypatch.setattr("pruners.linalg.CACHED", 1)  # one image at a time
+    monkeypatch.setattr("secateur.pruners.linalg.CACHED", 1)  # one image at a time
     torch.testing.assert_close(cosine_gram(x), together)
 
 
@@ -390,7 +452,10 @@ def test_greedy_map_maximises_the_determinant_step_by_step():
     for row in range(2):
         picks: list[int] = []
         for _ in range(5):
-            volumes = [float(kernel[row][[*picks, i]][:, [*picks, i]].det()) if i not in picks else -1.0 for i in range(12)]
+            volumes = [
+                float(kernel[row][[*picks, i]][:, [*picks, i]].det()) if i not in picks else -1.0
+                for i in range(12)
+            ]
             picks.append(volumes.index(max(volumes)))
         assert order[row].tolist() == picks
 
@@ -410,7 +475,9 @@ def test_randomised_axes_match_torch():
     for matrix in (x, x.transpose(1, 2)):
         torch.manual_seed(3)
         expected = torch.pca_lowrank(matrix, q=6, center=False)[2]
-        torch.testing.assert_close(principal_axes(matrix, 6, seed=3).abs(), expected.abs(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            principal_axes(matrix, 6, seed=3).abs(), expected.abs(), atol=1e-4, rtol=0
+        )
 
 
 def test_exact_axes_are_singular_vectors():

@@ -1,6 +1,7 @@
 """The generated table of methods is up to date and leaves nobody out."""
 
-from pruners import REGISTRY
+from secateur.pruners import REGISTRY
+
 from scripts.methods_table import TABLE, table
 
 

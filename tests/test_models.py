@@ -10,16 +10,15 @@ import pytest
 from conftest import picture
 from lmms_eval.models.chat.llava_hf import LlavaHf
 from lmms_eval.protocol import ChatMessages
-
-from eval import cell, loaded, models
-from eval.budget import Budget
-from eval.inject import families
-from eval.metrics import image_id
-from eval.models import PrunedModel
-from eval.shapes.datasets import build as build_shapes
-from eval.shapes.training import Recipe, train
-from eval.tasks import TASKS, load_tasks, task_manager
-from pruners import build
+from secateur import cell, loaded, models
+from secateur.budget import Budget
+from secateur.injection import families
+from secateur.metrics import image_id
+from secateur.models import PrunedModel
+from secateur.pruners import build
+from secateur.shapes.datasets import build as build_shapes
+from secateur.shapes.training import Recipe, train
+from secateur.tasks import TASKS, load_tasks, task_manager
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "eval" / "shapes" / "model"
 
@@ -40,7 +39,13 @@ def run(model, tasks, name, limit):
 
 
 def test_the_unpruned_answers_are_those_of_lmms_evals_own_wrapper(model, tasks):
-    theirs = LlavaHf(pretrained=str(WEIGHTS), dtype="float32", device="cpu", device_map="cpu", attn_implementation="sdpa")
+    theirs = LlavaHf(
+        pretrained=str(WEIGHTS),
+        dtype="float32",
+        device="cpu",
+        device_map="cpu",
+        attn_implementation="sdpa",
+    )
     model.use(build("none"), Budget(), "compact")
     for name in ("pope", "mmmu_val"):
         _, rows = run(model, tasks, name, 8)
@@ -67,7 +72,10 @@ def test_the_same_cell_twice_gives_the_same_answers(model, tasks):
 
 
 def test_records_tell_the_kept_tokens_from_the_mean_over_the_layers(model, tasks):
-    for pruner, kept, layers in ((build("fastv", layer=1), 48, [144, 48, 48, 48]), (build("random"), 72, [72] * 4)):
+    for pruner, kept, layers in (
+        (build("fastv", layer=1), 48, [144, 48, 48, 48]),
+        (build("random"), 72, [72] * 4),
+    ):
         model.use(pruner, Budget(tokens=72), "compact")
         record, rows = run(model, tasks, "pope", 2)
         assert (record["kept_tokens"], record["average_tokens"]) == (kept, 72)
@@ -84,7 +92,9 @@ def test_damaged_weights_are_named(tmp_path, damage):
         weights.unlink()
     else:
         weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    with pytest.raises(FileNotFoundError, match="could not be loaded: a file is missing or damaged"):
+    with pytest.raises(
+        FileNotFoundError, match="could not be loaded: a file is missing or damaged"
+    ):
         PrunedModel(str(folder), dtype="float32", device="cpu")
 
 
@@ -95,7 +105,9 @@ def test_an_unknown_prompt_is_refused():
 
 def test_the_training_recipe_runs_and_its_model_answers(tasks, tmp_path):
     """All stages, a few steps each: what they save loads and fits the repository."""
-    short = Recipe(scenes=80, tower_steps=2, tower_batch=8, align_steps=2, short_steps=1, steps=2, batch=2)
+    short = Recipe(
+        scenes=80, tower_steps=2, tower_batch=8, align_steps=2, short_steps=1, steps=2, batch=2
+    )
     train(short, tasks, tmp_path / "model")
     assert sum(file.stat().st_size for file in (tmp_path / "model").iterdir()) < 8 * 2**20
     fresh = PrunedModel(str(tmp_path / "model"), dtype="float32", device="cpu")
@@ -124,7 +136,9 @@ def test_the_model_survives_lmms_evals_clean_up(model):
 def test_the_vicuna_prompt_is_the_original_llavas():
     model = PrunedModel(str(WEIGHTS), dtype="float32", device="cpu", prompt="vicuna_v1")
     content = [{"type": "image", "url": picture(0)}, {"type": "text", "text": "Why?"}]
-    text = model.inputs.prompt(ChatMessages(messages=[{"role": "user", "content": content}]), "x").text
+    text = model.inputs.prompt(
+        ChatMessages(messages=[{"role": "user", "content": content}]), "x"
+    ).text
     assert text == (
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: <image>\nWhy? ASSISTANT:"
@@ -160,7 +174,9 @@ def test_one_model_is_loaded_at_a_time_and_only_when_its_settings_change(monkeyp
 
     class Held:
         def __init__(self, **_):
-            assert not [other for other in alive if other() is not None], "the model before is still there"
+            assert not [other for other in alive if other() is not None], (
+                "the model before is still there"
+            )
             alive.append(weakref.ref(self))
 
     monkeypatch.setattr(models, "PrunedModel", Held)
@@ -178,7 +194,13 @@ def test_another_folder_of_the_same_data_sets_is_read_anew(tmp_path):
     """The cache of `datasets` goes by the data set's name and would give the first folder's documents again."""
     seen = []
     for name, count in (("one", 4), ("two", 6)):
-        seen.append(len(load_tasks(["pope"], build_shapes(tmp_path / name, {"pope": count}))["pope"].eval_docs))
+        seen.append(
+            len(
+                load_tasks(["pope"], build_shapes(tmp_path / name, {"pope": count}))[
+                    "pope"
+                ].eval_docs
+            )
+        )
     assert seen == [4, 6]
 
 

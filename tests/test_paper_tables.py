@@ -13,12 +13,11 @@ import pytest
 from cells import cell, rows
 from lxml import etree
 from lxml import html as lxml_html
-
-from eval.reporting import paper_tables, render, reported
-from eval.reporting.layouts import layouts
-from eval.reporting.stats import Interval
-from eval.reporting.verdicts import VERDICTS, Verdict, judge, judge_method, off_budget
-from eval.store import Store
+from secateur.reporting import paper_tables, render, reported
+from secateur.reporting.layouts import layouts
+from secateur.reporting.stats import Interval
+from secateur.reporting.verdicts import VERDICTS, Verdict, judge, judge_method, off_budget
+from secateur.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "llava_1_5_7b"
@@ -27,7 +26,11 @@ NUMBERS = reported.load_reported()
 
 
 def printed(layout, method, budget, task):
-    one = NUMBERS[(NUMBERS["paper"] == layout.paper) & (NUMBERS["table"] == layout.table) & (NUMBERS["model"] == layout.model)]
+    one = NUMBERS[
+        (NUMBERS["paper"] == layout.paper)
+        & (NUMBERS["table"] == layout.table)
+        & (NUMBERS["model"] == layout.model)
+    ]
     return one.set_index(["method", "budget", "task"]).loc[(method, budget, task), "value"]
 
 
@@ -38,7 +41,14 @@ def share(layout, method, budget, task, points=0.0):
     return ratio * full / 100
 
 
-def ours(effects, stem="scope_table1", tasks=("gqa", "pope", "scienceqa_img"), full=576, model=MODEL, **options):
+def ours(
+    effects,
+    stem="scope_table1",
+    tasks=("gqa", "pope", "scienceqa_img"),
+    full=576,
+    model=MODEL,
+    **options,
+):
     """Cells of {(method, budget): points away from the print}; the unpruned row is as printed unless given."""
     layout, found = LAYOUTS[stem], []
     for (method, budget), points in ({("none", "full"): 0.0} | effects).items():
@@ -58,7 +68,11 @@ def verdicts(table, column):
 def test_a_layout_holds_every_printed_number(stem):
     layout = LAYOUTS[stem]
     table = paper_tables.build(layout, NUMBERS, [])
-    of = (NUMBERS["paper"] == layout.paper) & (NUMBERS["table"] == layout.table) & (NUMBERS["model"] == layout.model)
+    of = (
+        (NUMBERS["paper"] == layout.paper)
+        & (NUMBERS["table"] == layout.table)
+        & (NUMBERS["model"] == layout.model)
+    )
     assert table.cells["printed"].count() == of.sum()
     assert set(table.cells["verdict"]) == {"not run"}
     assert table.cells["reproduced"].isna().all()
@@ -69,7 +83,19 @@ def test_a_layout_holds_every_printed_number(stem):
 def test_rows_and_columns_stand_in_the_order_of_the_paper():
     text = render.sheet(paper_tables.build(LAYOUTS["promprune_table1"], NUMBERS, []))
     assert text.header == [
-        *("Method", "MME (perception)", "POPE (F1)", "MMBench", "TextVQA", "SQA-IMG", "GQA", "VQAv2", "VizWiz", "MM-Vet", "Rel."),
+        *(
+            "Method",
+            "MME (perception)",
+            "POPE (F1)",
+            "MMBench",
+            "TextVQA",
+            "SQA-IMG",
+            "GQA",
+            "VQAv2",
+            "VizWiz",
+            "MM-Vet",
+            "Rel.",
+        ),
     ]
     assert list(text.groups) == ["All tokens", "128 tokens", "64 tokens", "32 tokens"]
     assert [label for label, _ in text.groups["64 tokens"]] == [
@@ -81,7 +107,12 @@ def test_rows_and_columns_stand_in_the_order_of_the_paper():
 
 
 def test_known_effects_get_their_verdicts():
-    effects = {("scope", "64"): 0.3, ("visionzip", "64"): -2.0, ("fastv", "64"): 8.0, ("scope", "192"): 0.0}
+    effects = {
+        ("scope", "64"): 0.3,
+        ("visionzip", "64"): -2.0,
+        ("fastv", "64"): 8.0,
+        ("scope", "192"): 0.0,
+    }
     table = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, ours(effects), 500)
     for task in ("gqa", "pope", "scienceqa_img"):
         found = verdicts(table, task)
@@ -106,10 +137,16 @@ def test_averages_are_only_over_what_was_run():
     assert own.loc[("average", "scope", "64"), "verdict"] == "not run"
     assert own.loc[("average", "scope", "64"), "cause"] == "3 of 8 tasks were run"
     over = own.loc[paper_tables.OVER_RUN]
-    assert over.loc[("scope", "64"), "printed"] == pytest.approx(100 * (58.3 / 61.9 + 83.9 / 85.9 + 68.6 / 69.5) / 3)
-    assert over.loc[("scope", "64"), "relative"] == pytest.approx(over.loc[("scope", "64"), "printed"] + 0.3, abs=0.1)
+    assert over.loc[("scope", "64"), "printed"] == pytest.approx(
+        100 * (58.3 / 61.9 + 83.9 / 85.9 + 68.6 / 69.5) / 3
+    )
+    assert over.loc[("scope", "64"), "relative"] == pytest.approx(
+        over.loc[("scope", "64"), "printed"] + 0.3, abs=0.1
+    )
     assert over.loc[("scope", "64"), "verdict"] == "match"
-    assert over.loc[("visionzip", "64"), "cause"] == "2 of 3 tasks were run"  # one cell was taken away
+    assert (
+        over.loc[("visionzip", "64"), "cause"] == "2 of 3 tasks were run"
+    )  # one cell was taken away
     assert over.loc[("fastv", "64"), "verdict"] == "not run"
 
 
@@ -120,7 +157,9 @@ def test_a_papers_average_is_judged_where_all_its_columns_were_run():
     place = (some["task"] == "average") & (some["method"] == "scope") & (some["budget"] == "64")
     for printed_mean, verdict in ((95.9, "match"), (97.0, "not comparable")):
         some.loc[place, "value"] = printed_mean
-        own = paper_tables.build(layout, some, cells, 300).cells.set_index(["column", "method", "budget"])
+        own = paper_tables.build(layout, some, cells, 300).cells.set_index(
+            ["column", "method", "budget"]
+        )
         row = own.loc[("average", "scope", "64")]
         assert (row["verdict"], round(row["reproduced"], 1)) == (verdict, 95.9)
     assert row["cause"] == "printed number: the mean of the printed ratios is 95.9"
@@ -132,36 +171,59 @@ def test_a_baseline_that_misses_is_said_in_its_rows():
     own = table.cells[table.cells["column"] == "gqa"].set_index(["method", "budget"])
     assert own.loc[("none", "full"), "verdict"] == "miss"
     assert own.loc[("scope", "64"), "verdict"] == "baseline off"
-    assert re.match(r"unpruned row -8\.0 points; relative to it: miss, \+8\.\d points", own.loc[("scope", "64"), "cause"])
+    assert re.match(
+        r"unpruned row -8\.0 points; relative to it: miss, \+8\.\d points",
+        own.loc[("scope", "64"), "cause"],
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
         (lambda record: record["identity"].update(limit=100), "only the first 100 documents"),
-        (lambda record: record["identity"]["model"].update(prompt="hub"), "prompt is hub, not vicuna_v1"),
-        (lambda record: record["identity"]["model"].update(geometry="processor"), "geometry is processor, not pad"),
-        (lambda record: record.update(visual_tokens=729.0), "layout: 729 visual tokens an image, not 576"),
+        (
+            lambda record: record["identity"]["model"].update(prompt="hub"),
+            "prompt is hub, not vicuna_v1",
+        ),
+        (
+            lambda record: record["identity"]["model"].update(geometry="processor"),
+            "geometry is processor, not pad",
+        ),
+        (
+            lambda record: record.update(visual_tokens=729.0),
+            "layout: 729 visual tokens an image, not 576",
+        ),
     ],
 )
 def test_other_inputs_are_not_comparable(change, cause):
     cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
     for one in cells:
         change(one.record)
-    own = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+    own = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(
+        ["column", "method", "budget"]
+    )
     row = own.loc[("gqa", "scope", "64")]
     assert (row["verdict"], row["cause"]) == ("not comparable", cause)
     assert row["reproduced"] == pytest.approx(58.3, abs=0.1)  # shown all the same
 
 
 def test_another_number_of_tokens_is_not_comparable():
-    cells = ours({("scope", "64"): 0.0, ("visionzip", "64"): 0.0, ("fastv", "64"): 0.0}, tasks=("gqa",))
+    cells = ours(
+        {("scope", "64"): 0.0, ("visionzip", "64"): 0.0, ("fastv", "64"): 0.0}, tasks=("gqa",)
+    )
     for one in cells[1:]:
         one.record["average_tokens"] = 70.0
-    found = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+    found = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(
+        ["column", "method", "budget"]
+    )
     row = found.loc[("gqa", "scope", "64")]
-    assert (row["verdict"], row["cause"]) == ("not comparable", "budget: 70.0 visual tokens an image on average, not 64.0")
-    assert found.loc[("gqa", "fastv", "64"), "verdict"] == "match"  # inside the LLM a budget names a schedule
+    assert (row["verdict"], row["cause"]) == (
+        "not comparable",
+        "budget: 70.0 visual tokens an image on average, not 64.0",
+    )
+    assert (
+        found.loc[("gqa", "fastv", "64"), "verdict"] == "match"
+    )  # inside the LLM a budget names a schedule
 
 
 def test_tokens_are_compared_image_by_image():
@@ -172,7 +234,9 @@ def test_tokens_are_compared_image_by_image():
         cells[1].record.update(average_tokens=kept * images)
         for one in cells:
             one.record.update(record)
-        own = paper_tables.build(LAYOUTS["prunesid_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+        own = paper_tables.build(LAYOUTS["prunesid_table1"], NUMBERS, cells, 200).cells.set_index(
+            ["column", "method", "budget"]
+        )
         row = own.loc[("mmmu_val", "prunesid", "64")]
         return row["cause"] if row["verdict"] == "not comparable" else row["verdict"]
 
@@ -187,13 +251,23 @@ def test_records_from_before_images_were_counted_have_one_a_document():
     cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
     for one in cells:
         del one.record["images"]
-    assert verdicts(paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200), "gqa")["scope", "64"] == "match"
+    assert (
+        verdicts(paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200), "gqa")[
+            "scope", "64"
+        ]
+        == "match"
+    )
 
 
 def test_a_field_that_a_method_got_later_makes_no_variant():
     cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
     del cells[1].record["identity"]["pruner"]["alpha"]
-    assert verdicts(paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200), "gqa")["scope", "64"] == "match"
+    assert (
+        verdicts(paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200), "gqa")[
+            "scope", "64"
+        ]
+        == "match"
+    )
 
 
 def test_text_alone_meets_a_share_of_its_tokens():
@@ -202,17 +276,27 @@ def test_text_alone_meets_a_share_of_its_tokens():
 
 
 def test_a_suspect_printed_number_is_no_measure():
-    cells = ours({("divprune", "128"): 0.0, ("promprune", "128"): 0.0}, "promprune_table1", ("gqa", "pope"))
-    own = paper_tables.build(LAYOUTS["promprune_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+    cells = ours(
+        {("divprune", "128"): 0.0, ("promprune", "128"): 0.0}, "promprune_table1", ("gqa", "pope")
+    )
+    own = paper_tables.build(LAYOUTS["promprune_table1"], NUMBERS, cells, 200).cells.set_index(
+        ["column", "method", "budget"]
+    )
     assert own.loc[("gqa", "divprune", "128"), "verdict"] == "not comparable"
     assert "equals the 64-token row of VisPruner" in own.loc[("gqa", "divprune", "128"), "cause"]
-    assert own.loc[("pope", "divprune", "128"), "verdict"] == own.loc[("gqa", "promprune", "128"), "verdict"] == "match"
+    assert (
+        own.loc[("pope", "divprune", "128"), "verdict"]
+        == own.loc[("gqa", "promprune", "128"), "verdict"]
+        == "match"
+    )
 
 
 def test_a_suspect_unpruned_row_spoils_the_table():
     layout = LAYOUTS["promprune_table2"]
     cells = ours({("promprune", "640"): 0.0}, layout.stem, ("gqa",), 2880, "llava_next_7b")
-    own = paper_tables.build(layout, NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+    own = paper_tables.build(layout, NUMBERS, cells, 200).cells.set_index(
+        ["column", "method", "budget"]
+    )
     assert "suspected copy error" in own.loc[("gqa", "promprune", "640"), "cause"]
     assert own.loc[("gqa", "promprune", "640"), "verdict"] == "not comparable"
 
@@ -221,13 +305,19 @@ def test_a_metric_the_paper_does_not_name_is_not_comparable():
     numbers = NUMBERS.copy()
     numbers.loc[numbers["metric"] == "pope_f1", "metric"] = "pope_as_printed"
     cells = ours({("scope", "64"): 0.0}, tasks=("pope",))
-    own = paper_tables.build(LAYOUTS["scope_table1"], numbers, cells, 200).cells.set_index(["column", "method", "budget"])
-    assert own.loc[("pope", "scope", "64"), "cause"].startswith("metric: the paper does not say which")
+    own = paper_tables.build(LAYOUTS["scope_table1"], numbers, cells, 200).cells.set_index(
+        ["column", "method", "budget"]
+    )
+    assert own.loc[("pope", "scope", "64"), "cause"].startswith(
+        "metric: the paper does not say which"
+    )
 
 
 def test_without_our_unpruned_cell_nothing_is_relative():
     cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))[1:]
-    own = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+    own = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(
+        ["column", "method", "budget"]
+    )
     assert own.loc[("gqa", "scope", "64"), "verdict"] == "not comparable"
     assert own.loc[("gqa", "scope", "64"), "cause"] == "no unpruned cell to be relative to"
 
@@ -235,7 +325,9 @@ def test_without_our_unpruned_cell_nothing_is_relative():
 def test_a_score_that_is_no_number_is_said():
     cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
     cells[1].rows.loc[7, "score"] = float("nan")
-    own = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
+    own = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(
+        ["column", "method", "budget"]
+    )
     assert "score that is not a number" in own.loc[("gqa", "scope", "64"), "cause"]
 
 
@@ -244,9 +336,16 @@ def test_mme_is_compared_in_the_metric_the_paper_prints():
         table = paper_tables.build(LAYOUTS[stem], NUMBERS, [])
         assert set(table.cells.loc[table.cells["column"] == "mme", "metric"]) == {column}
     samples = rows("mme", 0.7, 1000)
-    cells = [cell(MODEL, "none", "full", "mme", samples, 576.0), cell(MODEL, "scope", "64", "mme", samples, 64.0)]
-    own = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(["column", "method", "budget"])
-    assert own.loc[("mme", "scope", "64"), "reproduced"] == pytest.approx(700)  # five categories of 200
+    cells = [
+        cell(MODEL, "none", "full", "mme", samples, 576.0),
+        cell(MODEL, "scope", "64", "mme", samples, 64.0),
+    ]
+    own = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(
+        ["column", "method", "budget"]
+    )
+    assert own.loc[("mme", "scope", "64"), "reproduced"] == pytest.approx(
+        700
+    )  # five categories of 200
     assert own.loc[("mme", "scope", "64"), "verdict"] == "baseline off"
 
 
@@ -277,9 +376,15 @@ def test_cells_that_are_not_of_the_table_are_left_out_and_named():
     trial = ours({("scope", "64"): -9.0}, tasks=("gqa",), limit=100)
     variant = cell(MODEL, "scope", "128", "gqa", rows("gqa", 0.3), 128.0, alpha=2.0)
     shapes = cell(MODEL, "scope", "192", "gqa", rows("gqa", 0.3), 192.0, suite="shapes")
-    table = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, [*trial, *cells, variant, shapes], 200)
+    table = paper_tables.build(
+        LAYOUTS["scope_table1"], NUMBERS, [*trial, *cells, variant, shapes], 200
+    )
     found = verdicts(table, "gqa")
-    assert (found["scope", "64"], found["scope", "128"], found["scope", "192"]) == ("match", "not run", "not run")
+    assert (found["scope", "64"], found["scope", "128"], found["scope", "192"]) == (
+        "match",
+        "not run",
+        "not run",
+    )
     assert "Left out: cells where only the first 100 documents." in table.notes
     assert "Left out: scope with alpha=2.0." in table.notes
 
@@ -290,7 +395,10 @@ def test_fields_that_a_model_sets_are_no_variant():
     for one in cells:
         one.record["identity"]["model"]["image_side"] = 1008
     assert cells[1].record["identity"]["pruner"]["mu"] == 0.5744
-    assert verdicts(paper_tables.build(layout, NUMBERS, cells, 200), "gqa")["promprune", "512"] == "match"
+    assert (
+        verdicts(paper_tables.build(layout, NUMBERS, cells, 200), "gqa")["promprune", "512"]
+        == "match"
+    )
 
 
 def test_thresholds():
@@ -311,14 +419,23 @@ def files(tmp_path_factory):
     cells = ours({("scope", "64"): 0.3, ("fastv", "64"): 8.0}, tasks=("gqa", "pope"))
     table = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200)
     table.notes.append(r"<script>alert(1)</script> 50% & \input{x} $a_b$ # ~ ^ {|*|}")
-    return {path.suffix: path.read_text() for path in render.write(table, tmp_path_factory.mktemp("papers"))}
+    return {
+        path.suffix: path.read_text()
+        for path in render.write(table, tmp_path_factory.mktemp("papers"))
+    }
 
 
 def test_markdown_has_printed_ours_and_verdict_in_a_cell(files):
-    assert re.search(r"\| SCOPE \| 58\.3 · 58\.\d\* ± \d\.\d · match \| 61\.7 · not run \|", files[".md"])
+    assert re.search(
+        r"\| SCOPE \| 58\.3 · 58\.\d\* ± \d\.\d · match \| 61\.7 · not run \|", files[".md"]
+    )
     assert re.search(r"\| FastV \| 46\.1 · \d+\.\d ± \d\.\d · miss \[\d\]", files[".md"])
     assert re.search(r"- \[1\] [+-]\d\.\d points\.", files[".md"])
-    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in files[".md"].splitlines() if line.startswith("|")}
+    widths = {
+        len(re.findall(r"(?<!\\)\|", line))
+        for line in files[".md"].splitlines()
+        if line.startswith("|")
+    }
     assert len(widths) == 1
 
 
@@ -346,23 +463,39 @@ def test_latex_is_escaped_and_balanced(files):
     assert bare.count("{") == bare.count("}")
     assert text.count(r"\begin{") == text.count(r"\end{")
     rule = re.compile(r"\\begin\{tabular\}\[t\].*?\\end\{tabular\}")
-    body = [rule.sub("", line) for line in text.splitlines() if line.endswith(r" \\") and "multicolumn" not in line]
+    body = [
+        rule.sub("", line)
+        for line in text.splitlines()
+        if line.endswith(r" \\") and "multicolumn" not in line
+    ]
     assert {line.replace(r"\&", "").count("&") for line in body} == {8 + 2}
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no TeX is installed")
 def test_latex_compiles(files, tmp_path):
-    document = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}" + files[".tex"] + r"\end{document}"
+    document = (
+        r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}"
+        + files[".tex"]
+        + r"\end{document}"
+    )
     (tmp_path / "t.tex").write_text(document)
-    done = subprocess.run(["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        ["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_the_script_writes_all_tables_and_refuses_what_it_must(tmp_path, monkeypatch, capsys):
     store = Store(tmp_path)
     for one in ours({("scope", "64"): 0.3}, tasks=("gqa",)):
-        store.write(one.record["identity"], {k: v for k, v in one.record.items() if k != "identity"}, one.rows)
-    monkeypatch.setattr(sys, "argv", ["tables.py", "--results", str(tmp_path), "--resamples", "200"])
+        store.write(
+            one.record["identity"],
+            {k: v for k, v in one.record.items() if k != "identity"},
+            one.rows,
+        )
+    monkeypatch.setattr(
+        sys, "argv", ["tables.py", "--results", str(tmp_path), "--resamples", "200"]
+    )
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "scripts" / "tables.py"), run_name="__main__")
     out = capsys.readouterr().out
@@ -371,7 +504,10 @@ def test_the_script_writes_all_tables_and_refuses_what_it_must(tmp_path, monkeyp
     assert "ZSPAPrune: no table of it is public" in out
     assert "cells printed differently" in out
     for stem in LAYOUTS:
-        assert all((tmp_path / "tables" / "papers" / f"{stem}.{suffix}").exists() for suffix in ("md", "tex", "html", "csv"))
+        assert all(
+            (tmp_path / "tables" / "papers" / f"{stem}.{suffix}").exists()
+            for suffix in ("md", "tex", "html", "csv")
+        )
     assert (tmp_path / "tables" / "intervals_hub_llava_1_5_7b_all.md").exists()
 
     record = next((tmp_path / "runs").glob("*/*/*/scope_*/record.json"))
@@ -387,7 +523,11 @@ def test_the_script_writes_all_tables_and_refuses_what_it_must(tmp_path, monkeyp
 
     other = ours({("scope", "64"): 0.3}, tasks=("gqa",))[1]
     other.record["identity"]["versions"] = {"secateur": "0.2.0"}
-    store.write(other.record["identity"], {k: v for k, v in other.record.items() if k != "identity"}, other.rows)
+    store.write(
+        other.record["identity"],
+        {k: v for k, v in other.record.items() if k != "identity"},
+        other.rows,
+    )
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "scripts" / "tables.py"), run_name="__main__")
     assert ended.value.code == 1

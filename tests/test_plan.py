@@ -14,7 +14,9 @@ def run(monkeypatch, capsys, *arguments) -> str:
 
 
 def test_hours_follow_from_documents_and_the_given_rate(tmp_path, monkeypatch, capsys):
-    printed = run(monkeypatch, capsys, "promprune_table1", "--results", str(tmp_path), "--rate", "10")
+    printed = run(
+        monkeypatch, capsys, "promprune_table1", "--results", str(tmp_path), "--rate", "10"
+    )
     # unpruned once, four methods at three budgets, on POPE, ScienceQA-IMG, GQA and MME
     documents = 13 * (9000 + 2017 + 12578 + 2374)
     row = next(line for line in printed.splitlines() if "llava_1_5_7b" in line)
@@ -24,7 +26,9 @@ def test_hours_follow_from_documents_and_the_given_rate(tmp_path, monkeypatch, c
 
 
 def test_experiments_share_cells_and_rates_are_never_made_up(tmp_path, monkeypatch, capsys):
-    both = run(monkeypatch, capsys, "promprune_table1", "promprune_table1", "--results", str(tmp_path))
+    both = run(
+        monkeypatch, capsys, "promprune_table1", "promprune_table1", "--results", str(tmp_path)
+    )
     assert both == run(monkeypatch, capsys, "promprune_table1", "--results", str(tmp_path))
     assert "No rate for llava_1_5_7b" in both
 
@@ -41,8 +45,16 @@ def test_rates_come_from_finished_cells(tmp_path, monkeypatch):
 def test_rates_are_given_for_all_models_or_by_name():
     models = {"llava_1_5_7b", "llava_next_7b"}
     assert plan.given(["12"], models) == dict.fromkeys(models, 12.0)
-    assert plan.given(["llava_next_7b=4", "12"], models) == {"llava_1_5_7b": 12.0, "llava_next_7b": 4.0}
-    for wrong, told in (("lava=4", "lava"), ("0", "positive"), ("fast", "positive"), ("llava_next_7b=nan", "positive")):
+    assert plan.given(["llava_next_7b=4", "12"], models) == {
+        "llava_1_5_7b": 12.0,
+        "llava_next_7b": 4.0,
+    }
+    for wrong, told in (
+        ("lava=4", "lava"),
+        ("0", "positive"),
+        ("fast", "positive"),
+        ("llava_next_7b=nan", "positive"),
+    ):
         with pytest.raises(ValueError, match=told):
             plan.given([wrong], models)
 

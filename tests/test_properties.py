@@ -7,20 +7,39 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from secateur.pruners import (
+    REGISTRY,
+    InLLMPruner,
+    LayerTokens,
+    Pruner,
+    PrunerError,
+    Selection,
+    VisualTokens,
+    build,
+)
+from secateur.pruners.base import EXTRA
 from synthetic import KINDS, in_llm, label, layer_tokens, rows_of, variants, visual_tokens
 from torch import Tensor
-
-from pruners import REGISTRY, InLLMPruner, LayerTokens, Pruner, PrunerError, Selection, VisualTokens, build
-from pruners.base import EXTRA
 
 BEFORE, INSIDE = variants(Pruner), variants(InLLMPruner)
 NAMES = sorted(name for name in REGISTRY if not in_llm(name))
 INSIDE_NAMES = sorted(name for name in REGISTRY if in_llm(name))
 # answers that do not depend on where a token stands; exact ties, which fall to the lower index, rule the others out
-EQUIVARIANT = {"cdpruner", "fastervlm", "none", "prumerge", "scope", "trimtokenator", "vispruner", "zspaprune"}
+EQUIVARIANT = {
+    "cdpruner",
+    "fastervlm",
+    "none",
+    "prumerge",
+    "scope",
+    "trimtokenator",
+    "vispruner",
+    "zspaprune",
+}
 EQUIVARIANT_INSIDE = {"fastv", "pyramiddrop", "sparsevlm"}
 
-generated = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+generated = settings(
+    max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 seeds, sides = st.integers(0, 2**31 - 1), st.integers(1, 5)
 
 
@@ -56,7 +75,9 @@ def same(a: Selection, b: Selection) -> bool:
     """Equal indices, close features, equal counts, up to padding."""
     width = min(a.indices.shape[1], b.indices.shape[1])
     for x, y in ((a.counts, b.counts), (a.indices[:, :width], b.indices[:, :width])):
-        if (x is None) != (y is None) or (x is not None and y is not None and not torch.equal(x, y)):
+        if (x is None) != (y is None) or (
+            x is not None and y is not None and not torch.equal(x, y)
+        ):
             return False
     if a.features is None or b.features is None:
         return a.features is b.features
@@ -64,13 +85,22 @@ def same(a: Selection, b: Selection) -> bool:
 
 
 def copy(tokens: VisualTokens | LayerTokens) -> dict[str, Tensor]:
-    return {f.name: v.clone() for f in dataclasses.fields(tokens) if isinstance(v := getattr(tokens, f.name), Tensor)}
+    return {
+        f.name: v.clone()
+        for f in dataclasses.fields(tokens)
+        if isinstance(v := getattr(tokens, f.name), Tensor)
+    }
 
 
 def unlike(make: Any, size: Any, seed: int) -> Any:
     """Three rows as unlike as the images of a call: independent, clustered and duplicate tokens."""
-    rows = [make(1, size, seed=seed + row, width=48, kind=kind) for row, kind in enumerate(("gauss", "clusters", "duplicates"))]
-    parts: dict[str, Any] = {key: torch.cat([getattr(row, key) for row in rows]) for key in copy(rows[0])}
+    rows = [
+        make(1, size, seed=seed + row, width=48, kind=kind)
+        for row, kind in enumerate(("gauss", "clusters", "duplicates"))
+    ]
+    parts: dict[str, Any] = {
+        key: torch.cat([getattr(row, key) for row in rows]) for key in copy(rows[0])
+    }
     if isinstance(rows[0], VisualTokens):
         parts["sample_ids"] = tuple(f"document|{row}" for row in range(3))
     return dataclasses.replace(rows[0], **parts)
@@ -79,13 +109,23 @@ def unlike(make: Any, size: Any, seed: int) -> Any:
 def without_twins(selection: Selection, ahead: int) -> Selection:
     """Both of two equal tokens under one number, for rounding may decide between them; `ahead` positions stand before token 0."""
     index = selection.indices
-    return dataclasses.replace(selection, indices=torch.where(index == EXTRA, EXTRA, (index + ahead) // 2))
+    return dataclasses.replace(
+        selection, indices=torch.where(index == EXTRA, EXTRA, (index + ahead) // 2)
+    )
 
 
 @pytest.mark.parametrize(("name", "options"), BEFORE, ids=label)
 @generated
-@given(data=st.data(), seed=seeds, kind=st.sampled_from(KINDS), batch=st.integers(1, 3), sides=st.tuples(sides, sides))
-def test_contract(name: str, options: dict, data: Any, seed: int, kind: str, batch: int, sides: tuple[int, int]) -> None:
+@given(
+    data=st.data(),
+    seed=seeds,
+    kind=st.sampled_from(KINDS),
+    batch=st.integers(1, 3),
+    sides=st.tuples(sides, sides),
+)
+def test_contract(
+    name: str, options: dict, data: Any, seed: int, kind: str, batch: int, sides: tuple[int, int]
+) -> None:
     pruner = build(name, **options)
     grid = (2 * sides[0], 2 * sides[1]) if name == "pooling" else sides
     width, text = data.draw(st.sampled_from([2, 16])), data.draw(st.integers(0, 3))
@@ -100,8 +140,16 @@ def test_contract(name: str, options: dict, data: Any, seed: int, kind: str, bat
 
 @pytest.mark.parametrize(("name", "options"), INSIDE, ids=label)
 @generated
-@given(data=st.data(), seed=seeds, kind=st.sampled_from(KINDS), batch=st.integers(1, 3), count=st.integers(1, 20))
-def test_contract_inside(name: str, options: dict, data: Any, seed: int, kind: str, batch: int, count: int) -> None:
+@given(
+    data=st.data(),
+    seed=seeds,
+    kind=st.sampled_from(KINDS),
+    batch=st.integers(1, 3),
+    count=st.integers(1, 20),
+)
+def test_contract_inside(
+    name: str, options: dict, data: Any, seed: int, kind: str, batch: int, count: int
+) -> None:
     pruner = build(name, **options)
     tokens = layer_tokens(batch, count, seed=seed, kind=kind)
     keep = data.draw(st.integers(1, count))
@@ -112,10 +160,14 @@ def test_contract_inside(name: str, options: dict, data: Any, seed: int, kind: s
     assert all(torch.equal(before[key], value) for key, value in copy(tokens).items())
 
 
-@pytest.mark.parametrize(("name", "options"), [*BEFORE, *INSIDE, ("prunesid_dyn", {"mean_phi": 0.9})], ids=label)
+@pytest.mark.parametrize(
+    ("name", "options"), [*BEFORE, *INSIDE, ("prunesid_dyn", {"mean_phi": 0.9})], ids=label
+)
 @settings(generated, max_examples=15)
 @given(data=st.data(), seed=seeds, rows=sides, columns=sides)
-def test_a_batch_equals_its_rows(name: str, options: dict, data: Any, seed: int, rows: int, columns: int) -> None:
+def test_a_batch_equals_its_rows(
+    name: str, options: dict, data: Any, seed: int, rows: int, columns: int
+) -> None:
     pruner = build(name, **options)
     if in_llm(name):
         tokens = unlike(layer_tokens, rows * columns, seed)
@@ -134,7 +186,9 @@ def test_a_batch_equals_its_rows(name: str, options: dict, data: Any, seed: int,
             parts["counts"] = together.counts[[row]]
         mine = dataclasses.replace(together, **parts)
         if row == 2:
-            mine, alone = (without_twins(selection, 3 if in_llm(name) else 0) for selection in (mine, alone))
+            mine, alone = (
+                without_twins(selection, 3 if in_llm(name) else 0) for selection in (mine, alone)
+            )
         assert same(mine, alone)
 
 
@@ -166,7 +220,9 @@ def test_permuted_tokens_give_the_same_choice(name: str, data: Any, seed: int, c
     def chosen(selection: Selection, names: Tensor) -> list[set[int]]:
         return [{int(names[i]) for i in row if i != EXTRA} for row in selection.indices.tolist()]
 
-    assert chosen(pruner.prune(tokens, keep), torch.arange(count)) == chosen(pruner.prune(moved, keep), order)
+    assert chosen(pruner.prune(tokens, keep), torch.arange(count)) == chosen(
+        pruner.prune(moved, keep), order
+    )
 
 
 def sample(name: str) -> tuple[Any, Any, int]:
@@ -182,7 +238,10 @@ def sample(name: str) -> tuple[Any, Any, int]:
 @pytest.mark.parametrize("keep", [-1, 0, 17, 4.0, "4", None, True])
 def test_impossible_budget(name: str, keep: int) -> None:
     pruner, tokens, _ = sample(name)
-    with pytest.raises(PrunerError, match=f"'{name}': cannot keep {keep!r} of 16 tokens; the budget must be an integer"):
+    with pytest.raises(
+        PrunerError,
+        match=f"'{name}': cannot keep {keep!r} of 16 tokens; the budget must be an integer",
+    ):
         pruner.prune(tokens, keep)
 
 
@@ -207,14 +266,19 @@ def test_integers_are_no_captures(name: str) -> None:
     pruner, tokens, keep = sample(name)
     for key in floats(name, tokens):
         bad = dataclasses.replace(tokens, **{key: getattr(tokens, key).long()})
-        with pytest.raises(PrunerError, match=f"'{name}': expects floating point, and got {key} torch.int64"):
+        with pytest.raises(
+            PrunerError, match=f"'{name}': expects floating point, and got {key} torch.int64"
+        ):
             pruner.prune(bad, keep)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_features_that_are_no_tensor_and_impossible_grids(name: str) -> None:
     pruner, tokens, keep = sample(name)
-    for bad, told in (({"features": None}, "features are a NoneType"), ({"grid": (-4, -4)}, r"grid \(-4, -4\) does not hold 16")):
+    for bad, told in (
+        ({"features": None}, "features are a NoneType"),
+        ({"grid": (-4, -4)}, r"grid \(-4, -4\) does not hold 16"),
+    ):
         with pytest.raises(PrunerError, match=f"'{name}': {told}"):
             pruner.prune(dataclasses.replace(tokens, **bad), keep)
 
@@ -251,7 +315,9 @@ def test_saliency_of_wrong_length(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_rows(name: str) -> None:
     pruner, tokens, keep = sample(name)
-    with pytest.raises(PrunerError, match=rf"'{name}': features have shape \(0, 16, 16\), expected \[B, N, D\]"):
+    with pytest.raises(
+        PrunerError, match=rf"'{name}': features have shape \(0, 16, 16\), expected \[B, N, D\]"
+    ):
         pruner.prune(rows_of(tokens, []), keep)
 
 
@@ -285,8 +351,12 @@ def test_half_precision_is_scored_in_float32(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_strided_tensors(name: str) -> None:
     pruner, tokens, keep = sample(name)
-    strided = {key: v.transpose(0, -1).contiguous().transpose(0, -1) for key, v in copy(tokens).items()}
-    assert same(pruner.prune(dataclasses.replace(tokens, **strided), keep), pruner.prune(tokens, keep))
+    strided = {
+        key: v.transpose(0, -1).contiguous().transpose(0, -1) for key, v in copy(tokens).items()
+    }
+    assert same(
+        pruner.prune(dataclasses.replace(tokens, **strided), keep), pruner.prune(tokens, keep)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -295,7 +365,8 @@ def test_masked_question_tokens_do_not_matter(name: str) -> None:
     padded = torch.cat([tokens.text_embeddings, torch.full((2, 2, 16), 7.0)], 1)
     mask = torch.cat([tokens.text_mask, torch.zeros(2, 2, dtype=torch.bool)], 1)
     assert same(
-        pruner.prune(tokens, keep), pruner.prune(dataclasses.replace(tokens, text_embeddings=padded, text_mask=mask), keep)
+        pruner.prune(tokens, keep),
+        pruner.prune(dataclasses.replace(tokens, text_embeddings=padded, text_mask=mask), keep),
     )
 
 
@@ -313,7 +384,9 @@ def test_unknown_values_and_options_are_errors(name: str) -> None:
     for variant, options in BEFORE + INSIDE:
         for field in options if variant == name else ():
             if isinstance(options[field], str):
-                with pytest.raises(PrunerError, match=f"'{name}': {field}='nonsense' is not one of"):
+                with pytest.raises(
+                    PrunerError, match=f"'{name}': {field}='nonsense' is not one of"
+                ):
                     build(name, **{field: "nonsense"})
 
 
@@ -325,16 +398,27 @@ def test_unknown_name() -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"space": "encodr"}, "space='encodr', which is not one of 'encoder', 'projected', 'hidden'"),
-        ({"diagnostics": {"phi": torch.zeros(2, 1)}}, r"diagnostic 'phi' of shape \(2, 1\), expected \[2\]"),
-        ({"diagnostics": {"phi": torch.zeros(())}}, r"diagnostic 'phi' of shape \(\), expected \[2\]"),
+        (
+            {"space": "encodr"},
+            "space='encodr', which is not one of 'encoder', 'projected', 'hidden'",
+        ),
+        (
+            {"diagnostics": {"phi": torch.zeros(2, 1)}},
+            r"diagnostic 'phi' of shape \(2, 1\), expected \[2\]",
+        ),
+        (
+            {"diagnostics": {"phi": torch.zeros(())}},
+            r"diagnostic 'phi' of shape \(\), expected \[2\]",
+        ),
         ({"counts": torch.tensor([[1], [2]])}, r"counts of shape \(2, 1\), expected \[2\]"),
         ({"counts": torch.tensor([1, 3])}, r"counts \[1, 3\] outside 1..2"),
     ],
 )
 def test_a_wrong_answer_is_refused(parts: dict, message: str) -> None:
     indices = torch.tensor([[0, 1], [2, 3]])
-    Selection(indices, diagnostics={"phi": torch.zeros(2)}, counts=torch.tensor([1, 2])).check("mine", 2, 4)
+    Selection(indices, diagnostics={"phi": torch.zeros(2)}, counts=torch.tensor([1, 2])).check(
+        "mine", 2, 4
+    )
     with pytest.raises(PrunerError, match=f"'mine' returned {message}"):
         Selection(indices, **parts).check("mine", 2, 4)
 
@@ -345,7 +429,9 @@ def test_tokens_by_layer(name: str) -> None:
     counts, plan = pruner.layer_tokens(576, 32, 192), pruner.schedule(576, 32, 192)
     assert counts[: min(plan)] == [576] * min(plan)
     for layer in range(1, 32):
-        after = pruner.passed(counts[layer - 1], plan[layer]) if layer in plan else counts[layer - 1]
+        after = (
+            pruner.passed(counts[layer - 1], plan[layer]) if layer in plan else counts[layer - 1]
+        )
         assert counts[layer] == after
     assert pruner.average(576, 32, 192) == sum(counts) / 32
 

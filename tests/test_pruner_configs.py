@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-
-from pruners import REGISTRY
+from secateur.pruners import REGISTRY
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "pruner"
 
@@ -14,9 +13,15 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "pruner"
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_yaml_states_the_fields_and_defaults(name: str) -> None:
     text = (CONFIGS / f"{name}.yaml").read_text()
-    defaults = {"name": name} | {field.name: field.default for field in dataclasses.fields(REGISTRY[name])}
-    defaults = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
-    config = OmegaConf.to_container(OmegaConf.create(text), resolve=True)  # apart from any model, which may decide a field
+    defaults = {"name": name} | {
+        field.name: field.default for field in dataclasses.fields(REGISTRY[name])
+    }
+    defaults = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()
+    }
+    config = OmegaConf.to_container(
+        OmegaConf.create(text), resolve=True
+    )  # apart from any model, which may decide a field
     assert config == defaults
     assert list(config) == list(defaults)
     assert text.startswith("# ")

@@ -1,8 +1,7 @@
 """Which words of a prompt count as the question."""
 
 import pytest
-
-from eval.questions import SUFFIX, question_text
+from secateur.questions import SUFFIX, question_text
 
 PROMPT = f"A chat. USER: \nIs there a cat?{SUFFIX} ASSISTANT:"
 
@@ -27,5 +26,7 @@ def test_only_the_instruction_at_the_end_is_stripped(words, stripped):
 
 
 def test_other_scopes_are_refused():
-    with pytest.raises(ValueError, match="text_scope='answer' is not one of question, question_stripped, all_text"):
+    with pytest.raises(
+        ValueError, match="text_scope='answer' is not one of question, question_stripped, all_text"
+    ):
         question_text("", "answer", "")

@@ -6,13 +6,12 @@ from importlib import import_module
 
 import pytest
 import torch
+from secateur.geometry import random_model, tiny
+from secateur.injection import inject, qwen
+from secateur.injection.families import adapter_for
+from secateur.pruners import Pruner, PrunerError, Selection, VisualTokens, build
 from test_inject_qwen import SIZES, encode
 from torch import Tensor
-
-from eval.geometry import random_model, tiny
-from eval.inject import inject, qwen
-from eval.inject.families import adapter_for
-from pruners import Pruner, PrunerError, Selection, VisualTokens, build
 
 GRIDS = [(1, 1), (1, 7), (5, 1), (4, 4), (5, 7), (6, 9), (13, 10)]
 
@@ -22,7 +21,15 @@ class Looks(Pruner):
     """Keeps the first tokens, and what it was shown."""
 
     needs: frozenset = frozenset(  # type: ignore[assignment]
-        {"features", "encoder_features", "saliency", "object_attention", "output_attention", "encoder_keys", "grid"}
+        {
+            "features",
+            "encoder_features",
+            "saliency",
+            "object_attention",
+            "output_attention",
+            "encoder_keys",
+            "grid",
+        }
     )
     seen: dict[str, VisualTokens] = field(default_factory=dict)
 
@@ -64,7 +71,9 @@ def tower(model, inputs, **blocks: int) -> tuple[dict[str, list[Tensor]], dict[s
 
     for name, block in blocks.items():
         layer = model.model.visual.blocks[block].attn.qkv
-        layer.register_forward_hook(lambda _module, _args, output, name=name: qkv.update({name: output}))
+        layer.register_forward_hook(
+            lambda _module, _args, output, name=name: qkv.update({name: output})
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "eager_attention_forward", spying)
         model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
@@ -90,7 +99,9 @@ def test_the_order_of_windows_is_the_towers(grid, side):
 
 def test_features_are_bit_for_bit_what_the_language_model_gets(qwen_model, inputs, seen):
     with torch.no_grad():
-        features = qwen_model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        features = qwen_model.model.get_image_features(
+            inputs["pixel_values"], inputs["image_grid_thw"]
+        ).pooler_output
     for tokens, want, (width, height) in zip(seen, features, SIZES, strict=True):
         assert tokens.grid == (height // 28, width // 28)
         assert torch.equal(tokens.features[0], want)
@@ -98,7 +109,9 @@ def test_features_are_bit_for_bit_what_the_language_model_gets(qwen_model, input
 
 
 def test_received_attention_and_keys_equal_those_of_an_eager_tower(qwen_model, inputs, seen):
-    maps, qkv = tower(qwen_model, inputs, object=1, output=3)  # the tiny tower's blocks with full attention
+    maps, qkv = tower(
+        qwen_model, inputs, object=1, output=3
+    )  # the tiny tower's blocks with full attention
     keys = qkv["output"][:, 64:128].split([4 * tokens.shape[1] for tokens in seen])
     for number, tokens in enumerate(seen):
         order = torch.tensor(raster_order(*tokens.grid, 2)).argsort()
@@ -110,10 +123,14 @@ def test_received_attention_and_keys_equal_those_of_an_eager_tower(qwen_model, i
         assert tokens.saliency.shape == (1, 4, tokens.shape[1])
         assert (tokens.saliency[0] - heads).abs().max() < 1e-6
         assert (tokens.output_attention[0] - heads.mean(0)).abs().max() < 1e-6
-        assert (tokens.object_attention[0] - merged(maps["object"][number].mean((0, 1)))).abs().max() < 1e-6
+        assert (
+            tokens.object_attention[0] - merged(maps["object"][number].mean((0, 1)))
+        ).abs().max() < 1e-6
         assert not torch.allclose(tokens.object_attention, tokens.output_attention, atol=1e-3)
         assert (tokens.encoder_keys[0] - merged(keys[number])).abs().max() < 1e-5
-        assert tokens.saliency.sum(2).allclose(torch.full((1, 4), 0.25))  # every query's weights sum to one
+        assert tokens.saliency.sum(2).allclose(
+            torch.full((1, 4), 0.25)
+        )  # every query's weights sum to one
 
 
 def test_queries_are_taken_in_chunks(monkeypatch):
@@ -128,7 +145,12 @@ def test_queries_are_taken_in_chunks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("depth", "full", "blocks"),
-    [(32, [7, 15, 23, 31], (15, 31)), (4, [3], (3, 3)), (8, [1, 3, 5, 7], (3, 7)), (12, [3, 11], (3, 11))],
+    [
+        (32, [7, 15, 23, 31], (15, 31)),
+        (4, [3], (3, 3)),
+        (8, [1, 3, 5, 7], (3, 7)),
+        (12, [3, 11], (3, 11)),
+    ],
 )
 def test_blocks_that_attention_is_read_from(depth, full, blocks):
     config = tiny("qwen2_5_vl")
@@ -142,7 +164,9 @@ def test_blocks_that_attention_is_read_from(depth, full, blocks):
 
 
 def test_images_are_what_they_are_among_others(qwen_model, inputs, seen):
-    arguments = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")} | {"return_dict": True}
+    arguments = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")} | {
+        "return_dict": True
+    }
     calls = list(adapter_for(qwen_model).one_by_one(arguments))
     assert len(calls) == len(seen)
     for tokens, call in zip(seen, calls, strict=True):
@@ -160,7 +184,9 @@ def test_visionzip_reads_no_row_of_keys_for_cls(seen):
     assert torch.equal(without.features, selection.features)
     assert (without.indices[0, :11].diff() > 0).all()  # 11 dominant, 2 contextual tokens
     for keys in (tokens.encoder_keys[:, 1:], torch.cat([row, row, tokens.encoder_keys], 1)):
-        with pytest.raises(PrunerError, match=r"encoder_keys have shape .*expected \[B, N or 1\+N, E\] with N = 35"):
+        with pytest.raises(
+            PrunerError, match=r"encoder_keys have shape .*expected \[B, N or 1\+N, E\] with N = 35"
+        ):
             pruner.prune(dataclasses.replace(tokens, encoder_keys=keys), 13)
 
 

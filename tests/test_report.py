@@ -13,17 +13,19 @@ import pytest
 from cells import CONFIGS
 from lxml import html as lxml_html
 from PIL import Image
+from secateur.reporting import gallery
+from secateur.reporting.report import DEMONSTRATION, Report
+from secateur.reporting.report_page import page, write
+from secateur.store import Store
 from stored import SPPRUNER, Pictures, grid, store
-
-from eval.reporting import gallery
-from eval.reporting.report import DEMONSTRATION, Report
-from eval.reporting.report_page import page, write
-from eval.store import Store
 
 SCRIPT = CONFIGS.parent / "scripts" / "report.py"
 ATTACK = "<script>alert(1)</script>"
 TARGET = f"![x](http://x.y/z.png){ATTACK}"
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,14 +45,19 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attack")
     cells = grid(tasks=("gqa", "scienceqa_img"), random=0.4, scope=0.75, sppruner=0.5)
     cells = [own._replace(rows=own.rows.replace({"target": "no"}, TARGET)) for own in cells]
-    cells = [own._replace(rows=own.rows.assign(answer=ATTACK)) if own.name == "sppruner" else own for own in cells]
+    cells = [
+        own._replace(rows=own.rows.assign(answer=ATTACK)) if own.name == "sppruner" else own
+        for own in cells
+    ]
     report = reported(folder, cells, rivals=["scope", SPPRUNER])
     return report, write(report, folder / "report")
 
 
 def tree(text: str):
     """The page, parsed without tolerance for errors."""
-    return lxml_html.document_fromstring(text, parser=lxml_html.HTMLParser(recover=False, huge_tree=True))
+    return lxml_html.document_fromstring(
+        text, parser=lxml_html.HTMLParser(recover=False, huge_tree=True)
+    )
 
 
 def text_of(text: str) -> str:
@@ -68,7 +75,9 @@ def test_text_of_data_and_models_is_text(written):
 
 
 def test_a_prompt_is_text(tmp_path):
-    report = Report(store(tmp_path, grid(tasks=("gqa",), random=0.4, scope=0.75), prompt=ATTACK), 200)
+    report = Report(
+        store(tmp_path, grid(tasks=("gqa",), random=0.4, scope=0.75), prompt=ATTACK), 200
+    )
     prompts = [prompt.text for prompt in tree(page(report)).xpath("//pre")]
     assert len(prompts) > 1
     assert set(prompts) == {ATTACK}
@@ -85,7 +94,9 @@ def test_the_page_is_self_contained(written):
         assert Image.open(io.BytesIO(base64.b64decode(data))).format.lower() == kind
     assert all(image.get("alt") for image in found.xpath("//img"))
     assert "url(" not in path.read_text()
-    assert found.xpath("//meta[@http-equiv='Content-Security-Policy']/@content")[0].startswith("default-src 'none'")
+    assert found.xpath("//meta[@http-equiv='Content-Security-Policy']/@content")[0].startswith(
+        "default-src 'none'"
+    )
 
 
 def test_the_page_holds_tables_tied_best_flips_figures_and_provenance(written):
@@ -101,18 +112,34 @@ def test_the_page_holds_tables_tied_best_flips_figures_and_provenance(written):
     }
     scope = next(row for row in section.rows["gqa"] if row["method"] == "scope")
     assert rows["scope"][4].startswith(f"{scope['value']:.1f} [")
-    assert rows["scope"][9:11] == [str(int(scope["right_to_wrong"])), str(int(scope["wrong_to_right"]))]
-    assert [chart.path.name for chart in section.charts] == ["accuracy_flops.png", "tasks.png", "agreement.png"]
+    assert rows["scope"][9:11] == [
+        str(int(scope["right_to_wrong"])),
+        str(int(scope["wrong_to_right"])),
+    ]
+    assert [chart.path.name for chart in section.charts] == [
+        "accuracy_flops.png",
+        "tasks.png",
+        "agreement.png",
+    ]
     assert all(picture.path.exists() for picture in section.charts)
     assert f"Without the cost of the pruner itself: {SPPRUNER}." in text
-    for fact in ("abc", "x86_64", "secateur 0.1.0", "the first 400", "2026-01-01", "shapes, revision main"):
+    for fact in (
+        "abc",
+        "x86_64",
+        "secateur 0.1.0",
+        "the first 400",
+        "2026-01-01",
+        "shapes, revision main",
+    ):
         assert fact in text, fact
 
 
 def test_shapes_are_a_demonstration_wherever_their_numbers_are(written, tmp_path):
     _, (path, markdown) = written
     figures = [node.text_content() for node in tree(path.read_text()).xpath("//figcaption")]
-    assert all("shapes" in text and DEMONSTRATION in text for text in figures if "Prompt" not in text)
+    assert all(
+        "shapes" in text and DEMONSTRATION in text for text in figures if "Prompt" not in text
+    )
     assert f"Suite shapes: {DEMONSTRATION}" in text_of(path.read_text())
     assert f"Suite shapes: {DEMONSTRATION}" in markdown.read_text()
     real = reported(tmp_path, grid(tasks=("gqa",), suite="hub", scope=0.7))
@@ -140,7 +167,9 @@ def test_the_summary_links_to_figures_that_exist(written):
 
 
 def test_cells_of_different_limits_stand_apart(tmp_path):
-    cells = grid(tasks=("gqa",), scope=0.7) + grid(tasks=("gqa",), documents=200, limit=200, scope=0.5)
+    cells = grid(tasks=("gqa",), scope=0.7) + grid(
+        tasks=("gqa",), documents=200, limit=200, scope=0.5
+    )
     report = reported(tmp_path, cells)
     assert [section.title.split(", ")[2] for section in report.sections] == [
         "the first 200 documents a task",
@@ -174,7 +203,9 @@ def test_equal_answers_and_nan_are_marked(tmp_path):
     cells = grid(tasks=("gqa",), scope=0.7, random=0.5)
     same = cells[0].rows.assign(answer="yes")
     broken = cells[1].rows.assign(score=np.nan)
-    report = reported(tmp_path, [cells[0]._replace(rows=same), cells[1]._replace(rows=broken), cells[2]])
+    report = reported(
+        tmp_path, [cells[0]._replace(rows=same), cells[1]._replace(rows=broken), cells[2]]
+    )
     text = text_of(page(report))
     assert "every answer is 'yes'" in text
     assert "has a score that is not a number from 0 to 1" in text
@@ -184,12 +215,18 @@ def test_equal_answers_and_nan_are_marked(tmp_path):
 def test_edited_sources_and_several_commits_are_said(tmp_path):
     cells = grid(tasks=("gqa",), scope=0.7)
     store(tmp_path, cells[:1])
-    record = {key: value for key, value in Store(tmp_path).records()[0].items() if key not in ("identity", "seal")}
+    record = {
+        key: value
+        for key, value in Store(tmp_path).records()[0].items()
+        if key not in ("identity", "seal")
+    }
     samples = Store.samples(Store(tmp_path).folder(cells[0].record["identity"]))
     record["environment"] = record["environment"] | {"commit": "def-dirty"}
     record["metrics"] = cells[1].record["metrics"]
     own = cells[1].rows
-    Store(tmp_path).write(cells[1].record["identity"], record | {"average_tokens": 16.0}, samples.assign(**own))
+    Store(tmp_path).write(
+        cells[1].record["identity"], record | {"average_tokens": 16.0}, samples.assign(**own)
+    )
     doubts = Report(tmp_path, 200).sections[0].warnings
     assert any("2 commits, abc, def-dirty" in text for text in doubts)
     assert any("edited sources that no commit holds: def-dirty" in text for text in doubts)
@@ -221,7 +258,9 @@ def test_the_script_writes_both_files(tmp_path, monkeypatch, capsys):
     assert "gqa, document 7, budget 16" in text_of((tmp_path / "report" / "index.html").read_text())
     assert "summary.md" in capsys.readouterr().out
     assert run(monkeypatch, "--results", str(tmp_path), "--documents", "gqa:5000") == 1
-    assert "did not answer document 5000 of gqa" in text_of((tmp_path / "report" / "index.html").read_text())
+    assert "did not answer document 5000 of gqa" in text_of(
+        (tmp_path / "report" / "index.html").read_text()
+    )
 
 
 def test_a_task_without_pruned_cells_is_left_out_of_the_pictures(tmp_path):
@@ -256,13 +295,22 @@ def test_a_browser_shows_it_whole_and_runs_nothing(written, chromium, width):
     opened.on("console", lambda message: events.append(message.text))
     opened.on("pageerror", lambda error: events.append(str(error)))
     opened.on("dialog", lambda dialog: (events.append(dialog.message), dialog.dismiss()))
-    opened.on("request", lambda request: events.append(request.url) if not request.url.startswith("data:") else None)
+    opened.on(
+        "request",
+        lambda request: events.append(request.url) if not request.url.startswith("data:") else None,
+    )
     opened.goto(Path(path).as_uri())
     assert events == [Path(path).as_uri()]
     assert opened.evaluate("document.scripts.length") == 0
-    assert opened.evaluate("document.documentElement.scrollWidth") <= width  # wide tables scroll by themselves
-    assert opened.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-    assert opened.evaluate("[...document.querySelectorAll('details')].every(part => part.open = true)")
+    assert (
+        opened.evaluate("document.documentElement.scrollWidth") <= width
+    )  # wide tables scroll by themselves
+    assert opened.evaluate(
+        "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
+    )
+    assert opened.evaluate(
+        "[...document.querySelectorAll('details')].every(part => part.open = true)"
+    )
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     assert ATTACK in opened.inner_text("main")
     assert "(reconstruction)" in opened.inner_text("main")

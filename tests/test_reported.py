@@ -4,8 +4,7 @@ import re
 
 import pandas as pd
 import pytest
-
-from eval.reporting import reported
+from secateur.reporting import reported
 
 ROW = {
     "paper": "P",
@@ -68,7 +67,10 @@ def test_a_good_row_loads(tmp_path):
         ({"metric": "accuracy"}, "task 'pope' has no metric accuracy"),
         ({"task": "gqa"}, "task 'gqa' has no metric pope_f1"),
         ({"value": "839"}, "value .*839.* cannot be: pope_f1 lies in 0..100"),
-        ({"task": "mme", "metric": "mme_perception", "value": "2100", "unit": "points"}, "lies in 0..2000"),
+        (
+            {"task": "mme", "metric": "mme_perception", "value": "2100", "unit": "points"},
+            "lies in 0..2000",
+        ),
         ({"unit": "points"}, "unit 'points' is wrong"),
         ({"suspect": "True"}, "note .* is missing: why"),
         ({"budget_scope": "tile"}, "budget_scope 'tile' is not one of image, layer"),
@@ -98,21 +100,34 @@ def test_a_missing_column_is_refused(tmp_path):
 def test_copied_baselines_are_found(numbers):
     found = reported.duplicates(numbers).set_index(["model", "method", "budget", "task", "metric"])
     row = found.loc[("llava_1_5_7b", "visionzip", "192", "gqa", "accuracy")]
-    assert (row["value"], row["papers"], row["where"]) == (59.3, 3, "HiPrune Table 2, PruneSID Table 1, SCOPE Table 1")
+    assert (row["value"], row["papers"], row["where"]) == (
+        59.3,
+        3,
+        "HiPrune Table 2, PruneSID Table 1, SCOPE Table 1",
+    )
 
 
 def test_contradictions_are_found_widest_first(numbers):
     found = reported.contradictions(numbers)
     assert found["spread"].is_monotonic_decreasing
-    row = found.set_index(["model", "method", "budget", "task"]).loc[("llava_1_5_7b", "visionzip", "192", "mme")]
-    assert re.fullmatch(r"1749: VTR calibration Table 1 \| 1783: .*SCOPE Table 1 \| 1834: DiffPrune Table 1", row["values"])
-    inside = found.set_index(["model", "method", "budget", "task"]).loc[("llava_1_5_7b", "prunesid", "192", "mme")]
+    row = found.set_index(["model", "method", "budget", "task"]).loc[
+        ("llava_1_5_7b", "visionzip", "192", "mme")
+    ]
+    assert re.fullmatch(
+        r"1749: VTR calibration Table 1 \| 1783: .*SCOPE Table 1 \| 1834: DiffPrune Table 1",
+        row["values"],
+    )
+    inside = found.set_index(["model", "method", "budget", "task"]).loc[
+        ("llava_1_5_7b", "prunesid", "192", "mme")
+    ]
     assert "1793: PruneSID Table 5" in inside["values"]  # one paper, two tables
     assert not (found["metric"] == "relative_average").any()
 
 
 def test_averages_that_do_not_follow_from_the_printed_scores(numbers):
-    found = reported.averages(numbers).set_index(["paper", "table", "method", "budget"]).sort_index()
+    found = (
+        reported.averages(numbers).set_index(["paper", "table", "method", "budget"]).sort_index()
+    )
     assert found.loc["SCOPE", "Table 1"]["follows"].all()
     assert found.loc["PruneSID", "Table 12"]["follows"].all()  # over all eight columns
     row = found.loc[("PromPrune", "Table 1", "promprune", "128")]

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-
-from eval import cell
-from eval.budget import Budget
-from eval.checkpoints import fingerprint, hub_commit
-from eval.job import Job
+from secateur import cell
+from secateur.budget import Budget
+from secateur.checkpoints import fingerprint, hub_commit
+from secateur.job import Job
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -69,7 +68,10 @@ def test_every_experiment_composes(tmp_path, experiment):
         (["cache_gb=null"], "cache_gb=null is not a number in [0, inf)"),
         (["batch_tokens=-1"], "batch_tokens=-1 is not an integer in [0, inf)"),
         (["model.dtype=foo"], "model.dtype=foo is not one of 'auto', 'float32'"),
-        (["model.max_new_tokens=0"], "model.max_new_tokens=0 is not an integer in [1, inf) or null"),
+        (
+            ["model.max_new_tokens=0"],
+            "model.max_new_tokens=0 is not an integer in [1, inf) or null",
+        ),
         (["limit=0"], "limit=0"),
         (["limit=7"], "MME scores pairs of questions; use limit=8"),
         (["shard=3/3"], "shard=3/3: write number/count, with numbers from 0"),
@@ -92,7 +94,14 @@ def test_what_changes_the_answers_changes_the_cell(tmp_path):
         return Job.of(composed(tmp_path, *overrides)).identity("pope")
 
     base = identity()
-    for override in ("pruner.alpha=2", "budget=15", "limit=20", "seed=1", "model.dtype=bfloat16", "model.prompt=vicuna_v1"):
+    for override in (
+        "pruner.alpha=2",
+        "budget=15",
+        "limit=20",
+        "seed=1",
+        "model.dtype=bfloat16",
+        "model.prompt=vicuna_v1",
+    ):
         assert identity(override) != base
     assert identity("model.device=cuda") == base
     assert identity("retry_failed=true") == base
@@ -112,8 +121,14 @@ def test_what_changes_the_answers_changes_the_cell(tmp_path):
         ("prunesid_dyn", "prunesid", True),
     ],
 )
-def test_editing_what_a_method_uses_makes_its_cells_new(tmp_path, monkeypatch, pruner, module, counts):
-    job, edited, read = Job.of(composed(tmp_path, f"pruner={pruner}")), sys.modules[f"pruners.{module}"], inspect.getsource
+def test_editing_what_a_method_uses_makes_its_cells_new(
+    tmp_path, monkeypatch, pruner, module, counts
+):
+    job, edited, read = (
+        Job.of(composed(tmp_path, f"pruner={pruner}")),
+        sys.modules[f"secateur.pruners.{module}"],
+        inspect.getsource,
+    )
     cell._source.cache_clear()
     before = job.identity("pope")
     cell._source.cache_clear()
@@ -122,7 +137,9 @@ def test_editing_what_a_method_uses_makes_its_cells_new(tmp_path, monkeypatch, p
     cell._source.cache_clear()
 
 
-@pytest.mark.parametrize(("name", "counts"), [("pytorch_model.bin", True), ("merges.txt", True), ("README.md", False)])
+@pytest.mark.parametrize(
+    ("name", "counts"), [("pytorch_model.bin", True), ("merges.txt", True), ("README.md", False)]
+)
 def test_every_file_of_a_local_model_counts_but_its_card(tmp_path, name, counts):
     (tmp_path / name).write_text("one")
     before = fingerprint(str(tmp_path), "main")

@@ -4,10 +4,9 @@ import ast
 
 import numpy as np
 import pytest
-
-from eval.shapes.datasets import EVAL, SIZES, TRAIN, documents
-from eval.shapes.questions import CLAIMS, CORNERS, DOCUMENTS, ITEMS, POPE_CATEGORIES
-from eval.shapes.scenes import SIZE, coverage, make_scene, render
+from secateur.shapes.datasets import EVAL, SIZES, TRAIN, documents
+from secateur.shapes.questions import CLAIMS, CORNERS, DOCUMENTS, ITEMS, POPE_CATEGORIES
+from secateur.shapes.scenes import SIZE, coverage, make_scene, render
 
 
 def test_the_same_seed_draws_the_same_picture():
@@ -15,7 +14,9 @@ def test_the_same_seed_draws_the_same_picture():
         scene = make_scene(3, i)
         assert scene == make_scene(3, i)
         assert np.array_equal(np.asarray(render(scene)), np.asarray(render(scene)))
-    assert not np.array_equal(np.asarray(render(make_scene(3, 0))), np.asarray(render(make_scene(3, 1))))
+    assert not np.array_equal(
+        np.asarray(render(make_scene(3, 0))), np.asarray(render(make_scene(3, 1)))
+    )
 
 
 def test_things_are_distinct_visible_and_inside():
@@ -46,9 +47,16 @@ def truth(scene, question: str) -> str:
         thing = next(t for t in things if t.name in question)
         return "left" if thing.x < SIZE / 2 else "right"
     if question.startswith("Where is"):
-        first, second = sorted(((question.index(t.name), t) for t in things if t.name in question), key=lambda pair: pair[0])
+        first, second = sorted(
+            ((question.index(t.name), t) for t in things if t.name in question),
+            key=lambda pair: pair[0],
+        )
         dx, dy = first[1].x - second[1].x, first[1].y - second[1].y
-        return ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+        return (
+            ("left" if dx < 0 else "right")
+            if abs(dx) > abs(dy)
+            else ("above" if dy < 0 else "below")
+        )
     if question.startswith("What is the number of objects plus"):
         return str(len(things) + int(words[-1]))
     if question.startswith("What color is the object with"):
@@ -84,7 +92,9 @@ def test_adversarial_absences_share_colour_or_shape_with_the_scene():
     for i in range(100):
         scene = make_scene(7, i)
         *_, color, shape = (
-            CLAIMS["existence"](scene, np.random.default_rng(i), "adversarial")[1].removesuffix(" in the image?").split()
+            CLAIMS["existence"](scene, np.random.default_rng(i), "adversarial")[1]
+            .removesuffix(" in the image?")
+            .split()
         )
         assert color in {t.color for t in scene.things} or shape in {t.shape for t in scene.things}
 

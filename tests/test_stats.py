@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-
-from eval.reporting import stats, terms
-from eval.reporting.stats import Estimates, Interval, estimate, flips, holm, resample
+from secateur.reporting import stats, terms
+from secateur.reporting.stats import Estimates, Interval, estimate, flips, holm, resample
 
 SIMULATIONS = 1000
 
@@ -16,7 +15,9 @@ SIMULATIONS = 1000
 def official(task: str):
     """lmms-eval's own functions of a task, without importing the whole of it."""
     root = importlib.util.find_spec("lmms_eval").submodule_search_locations[0]
-    spec = importlib.util.spec_from_file_location(f"official_{task}", Path(root) / "tasks" / task / "utils.py")
+    spec = importlib.util.spec_from_file_location(
+        f"official_{task}", Path(root) / "tasks" / task / "utils.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -54,9 +55,13 @@ def test_pope_is_counted_as_in_lmms_eval():
         for answer, target, score in rows[["answer", "target", "score"]].itertuples(index=False)
     ]
     found = estimate("pope", "pope_f1", {"a": rows}, 20)
-    assert found.values["a"] == pytest.approx(100 * official("pope").pope_aggregate_f1_score(results))
+    assert found.values["a"] == pytest.approx(
+        100 * official("pope").pope_aggregate_f1_score(results)
+    )
     found = estimate("pope", "pope_accuracy", {"a": rows}, 20)
-    assert found.values["a"] == pytest.approx(100 * official("pope").pope_aggregate_accuracy(results))
+    assert found.values["a"] == pytest.approx(
+        100 * official("pope").pope_aggregate_accuracy(results)
+    )
 
 
 def test_mme_is_summed_as_in_lmms_eval():
@@ -70,17 +75,28 @@ def test_mme_is_summed_as_in_lmms_eval():
     ]
     mme = official("mme")
     assert set(mme.eval_type_dict["Perception"]) == terms.PERCEPTION
-    assert estimate("mme", "mme_total", {"a": rows}, 20).values["a"] == pytest.approx(mme.mme_aggregate_results(results))
-    perception = mme.mme_aggregate_results([result for result in results if result["category"] in terms.PERCEPTION])
-    assert estimate("mme", "mme_perception", {"a": rows}, 20).values["a"] == pytest.approx(perception)
+    assert estimate("mme", "mme_total", {"a": rows}, 20).values["a"] == pytest.approx(
+        mme.mme_aggregate_results(results)
+    )
+    perception = mme.mme_aggregate_results(
+        [result for result in results if result["category"] in terms.PERCEPTION]
+    )
+    assert estimate("mme", "mme_perception", {"a": rows}, 20).values["a"] == pytest.approx(
+        perception
+    )
 
 
 def test_mmstar_is_the_mean_of_categories_as_in_lmms_eval():
     rows = samples(drawn(2, 90, 0.5), categories=4)
     rows.loc[rows.index % 3 == 0, "category"] = "c0"  # of unequal size
-    results = [{"score": s, "l2_category": c} for s, c in rows[["score", "category"]].itertuples(index=False)]
+    results = [
+        {"score": s, "l2_category": c}
+        for s, c in rows[["score", "category"]].itertuples(index=False)
+    ]
     found = estimate("mmstar", "accuracy", {"a": rows}, 20)
-    assert found.values["a"] == pytest.approx(100 * official("mmstar").mmstar_aggregate_results(results))
+    assert found.values["a"] == pytest.approx(
+        100 * official("mmstar").mmstar_aggregate_results(results)
+    )
 
 
 # intervals
@@ -102,7 +118,9 @@ def test_intervals_of_paired_differences_cover_the_truth():
     rng = np.random.default_rng(3)
     p = image_effects(rng, 100, 4)
     first, second = rng.random(p.shape) < p, rng.random(p.shape) < p - 0.06
-    scores = np.stack([first, second]).astype(float).transpose(2, 1, 0)  # [documents, simulations, 2]
+    scores = (
+        np.stack([first, second]).astype(float).transpose(2, 1, 0)
+    )  # [documents, simulations, 2]
     images = pd.Series(np.arange(400) // 4)
     sums = resample(scores, images, pd.Series("", index=images.index), 1000, 0)
     change = 100 * (scores[..., 1] - scores[..., 0]).mean(axis=0)
@@ -115,7 +133,9 @@ def test_documents_are_not_independent_where_they_share_images():
     documents, images = pd.Series(np.arange(400)), pd.Series(np.arange(400) // 10)
     none = pd.Series("", index=documents.index)
     values = 100 * scores.mean(axis=0)
-    by_image, by_document = (100 * resample(scores, of, none, 1000, 0) / 400 for of in (images, documents))
+    by_image, by_document = (
+        100 * resample(scores, of, none, 1000, 0) / 400 for of in (images, documents)
+    )
     assert 0.93 <= covered(65.0, values, by_image) <= 0.97
     assert covered(65.0, values, by_document) < 0.9
 
@@ -124,16 +144,24 @@ def test_intervals_of_f1_cover_the_truth():
     rng = np.random.default_rng(5)
     p = image_effects(rng, 100, 6)
     right, yes = rng.random(p.shape) < p, np.tile([True, False], 300)
-    counted = np.stack([right & yes, ~right & ~yes, ~right & yes], axis=-1).astype(float).transpose(1, 0, 2)
+    counted = (
+        np.stack([right & yes, ~right & ~yes, ~right & yes], axis=-1)
+        .astype(float)
+        .transpose(1, 0, 2)
+    )
     images = pd.Series(np.arange(600) // 6)
     f1 = stats.METRICS["pope"]["pope_f1"].value
     draws = f1(resample(counted, images, pd.Series("", index=images.index), 1000, 0))
-    assert 0.93 <= covered(65.0, f1(counted.sum(axis=0)), draws) <= 0.97  # tp .65, fp .35, fn .35: F1 .65
+    assert (
+        0.93 <= covered(65.0, f1(counted.sum(axis=0)), draws) <= 0.97
+    )  # tp .65, fp .35, fn .35: F1 .65
 
 
 def test_intervals_hold_in_small_categories():
     rng = np.random.default_rng(6)
-    p = np.repeat(rng.uniform(0.3, 0.9, 18), 5)  # eighteen categories of five images, as MMStar with a limit
+    p = np.repeat(
+        rng.uniform(0.3, 0.9, 18), 5
+    )  # eighteen categories of five images, as MMStar with a limit
     scores = (rng.random((SIMULATIONS, 90)) < p).T.astype(float) / 5 / 18
     images = pd.Series(np.arange(90))
     draws = 100 * resample(scores, images, images // 5, 1000, 0)
@@ -143,19 +171,31 @@ def test_intervals_hold_in_small_categories():
 def test_p_values_are_uniform_without_a_difference():
     rng = np.random.default_rng(7)
     p = image_effects(rng, 80, 4)
-    scores = np.stack([rng.random(p.shape) < p, rng.random(p.shape) < p]).astype(float).transpose(2, 1, 0)
+    scores = (
+        np.stack([rng.random(p.shape) < p, rng.random(p.shape) < p])
+        .astype(float)
+        .transpose(2, 1, 0)
+    )
     images = pd.Series(np.arange(320) // 4)
-    sums = resample(scores[..., 1] - scores[..., 0], images, pd.Series("", index=images.index), 1000, 0)
+    sums = resample(
+        scores[..., 1] - scores[..., 0], images, pd.Series("", index=images.index), 1000, 0
+    )
     rejected = np.mean([Interval.of(0.0, sums[:, i]).p < 0.05 for i in range(SIMULATIONS)])
     assert 0.03 <= rejected <= 0.07
 
 
 def test_resampling_is_paired_and_repeats():
     base = drawn(8, 400, 0.7)
-    cells = {"a": samples(base, 4), "b": samples(base, 4), "c": samples(base & drawn(9, 400, 0.97), 4)}
+    cells = {
+        "a": samples(base, 4),
+        "b": samples(base, 4),
+        "c": samples(base & drawn(9, 400, 0.97), 4),
+    }
     found = estimate("gqa", "accuracy", cells, 500)
     assert found.difference("a", "b")[0] == 0
-    assert np.isnan(found.difference("a", "b").low)  # the same answers: no interval, and no evidence
+    assert np.isnan(
+        found.difference("a", "b").low
+    )  # the same answers: no interval, and no evidence
     assert found.difference("a", "b").p == 1
     gap, alone = found.difference("c", "a"), found.interval("a")
     assert gap.high - gap.low < 0.5 * (alone.high - alone.low)
@@ -165,8 +205,14 @@ def test_resampling_is_paired_and_repeats():
 
 
 def test_the_relative_average_is_the_mean_of_ratios():
-    first = Estimates(pd.Series({"none": 80.0, "a": 60.0}), pd.DataFrame({"none": [80.0, 90.0], "a": [60.0, 45.0]}))
-    second = Estimates(pd.Series({"none": 1000.0, "a": 900.0}), pd.DataFrame({"none": [1000.0, 1000.0], "a": [900.0, 700.0]}))
+    first = Estimates(
+        pd.Series({"none": 80.0, "a": 60.0}),
+        pd.DataFrame({"none": [80.0, 90.0], "a": [60.0, 45.0]}),
+    )
+    second = Estimates(
+        pd.Series({"none": 1000.0, "a": 900.0}),
+        pd.DataFrame({"none": [1000.0, 1000.0], "a": [900.0, 700.0]}),
+    )
     found = stats.relative_average([first, second], "none")
     assert found.values.to_dict() == {"none": 100.0, "a": 82.5}
     assert found.draws["a"].tolist() == [82.5, 60.0]
@@ -209,10 +255,17 @@ def test_the_tied_best_are_those_not_shown_to_be_worse():
 
 def test_the_difference_to_random_includes_the_seeds():
     base = drawn(14, 1200, 0.7)
-    seeds = {f"random {i}": samples(np.where(drawn(20 + i, 1200, 0.8), base, drawn(30 + i, 1200, 0.6)), 4) for i in range(3)}
+    seeds = {
+        f"random {i}": samples(
+            np.where(drawn(20 + i, 1200, 0.8), base, drawn(30 + i, 1200, 0.6)), 4
+        )
+        for i in range(3)
+    }
     found = estimate("gqa", "accuracy", {"a": samples(base, 4), **seeds}, 2000)
     over = found.over_random("a", list(seeds))
-    assert over.value == pytest.approx(found.values["a"] - np.mean([found.values[name] for name in seeds]))
+    assert over.value == pytest.approx(
+        found.values["a"] - np.mean([found.values[name] for name in seeds])
+    )
     one = found.difference("a", "random 0")
     assert over.low < over.value < over.high
     assert over.high - over.low < one.high - one.low  # a mean of three
@@ -244,7 +297,9 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="single image"):
         estimate("gqa", "accuracy", {"a": good[:2]}, 20)
     with pytest.raises(ValueError, match="single image in category 'c3'"):
-        estimate("mmstar", "accuracy", {"a": good[good["category"].ne("c3") | (good.index == 6)]}, 20)
+        estimate(
+            "mmstar", "accuracy", {"a": good[good["category"].ne("c3") | (good.index == 6)]}, 20
+        )
     with pytest.raises(ValueError, match="no column category"):
         estimate("mmstar", "accuracy", {"a": good.drop(columns="category")}, 20)
     with pytest.raises(ValueError, match="not exactly two"):
@@ -252,6 +307,8 @@ def test_what_cannot_be_compared_is_refused():
 
 
 def test_equal_scores_on_all_documents_have_no_interval():
-    found = estimate("gqa", "accuracy", {"a": samples(np.ones(40, dtype=bool), 2)}, 20).interval("a")
+    found = estimate("gqa", "accuracy", {"a": samples(np.ones(40, dtype=bool), 2)}, 20).interval(
+        "a"
+    )
     assert found.value == 100
     assert np.isnan([found.low, found.high]).all()

@@ -7,8 +7,7 @@ import time
 
 import pandas as pd
 import pytest
-
-from eval.store import DamagedRecord, Store, digest
+from secateur.store import DamagedRecord, Store, digest
 
 IDENTITY = {
     "model": {"name": "m"},
@@ -65,10 +64,16 @@ def test_an_edited_or_truncated_record_is_refused(tmp_path):
 
 def test_a_failure_is_kept_and_forgotten_on_success(tmp_path):
     store = Store(tmp_path)
-    path = store.write_failure(IDENTITY, "Traceback ...\nValueError: no", {"device": "cpu"}, {"seed": 0})
+    path = store.write_failure(
+        IDENTITY, "Traceback ...\nValueError: no", {"device": "cpu"}, {"seed": 0}
+    )
     assert store.failure(IDENTITY).endswith("ValueError: no")
     content = json.loads(path.read_text())
-    assert (content["identity"], content["environment"], content["config"]) == (IDENTITY, {"device": "cpu"}, {"seed": 0})
+    assert (content["identity"], content["environment"], content["config"]) == (
+        IDENTITY,
+        {"device": "cpu"},
+        {"seed": 0},
+    )
     assert store.failure(IDENTITY, since=time.time() + 10) is None
     store.write(IDENTITY, {"metrics": {}}, ROWS)
     assert store.failure(IDENTITY) is None
@@ -153,7 +158,10 @@ def test_the_answers_of_a_cell_go_when_it_is_written(tmp_path):
     for path in (store.answers(IDENTITY), store.answers(IDENTITY, "-0of2"), store.answers(other)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    assert store.all_answers(IDENTITY) == [store.answers(IDENTITY, "-0of2"), store.answers(IDENTITY)]
+    assert store.all_answers(IDENTITY) == [
+        store.answers(IDENTITY, "-0of2"),
+        store.answers(IDENTITY),
+    ]
     store.write(IDENTITY, {"metrics": {}}, ROWS)
     assert store.all_answers(IDENTITY) == []
     assert store.all_answers(other)

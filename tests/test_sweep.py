@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from secateur.store import Store
 from sweeping import Sweeps, cells
-
-from eval.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"COLUMNS": "200"}
@@ -26,7 +25,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sweep(results: Path, *overrides: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), *overrides, f"results={results}"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=280)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=280
+    )
 
 
 def here(results: Path, *overrides: str) -> tuple[int, str]:
@@ -44,7 +45,9 @@ def test_a_multirun_fills_every_cell_and_prints_the_table(results, swept):
     assert "12 cells done, 0 cells skipped, 0 cells failed" in swept.stderr
     assert "suite shapes, model shapes_llava" in swept.stdout
     tasks = ("pope", "scienceqa_img", "gqa", "mme", "mmmu_val", "mmstar")
-    assert set(cells(results)) == {f"{task}/{cell}" for task in tasks for cell in ("none_full", "scope_16")}
+    assert set(cells(results)) == {
+        f"{task}/{cell}" for task in tasks for cell in ("none_full", "scope_16")
+    }
     table = pd.read_csv(results / "tables" / "shapes_shapes_llava_12.csv")
     assert table["method"].tolist() == ["none", "scope"]
     assert table["tokens"].tolist() == [144, 16]
@@ -59,7 +62,13 @@ def test_a_record_stands_alone(results, swept):
     assert identity["pruner"]["alpha"] == 1.0
     assert identity["model"]["dtype"] == "float32"
     assert set(identity["versions"]) == {"torch", "transformers", "lmms-eval", "secateur"}
-    assert {"pope_accuracy", "pope_f1_score", "pope_precision", "pope_recall", "pope_yes_ratio"} <= set(record["metrics"])
+    assert {
+        "pope_accuracy",
+        "pope_f1_score",
+        "pope_precision",
+        "pope_recall",
+        "pope_yes_ratio",
+    } <= set(record["metrics"])
     rows = pd.read_parquet(folder / "samples.parquet")
     assert len(rows) == record["documents"] == 12
     assert (rows["visual_tokens"] == 144).all()
@@ -125,8 +134,21 @@ def test_a_results_folder_that_cannot_be_written_is_one_paragraph(tmp_path):
 
 def test_an_interrupt_keeps_what_is_finished(results, swept, tmp_path):
     shutil.copytree(results / "data", tmp_path / "data")
-    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), f"results={tmp_path}", "pruner=random", "limit=40"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "sweep.py"),
+        f"results={tmp_path}",
+        "pruner=random",
+        "limit=40",
+    ]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
     deadline = time.time() + 200
     while not cells(tmp_path) and time.time() < deadline:
         time.sleep(0.05)

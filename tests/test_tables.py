@@ -4,15 +4,22 @@ import dataclasses
 
 import pandas as pd
 import pytest
-
-from eval.reporting import tables
-from eval.reporting.terms import HEADLINE, METRICS
-from pruners import build
+from secateur.pruners import build
+from secateur.reporting import tables
+from secateur.reporting.terms import HEADLINE, METRICS
 
 RECONSTRUCTED = "sppruner (reconstruction)"
 
 
-def record(task: str, pruner: str, budget: str, tokens: float, metrics: dict, limit: int | None = 60, **fields):
+def record(
+    task: str,
+    pruner: str,
+    budget: str,
+    tokens: float,
+    metrics: dict,
+    limit: int | None = 60,
+    **fields,
+):
     identity = {
         "model": {"name": "m"},
         "suite": {"name": "shapes", "revision": "1"},
@@ -22,7 +29,12 @@ def record(task: str, pruner: str, budget: str, tokens: float, metrics: dict, li
         "limit": limit,
         "seed": 0,
     }
-    return {"identity": identity, "metrics": metrics, "average_tokens": tokens, "environment": {"commit": "abc"}}
+    return {
+        "identity": identity,
+        "metrics": metrics,
+        "average_tokens": tokens,
+        "environment": {"commit": "abc"},
+    }
 
 
 UNPRUNED = [
@@ -71,10 +83,17 @@ def test_without_an_unpruned_row_nothing_is_relative():
 
 @pytest.mark.parametrize(
     ("pruner", "label"),
-    [(build("scope"), "scope"), (build("scope", alpha=2.0), "scope alpha=2.0"), (build("sppruner"), RECONSTRUCTED)],
+    [
+        (build("scope"), "scope"),
+        (build("scope", alpha=2.0), "scope alpha=2.0"),
+        (build("sppruner"), RECONSTRUCTED),
+    ],
 )
 def test_labels_name_changed_fields_and_reconstructions(pruner, label):
-    assert tables.label({"name": pruner.name, "status": pruner.status, **dataclasses.asdict(pruner)}) == label
+    assert (
+        tables.label({"name": pruner.name, "status": pruner.status, **dataclasses.asdict(pruner)})
+        == label
+    )
 
 
 def test_a_field_that_a_method_got_later_counts_as_its_default():
@@ -86,7 +105,9 @@ def test_a_field_that_a_method_got_later_counts_as_its_default():
 
 
 def test_other_limits_get_tables_of_their_own():
-    groups = tables.by_setting([*UNPRUNED, record("pope", "none", "full", 144, {"pope_f1_score": 0.7}, limit=10)])
+    groups = tables.by_setting(
+        [*UNPRUNED, record("pope", "none", "full", 144, {"pope_f1_score": 0.7}, limit=10)]
+    )
     assert sorted(len(group) for group in groups) == [1, 2]
 
 

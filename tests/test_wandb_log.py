@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import wandb
 from cells import cell, rows
+from secateur.progress import console
+from secateur.reporting.wandb_log import WandbLog
+from secateur.store import Store
 from test_sweep import sweep
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
-
-from eval.progress import console
-from eval.reporting.wandb_log import WandbLog
-from eval.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {"project": "p", "entity": None, "mode": "offline", "samples": 5, "overlays": 0}
@@ -26,7 +25,14 @@ OPTIONS = {"project": "p", "entity": None, "mode": "offline", "samples": 5, "ove
 
 @pytest.fixture(autouse=True)
 def _no_login(monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_DIR", "WANDB_BASE_URL"):
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_MODE",
+        "WANDB_PROJECT",
+        "WANDB_ENTITY",
+        "WANDB_DIR",
+        "WANDB_BASE_URL",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -42,7 +48,9 @@ def runs(folder: Path) -> list[dict]:
     """Every offline run in the order of writing: the run itself, its config, what was logged, its folder of files."""
     wandb.teardown()  # its process writes behind our back until it ends
     found = []
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(
+        folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns
+    ):
         store, read = DataStore(), {"files": path.parent / "files", "logged": {}}
         store.open_for_scan(str(path))
         while (data := store.scan_data()) is not None:
@@ -50,11 +58,13 @@ def runs(folder: Path) -> list[dict]:
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "run":
                 read["run"] = record.run
-                read["config"] = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+                read["config"] = {
+                    item.key: json.loads(item.value_json) for item in record.run.config.update
+                }
             for item in record.history.item:
-                read["logged"]["/".join([item.key, *item.nested_key] if item.key else item.nested_key)] = json.loads(
-                    item.value_json
-                )
+                read["logged"][
+                    "/".join([item.key, *item.nested_key] if item.key else item.nested_key)
+                ] = json.loads(item.value_json)
             if record.WhichOneof("record_type") == "exit":
                 read["exit"] = record.exit.exit_code
         found.append(read)
@@ -65,14 +75,26 @@ def table(run: dict, name: str) -> dict:
     return json.loads((run["files"] / run["logged"][f"{name}/path"]).read_text())
 
 
-def results(folder: Path, methods: tuple[str, ...] = ("none", "scope"), task: str = "gqa", share: float = 0.5) -> list[dict]:
+def results(
+    folder: Path,
+    methods: tuple[str, ...] = ("none", "scope"),
+    task: str = "gqa",
+    share: float = 0.5,
+) -> list[dict]:
     """Records of a results folder of made-up cells."""
     store = Store(folder)
     for method in methods:
         samples = rows(task, share if method != "none" else 0.75, 400)
         full = method == "none"
-        made = cell("llava_1_5_7b", method, "full" if full else "64", task, samples, 576 if full else 64)
-        extra = {"kept_indices": [[[1]]] * 400, "layer_tokens": [[64] * 32] * 400, "seconds": 0.5, "prompt": "<script>"}
+        made = cell(
+            "llava_1_5_7b", method, "full" if full else "64", task, samples, 576 if full else 64
+        )
+        extra = {
+            "kept_indices": [[[1]]] * 400,
+            "layer_tokens": [[64] * 32] * 400,
+            "seconds": 0.5,
+            "prompt": "<script>",
+        }
         extra |= {"prompt_tokens": 100, "visual_tokens": 576}
         store.write(made.record["identity"], made.record, samples.assign(**extra))
     return store.records()
@@ -85,27 +107,51 @@ def log(folder: Path, **options) -> WandbLog:
 
 def test_a_sweep_is_a_run_a_cell_and_one_of_tables(tmp_path):
     pytest.importorskip("lmms_eval")
-    done = sweep(tmp_path, "-m", "pruner=none,scope", "tasks=[pope]", "limit=12", "logger=wandb", "logger.overlays=2")
+    done = sweep(
+        tmp_path,
+        "-m",
+        "pruner=none,scope",
+        "tasks=[pope]",
+        "limit=12",
+        "logger=wandb",
+        "logger.overlays=2",
+    )
     assert done.returncode == 0, done.stderr
     assert "wandb, offline: 3 runs logged, 0 were logged before" in " ".join(done.stderr.split())
     found = runs(tmp_path)
     assert [run["exit"] for run in found] == [0] * 3
     assert len({run["run"].run_group for run in found}) == 1
     assert Counter(run["run"].job_type for run in found) == {"cell": 2, "tables": 1}
-    record = next(record for record in Store(tmp_path).records() if record["identity"]["budget"] == "16")
+    record = next(
+        record for record in Store(tmp_path).records() if record["identity"]["budget"] == "16"
+    )
     scope = next(run for run in found if "method:scope" in run["run"].tags)
-    assert set(scope["run"].tags) == {"model:shapes_llava", "method:scope", "budget:16", "suite:shapes", "task:pope"}
+    assert set(scope["run"].tags) == {
+        "model:shapes_llava",
+        "method:scope",
+        "budget:16",
+        "suite:shapes",
+        "task:pope",
+    }
     assert {key: scope["config"][key] for key in record["identity"]} == record["identity"]
     logged = scope["logged"]
-    assert logged["score/value"] == logged["pope_f1/value"] == pytest.approx(100 * record["metrics"]["pope_f1_score"])
-    assert logged["pope_accuracy/low"] <= logged["pope_accuracy/value"] <= logged["pope_accuracy/high"]
+    assert (
+        logged["score/value"]
+        == logged["pope_f1/value"]
+        == pytest.approx(100 * record["metrics"]["pope_f1_score"])
+    )
+    assert (
+        logged["pope_accuracy/low"] <= logged["pope_accuracy/value"] <= logged["pope_accuracy/high"]
+    )
     assert logged["metrics/pope_yes_ratio"] == record["metrics"]["pope_yes_ratio"]
     assert logged["kept_tokens"] == record["kept_tokens"] == 16
     assert logged["flops/first_token"] > 0
     assert 0 < logged["answer_seconds/median"] <= logged["answer_seconds/p90"]
     assert table(scope, "samples")["columns"][0] == "doc_id"
     assert len(table(scope, "samples")["data"]) == 12
-    assert len(list(scope["files"].glob("media/images/overlays*.png"))) == 2, "of two scenes, what was kept"
+    assert len(list(scope["files"].glob("media/images/overlays*.png"))) == 2, (
+        "of two scenes, what was kept"
+    )
     unpruned = next(run for run in found if "method:none" in run["run"].tags)
     assert not list(unpruned["files"].glob("media/images/*")), "nothing was dropped"
     tables = found[-1]
@@ -151,9 +197,14 @@ def test_what_cannot_be_computed_is_noted_and_the_rest_logged(tmp_path):
     found, tables = runs(tmp_path)
     assert found["logged"]["score/value"] == 100
     assert "score/low" not in found["logged"]
-    assert "No interval of accuracy: resampling the images does not change it." in found["run"].notes
+    assert (
+        "No interval of accuracy: resampling the images does not change it." in found["run"].notes
+    )
     assert "No pictures of kept tokens: the data set" in found["run"].notes
-    assert tables["run"].notes == "No comparison: task gqa has no unpruned cell to compare with; run it with pruner=none."
+    assert (
+        tables["run"].notes
+        == "No comparison: task gqa has no unpruned cell to compare with; run it with pruner=none."
+    )
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_logged(tmp_path, printed):
@@ -187,16 +238,18 @@ def test_a_service_out_of_reach_ends_with_a_message_and_keeps_the_records(tmp_pa
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from eval.reporting import wandb_log
+from secateur.reporting import wandb_log
 wandb_log.RETRIES = 1
-from eval.store import Store
+from secateur.store import Store
 folder = Path({str(tmp_path)!r})
 suite = {{"name": "hub", "revision": "main", "data_root": None}}
 log = wandb_log.WandbLog(folder, suite, None, "p", None, None, str(folder), 5, 0)
 sys.exit(0 if log.log(Store(folder).records()) else 3)
 """
     environment = os.environ | {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100
+    )
     assert done.returncode == 3, done.stderr
     printed = " ".join(done.stderr.split())
     assert "wandb, online: 0 runs logged" in printed
@@ -213,12 +266,14 @@ sys.exit(0 if log.log(Store(folder).records()) else 3)
         ({"overlays": -1}, "logger.overlays=-1"),
     ],
 )
-def test_fields_that_make_no_sense_are_refused_before_the_sweep(tmp_path, monkeypatch, options, text):
+def test_fields_that_make_no_sense_are_refused_before_the_sweep(
+    tmp_path, monkeypatch, options, text
+):
     monkeypatch.setattr(type(wandb.api), "is_authenticated", False)
     with pytest.raises(ValueError, match=text):
         log(tmp_path, **options)
 
 
 def test_wandb_is_imported_only_when_asked_for():
-    code = "import sys, eval.summary, eval.sweep; sys.exit('wandb' in sys.modules)"
+    code = "import sys, secateur.summary, secateur.sweep; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100).returncode == 0

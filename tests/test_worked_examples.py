@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-
-from pruners import LayerTokens, PrunerError, Selection, VisualTokens, build
-from pruners.base import EXTRA
-from pruners.linalg import top_k
+from secateur.pruners import LayerTokens, PrunerError, Selection, VisualTokens, build
+from secateur.pruners.base import EXTRA
+from secateur.pruners.linalg import top_k
 
 # six tokens and a question of two, used by several methods
 V = torch.tensor([[1, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.9, 0.2], [0, 0, 1], [0.6, 0.6, 0]])
@@ -18,7 +17,13 @@ def close(a: torch.Tensor, b: list, atol: float = 1e-4) -> bool:
 def test_visionzip() -> None:
     saliency = torch.tensor([0.3, 0.25, 0.2, 0.1, 0.1, 0.05]).expand(1, 2, 6)
     keys = torch.cat([torch.ones(1, 3), V]).repeat(1, 2)[None]  # two equal heads
-    tokens = VisualTokens(V[None], encoder_features=V[None], cls_token=torch.zeros(1, 3), saliency=saliency, encoder_keys=keys)
+    tokens = VisualTokens(
+        V[None],
+        encoder_features=V[None],
+        cls_token=torch.zeros(1, 3),
+        saliency=saliency,
+        encoder_keys=keys,
+    )
     selection = build("visionzip", contextual=2).prune(tokens, 5)
     assert selection.indices.tolist() == [[EXTRA, 0, 1, 2, 4]]
     assert close(selection.features[0, 3:], [[0.3, 1.75, 0.1], [0, 0, 1]])
@@ -28,7 +33,13 @@ def test_visionzip() -> None:
 def test_visionzip_contextual_share(budget: int, contextual: int) -> None:
     x = torch.randn(1, 576, 8, generator=torch.Generator().manual_seed(0))
     keys = torch.cat([x[:, :1], x], 1)
-    tokens = VisualTokens(x, encoder_features=x, cls_token=x[:, 0], saliency=x.abs().mean(2)[:, None], encoder_keys=keys)
+    tokens = VisualTokens(
+        x,
+        encoder_features=x,
+        cls_token=x[:, 0],
+        saliency=x.abs().mean(2)[:, None],
+        encoder_keys=keys,
+    )
     indices = build("visionzip").prune(tokens, budget).indices[0]
     assert (indices[1 : budget - contextual].diff() > 0).all()
     assert (indices[budget - contextual :].diff() > 0).all()
@@ -62,7 +73,9 @@ def test_prumerge_plus_fixed() -> None:
 
 def test_prumerge_without_outliers_keeps_one_centre() -> None:
     x = torch.ones(1, 16, 4)
-    tokens = VisualTokens(x, encoder_features=x, last_queries=torch.ones(1, 17, 4), last_keys=torch.ones(1, 17, 4))
+    tokens = VisualTokens(
+        x, encoder_features=x, last_queries=torch.ones(1, 17, 4), last_keys=torch.ones(1, 17, 4)
+    )
     selection = build("prumerge", adaptive=True).prune(tokens, 1)
     assert selection.counts.tolist() == [2]
     assert selection.indices.tolist() == [[0, EXTRA]]
@@ -75,7 +88,9 @@ def test_hiprune() -> None:
         object_attention=torch.tensor([[0.30, 0.06, 0.20, 0.12, 0.10, 0.05, 0.14, 0.03, 0]]),
         output_attention=torch.tensor([[0.1, 0.2, 0.05, 0.3, 0.02, 0.15, 0.08, 0.06, 0.04]]),
     )
-    assert build("hiprune", alpha=0.5, order="picked").prune(tokens, 6).indices.tolist() == [[0, 1, 3, 5, 6, 7]]
+    assert build("hiprune", alpha=0.5, order="picked").prune(tokens, 6).indices.tolist() == [
+        [0, 1, 3, 5, 6, 7]
+    ]
 
 
 def test_pooling() -> None:
@@ -91,7 +106,11 @@ def test_pooling() -> None:
 
 def test_fastv() -> None:
     rows = torch.tensor([[0.1, 0.05, 0.3, 0.1, 0.2, 0.25], [0.1, 0.05, 0.1, 0.3, 0.2, 0.25]])
-    tokens = LayerTokens(torch.arange(1, 5)[None], torch.tensor([[False] * 5 + [True]]), attention=rows[None, :, None])
+    tokens = LayerTokens(
+        torch.arange(1, 5)[None],
+        torch.tensor([[False] * 5 + [True]]),
+        attention=rows[None, :, None],
+    )
     kept = build("fastv").prune(tokens, 2).indices
     assert tokens.survivors(kept).tolist() == [[0, 2, 3, 5]]
 
@@ -105,11 +124,19 @@ def test_fastv_schedules() -> None:
 
 def test_dart() -> None:
     hidden = torch.cat([torch.ones(1, 3), V, torch.tensor([[1.0, 1, 1], [0, 0, 1]])])[None]
-    keys = torch.tensor([[1.0, 1], [1, 2], [5, 1], [1, 1], [2, 2], [0, 1], [3, 3], [4, 0], [1, 0]])[None, None]
-    tokens = LayerTokens(torch.arange(1, 7)[None], torch.tensor([[False] * 7 + [True] * 2]), hidden=hidden, keys=keys)
+    keys = torch.tensor([[1.0, 1], [1, 2], [5, 1], [1, 1], [2, 2], [0, 1], [3, 3], [4, 0], [1, 0]])[
+        None, None
+    ]
+    tokens = LayerTokens(
+        torch.arange(1, 7)[None], torch.tensor([[False] * 7 + [True] * 2]), hidden=hidden, keys=keys
+    )
     pruner = build("dart", image_pivots=1, text_pivots=1)
     image, text = pruner.pivots(tokens)
-    assert (image.tolist(), text.tolist(), pruner.visit_order(image, text).tolist()) == ([[2]], [[7]], [[2, 7]])
+    assert (image.tolist(), text.tolist(), pruner.visit_order(image, text).tolist()) == (
+        [[2]],
+        [[7]],
+        [[2, 7]],
+    )
     assert tokens.visual.gather(1, pruner.prune(tokens, 4).indices).tolist() == [[1, 2, 3, 4, 5]]
 
 
@@ -138,7 +165,8 @@ def test_pyramiddrop_at_equal_averages(budget: int, plan: dict) -> None:
 
 # visual tokens after each stage, merged ones included
 @pytest.mark.parametrize(
-    ("budget", "counts"), [(192, [309, 204, 113]), (128, [312, 117, 39]), (96, [249, 55, 27]), (64, [82, 32, 18])]
+    ("budget", "counts"),
+    [(192, [309, 204, 113]), (128, [312, 117, 39]), (96, [249, 55, 27]), (64, [82, 32, 18])],
 )
 def test_sparsevlm_counts(budget: int, counts: list[int]) -> None:
     pruner, tokens, passed = build("sparsevlm"), 576, []

@@ -13,25 +13,31 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from secateur.budget import Budget
+from secateur.cell import environment
+from secateur.efficiency.flops import Crops, conventions, count
+from secateur.efficiency.hardware import describe, snapshot
+from secateur.efficiency.latency import (
+    Timeline,
+    fed,
+    generate,
+    marked_images,
+    marked_prompt,
+    phases,
+)
+from secateur.efficiency.memory import footprint
+from secateur.geometry import random_model, random_processor
+from secateur.injection import Sample, Trace, inject
+from secateur.injection.families import adapter_for
+from secateur.injection.session import Layout
+from secateur.inputs import Inputs, Prompt
+from secateur.pruners import InLLMPruner, Pruner, PrunerError
+from secateur.reporting.tables import label
+from secateur.shapes.scenes import make_scene, render
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedConfig
 
-from eval.budget import Budget
-from eval.cell import environment
-from eval.efficiency.flops import Crops, conventions, count
-from eval.efficiency.hardware import describe, snapshot
-from eval.efficiency.latency import Timeline, fed, generate, marked_images, marked_prompt, phases
-from eval.efficiency.memory import footprint
-from eval.geometry import random_model, random_processor
-from eval.inject import Sample, Trace, inject
-from eval.inject.families import adapter_for
-from eval.inject.session import Layout
-from eval.inputs import Inputs, Prompt
-from eval.reporting.tables import label
-from eval.shapes.scenes import make_scene, render
-from pruners import InLLMPruner, Pruner, PrunerError
-
-RECIPE = "scene i of eval.shapes.scenes (seed of the bench, i); text ids drawn by numpy's default_rng([seed, i])"
+RECIPE = "scene i of secateur.shapes.scenes (seed of the bench, i); text ids drawn by numpy's default_rng([seed, i])"
 Text = tuple[int, int]  # positions of text before the image and behind it
 
 
@@ -47,13 +53,15 @@ class Setting:
     def method(self) -> str:
         if self.pruner is None:
             return self.kind
-        fields = json.loads(json.dumps(dataclasses.asdict(self.pruner)))  # tuples as the lists of a record
+        fields = json.loads(
+            json.dumps(dataclasses.asdict(self.pruner))
+        )  # tuples as the lists of a record
         return label({"name": self.pruner.name, "status": self.pruner.status, **fields})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a bench goes. `layers` and `shrink` are of `eval.geometry.reduced`; they name the geometry in results."""
+    """How a bench goes. `layers` and `shrink` are of `secateur.geometry.reduced`; they name the geometry in results."""
 
     device: torch.device
     dtype: str
@@ -72,7 +80,9 @@ class Plan:
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {low}")
         if len(self.text) != 2 or min(self.text) < 1:
-            raise ValueError(f"text_tokens={self.text}: positions before the image and behind it, at least 1 each")
+            raise ValueError(
+                f"text_tokens={self.text}: positions before the image and behind it, at least 1 each"
+            )
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype={self.dtype!r} is no dtype of torch, such as bfloat16")
 
@@ -83,24 +93,33 @@ class Bench:
     Args:
         name: of the model in configs/model.
         config: its geometry.
-        layout, image_side: as in eval.inputs.
+        layout, image_side: as in secateur.inputs.
 
     Raises:
         ValueError: an attention kernel that is not installed, or that the model did not take.
     """
 
     def __init__(
-        self, name: str, config: PreTrainedConfig, plan: Plan, layout: Layout | None = None, image_side: int | None = None
+        self,
+        name: str,
+        config: PreTrainedConfig,
+        plan: Plan,
+        layout: Layout | None = None,
+        image_side: int | None = None,
     ) -> None:
         self.name, self.plan, self.layout = name, plan, layout
         try:
-            self.model: Any = random_model(config, plan.device, getattr(torch, plan.dtype), plan.attn_implementation, plan.seed)
+            self.model: Any = random_model(
+                config, plan.device, getattr(torch, plan.dtype), plan.attn_implementation, plan.seed
+            )
         except (ImportError, ValueError) as error:
             raise ValueError(
                 f"attn_implementation={plan.attn_implementation} is not possible here: {error}. sdpa always is"
             ) from error
         self.config: Any = self.model.config
-        inputs = Inputs(random_processor(self.config), self.config, layout=layout, image_side=image_side)
+        inputs = Inputs(
+            random_processor(self.config), self.config, layout=layout, image_side=image_side
+        )
         self.adapter = adapter_for(self.model, layout)
         self.prompts = [_prompt(inputs, plan, number) for number in range(plan.prompts)]
         self.crops = _crops(self.config, self.prompts[0][0])
@@ -116,7 +135,10 @@ class Bench:
         planned = [Setting("unpruned", self.tokens)]
         for budget in budgets:
             keep = budget.resolve(self.tokens)
-            planned += [Setting("ceiling", keep), *(Setting("pruned", keep, pruner) for pruner in pruners)]
+            planned += [
+                Setting("ceiling", keep),
+                *(Setting("pruned", keep, pruner) for pruner in pruners),
+            ]
         return planned
 
     def run(
@@ -140,7 +162,9 @@ class Bench:
                 left_out[f"{self.name} {setting.method} {setting.tokens}"] = str(error)
             except Exception as error:  # the other settings go on
                 traceback.print_exc()
-                failed[f"{self.name} {setting.method} {setting.tokens}"] = f"{type(error).__name__}: {error}"
+                failed[f"{self.name} {setting.method} {setting.tokens}"] = (
+                    f"{type(error).__name__}: {error}"
+                )
             tick()
         rng = np.random.default_rng(self.plan.seed)
         for number in range(self.plan.warm_up + self.plan.timed):
@@ -153,7 +177,11 @@ class Bench:
                 times = phases(self.timeline.read())
                 tick()
                 if number >= self.plan.warm_up:
-                    where = {"round": number - self.plan.warm_up, "place": place, "prompt": number % self.plan.prompts}
+                    where = {
+                        "round": number - self.plan.warm_up,
+                        "place": place,
+                        "prompt": number % self.plan.prompts,
+                    }
                     rows.append(facts | where | times)
         return pd.DataFrame(rows).assign(**self._provenance(before)), left_out, failed
 
@@ -168,10 +196,14 @@ class Bench:
             if pruner is None:
                 inputs = stack.enter_context(fed(self.adapter, inputs, setting.tokens))
             else:
-                trace = stack.enter_context(inject(self.model, pruner, setting.tokens, layout=self.layout))
+                trace = stack.enter_context(
+                    inject(self.model, pruner, setting.tokens, layout=self.layout)
+                )
                 trace.announce([sample])
                 if isinstance(pruner, InLLMPruner):
-                    cuts = tuple(pruner.schedule(self.tokens, len(self.adapter.layers), setting.tokens))
+                    cuts = tuple(
+                        pruner.schedule(self.tokens, len(self.adapter.layers), setting.tokens)
+                    )
             stack.enter_context(marked_images(core, self.timeline, "images"))
             stack.enter_context(marked_prompt(self.adapter, self.timeline, cuts))
             yield inputs, trace
@@ -179,14 +211,19 @@ class Bench:
     def _facts(self, setting: Setting) -> dict[str, Any]:
         """What is the same in all samples of a setting: tokens, FLOPs and memory, of a request that is not timed."""
         with self._ready(setting, 0) as (inputs, trace):
-            held = footprint(self.adapter, lambda: generate(self.model, inputs, self.plan.new_tokens, self.timeline))
+            held = footprint(
+                self.adapter,
+                lambda: generate(self.model, inputs, self.plan.new_tokens, self.timeline),
+            )
         layer_tokens = (setting.tokens,) * len(self.adapter.layers)
         text = inputs["input_ids"].shape[1] - setting.tokens
         if trace is not None:
             layer_tokens = trace.records[0].layer_tokens
             text = trace.records[0].prompt_tokens - layer_tokens[0]
         name = "none" if setting.pruner is None else setting.pruner.name
-        flops = count(self.config, layer_tokens=layer_tokens, text_tokens=text, crops=self.crops, method=name)
+        flops = count(
+            self.config, layer_tokens=layer_tokens, text_tokens=text, crops=self.crops, method=name
+        )
         return {
             "kind": setting.kind,
             "method": setting.method,
@@ -220,7 +257,11 @@ class Bench:
             "torch": torch.__version__,
             "cuda": torch.version.cuda or "",
             "transformers": version("transformers"),
-            **{name: str(value) for name, value in environment(plan.device).items() if name != "device"},
+            **{
+                name: str(value)
+                for name, value in environment(plan.device).items()
+                if name != "device"
+            },
             "state_before": str(before),
             "state_behind": str(snapshot(plan.device)),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -237,9 +278,16 @@ def _prompt(inputs: Inputs, plan: Plan, number: int) -> tuple[BatchFeature, Samp
     if inputs.family == "qwen2_5_vl":
         text = f"<|vision_start|>{text}<|vision_end|>"
     made = inputs(Prompt(text, [image], ""))
-    named = [config.text_config.bos_token_id, config.text_config.pad_token_id, config.image_token_id]
+    named = [
+        config.text_config.bos_token_id,
+        config.text_config.pad_token_id,
+        config.image_token_id,
+    ]
     rng = np.random.default_rng([plan.seed, number])
-    before, behind = (torch.tensor(rng.integers(3, min(i for i in named if i > 2), size=(1, size))) for size in plan.text)
+    before, behind = (
+        torch.tensor(rng.integers(3, min(i for i in named if i > 2), size=(1, size)))
+        for size in plan.text
+    )
     length = made["input_ids"].shape[1]
 
     def widened(name: str, value: Tensor) -> Tensor:
@@ -259,7 +307,10 @@ def _crops(config: Any, inputs: BatchFeature) -> Crops:
     """(rows, columns) of tokens of every crop of the image."""
     vision = config.vision_config
     if (grid := inputs.get("image_grid_thw")) is not None:
-        _, rows, columns = (grid[0] // torch.tensor([1, vision.spatial_merge_size, vision.spatial_merge_size]).to(grid)).tolist()
+        _, rows, columns = (
+            grid[0]
+            // torch.tensor([1, vision.spatial_merge_size, vision.spatial_merge_size]).to(grid)
+        ).tolist()
         return [(rows, columns)]
     side = vision.image_size // vision.patch_size
     pixels = inputs["pixel_values"]

@@ -9,16 +9,32 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap
-
-from eval.efficiency.latency import PHASES
-from eval.reporting.reported import load_efficiency
+from secateur.efficiency.latency import PHASES
+from secateur.reporting.reported import load_efficiency
 
 SETTING = ["model", "kind", "method", "pruner", "budget"]
 # what may not differ between samples that are compared
-SAME = ["geometry", "weights", "device", "dtype", "attn_implementation", "new_tokens", "seed", "prompts", "torch", "transformers"]
+SAME = [
+    "geometry",
+    "weights",
+    "device",
+    "dtype",
+    "attn_implementation",
+    "new_tokens",
+    "seed",
+    "prompts",
+    "torch",
+    "transformers",
+]
 TIMES = [*PHASES, "first_token", "decode"]
 RESAMPLES, LEVEL = 2000, 0.95
-COLOURS = {"vision": "#4c72b0", "captures": "#dd8452", "selection": "#c44e52", "prefill": "#55a868", "rest": "#bbbbbb"}
+COLOURS = {
+    "vision": "#4c72b0",
+    "captures": "#dd8452",
+    "selection": "#c44e52",
+    "prefill": "#55a868",
+    "rest": "#bbbbbb",
+}
 
 
 def summarise(samples: pd.DataFrame) -> pd.DataFrame:
@@ -55,24 +71,41 @@ def _summarise(model: str, rows: pd.DataFrame) -> pd.DataFrame:
     unpruned = next((group for key, group in groups.items() if key[1] == "unpruned"), None)
     ceilings = {key[4]: group for key, group in groups.items() if key[1] == "ceiling"}
     if unpruned is None or not {key[4] for key in groups if key[1] == "pruned"} <= ceilings.keys():
-        raise ValueError(f"{model}: no samples of the unpruned model, or of the ceiling of a budget: nothing to compare with")
+        raise ValueError(
+            f"{model}: no samples of the unpruned model, or of the ceiling of a budget: nothing to compare with"
+        )
     found: list[dict[str, Any]] = []
     for key, group in groups.items():
         first = group.iloc[0]
-        facts = {name: first[name] for name in (*SETTING, *SAME, "tokens_in", "tokens", "text_tokens", "masked", "asked")}
+        facts = {
+            name: first[name]
+            for name in (*SETTING, *SAME, "tokens_in", "tokens", "text_tokens", "masked", "asked")
+        }
         line: dict[str, Any] = facts | {"samples": rounds}
         for name in TIMES:
             low, middle, high, late = np.quantile(group[name], [0.25, 0.5, 0.75, 0.95])
             line |= {name: middle, f"{name}_q1": low, f"{name}_q3": high, f"{name}_p95": late}
         ceiling = unpruned if key[1] == "unpruned" else ceilings[key[4]]
         for name, other in (("speed_up", unpruned), ("of_ceiling", ceiling)):
-            line[name], line[f"{name}_low"], line[f"{name}_high"] = _ratio(other["first_token"], group["first_token"])
-        line["ceiling_speed_up"] = unpruned["first_token"].median() / ceiling["first_token"].median()
+            line[name], line[f"{name}_low"], line[f"{name}_high"] = _ratio(
+                other["first_token"], group["first_token"]
+            )
+        line["ceiling_speed_up"] = (
+            unpruned["first_token"].median() / ceiling["first_token"].median()
+        )
         line["prefill_to_ceiling"] = line["prefill"] / ceiling["prefill"].median()
-        line["pruner_share"] = 100 * (line["captures"] + line["selection"]) / unpruned["prefill"].median()
-        line["macs_visual"], line["flops_first_token"] = first["macs_visual"] / 1e12, first["flops_first_token"] / 1e12
+        line["pruner_share"] = (
+            100 * (line["captures"] + line["selection"]) / unpruned["prefill"].median()
+        )
+        line["macs_visual"], line["flops_first_token"] = (
+            first["macs_visual"] / 1e12,
+            first["flops_first_token"] / 1e12,
+        )
         line["kv_mb"] = sum(first["kv_bytes"]) / 2**20
-        line["peak_gb"], line["peak_delta_gb"] = _gb(first["peak_bytes"]), _gb(first["peak_delta_bytes"])
+        line["peak_gb"], line["peak_delta_gb"] = (
+            _gb(first["peak_bytes"]),
+            _gb(first["peak_delta_bytes"]),
+        )
         found.append(line)
     found.sort(key=lambda row: (-row["budget"], kinds.index(row["kind"]), row["method"]))
     return pd.DataFrame(found)
@@ -85,8 +118,15 @@ def _ratio(above: pd.Series, below: pd.Series) -> tuple[float, float, float]:
         return np.median(a, axis=axis) / np.median(b, axis=axis)
 
     x, y = above.to_numpy(), below.to_numpy()
-    options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "n_resamples": RESAMPLES}
-    interval = bootstrap((x, y), statistic, confidence_level=LEVEL, rng=np.random.default_rng(0), **options).confidence_interval
+    options: dict[str, Any] = {
+        "paired": True,
+        "vectorized": True,
+        "method": "percentile",
+        "n_resamples": RESAMPLES,
+    }
+    interval = bootstrap(
+        (x, y), statistic, confidence_level=LEVEL, rng=np.random.default_rng(0), **options
+    ).confidence_interval
     return float(np.median(x) / np.median(y)), float(interval.low), float(interval.high)
 
 
@@ -100,10 +140,23 @@ def published(summary: pd.DataFrame) -> pd.DataFrame:
     Ours only at true geometry, and not beside budgets of the layers behind a cut.
     """
     printed = load_efficiency()
-    quantities = ["vision", "pruner", "prefill", "first_token", "decode", "kv_cache", "gpu_memory", "speed_up"]
-    printed = printed[printed["quantity"].isin(quantities) & printed["model"].isin(summary["model"])]
+    quantities = [
+        "vision",
+        "pruner",
+        "prefill",
+        "first_token",
+        "decode",
+        "kv_cache",
+        "gpu_memory",
+        "speed_up",
+    ]
+    printed = printed[
+        printed["quantity"].isin(quantities) & printed["model"].isin(summary["model"])
+    ]
     ours = {}
-    for row in summary[(summary["geometry"] == "true") & (summary["kind"] != "ceiling")].to_dict("records"):
+    for row in summary[(summary["geometry"] == "true") & (summary["kind"] != "ceiling")].to_dict(
+        "records"
+    ):
         ours[row["model"], row["pruner"], row["budget"]] = {
             ("pruner", "ms"): row["captures"] + row["selection"],
             ("first_token", "s"): row["first_token"] / 1e3,
@@ -121,7 +174,9 @@ def published(summary: pd.DataFrame) -> pd.DataFrame:
     ]
     names = ["model", "method", "budget", "quantity", "unit", "value", "hardware", "paper", "table"]
     table = printed[names].rename(columns={"value": "printed"}).assign(ours=own)
-    return table[[*names[:5], "printed", "ours", *names[6:]]].sort_values(["model", "quantity", "unit"], kind="stable")
+    return table[[*names[:5], "printed", "ours", *names[6:]]].sort_values(
+        ["model", "quantity", "unit"], kind="stable"
+    )
 
 
 def markdown(summary: pd.DataFrame, samples: pd.DataFrame) -> str:
@@ -129,24 +184,55 @@ def markdown(summary: pd.DataFrame, samples: pd.DataFrame) -> str:
     first = samples.iloc[0]
     lines = ["# Latency and memory", ""]
     lines += [f"{_where(first)}; batch 1, random weights."]
-    lines += [f"torch {first['torch']}, transformers {first['transformers']}, commit {first['commit']}, {first['finished']}."]
-    lines += [f"{first['prompts']}; {first['warm_up']} rounds of warm-up. Generated by `scripts/bench.py`.", "", LEGEND, ""]
+    lines += [
+        f"torch {first['torch']}, transformers {first['transformers']}, commit {first['commit']}, {first['finished']}."
+    ]
+    lines += [
+        f"{first['prompts']}; {first['warm_up']} rounds of warm-up. Generated by `scripts/bench.py`.",
+        "",
+        LEGEND,
+        "",
+    ]
     if first["geometry"] != "true":
-        lines += ["**Reduced geometry: these times prove the path and say nothing about the full models.**", ""]
+        lines += [
+            "**Reduced geometry: these times prove the path and say nothing about the full models.**",
+            "",
+        ]
     for model, rows in summary.groupby("model", sort=False):
         asked, done = rows["asked"].iloc[0], rows["samples"].iloc[0]
-        short = "" if done >= asked else f" **Only {done} of the {asked} rounds asked for: the time was over.**"
+        short = (
+            ""
+            if done >= asked
+            else f" **Only {done} of the {asked} rounds asked for: the time was over.**"
+        )
         state = samples.loc[samples["model"] == model, ["state_before", "state_behind"]].iloc[0]
-        lines += [f"## {model}", "", f"{done} rounds, {rows['text_tokens'].iloc[0]} text tokens.{short}"]
-        lines += [f"The device before: {state['state_before']}; behind: {state['state_behind']}.", ""]
+        lines += [
+            f"## {model}",
+            "",
+            f"{done} rounds, {rows['text_tokens'].iloc[0]} text tokens.{short}",
+        ]
+        lines += [
+            f"The device before: {state['state_before']}; behind: {state['state_behind']}.",
+            "",
+        ]
         if rows["masked"].nunique() > 1:
             names = ", ".join(rows.loc[rows["masked"], "method"].unique())
-            lines += [f"**Attention got a mask, and with it perhaps another kernel, for {names} only.**", ""]
-        lines += [_shown(rows).to_markdown(index=False, disable_numparse=True, colalign=("left", *["right"] * 16)), ""]
+            lines += [
+                f"**Attention got a mask, and with it perhaps another kernel, for {names} only.**",
+                "",
+            ]
+        lines += [
+            _shown(rows).to_markdown(
+                index=False, disable_numparse=True, colalign=("left", *["right"] * 16)
+            ),
+            "",
+        ]
     if left_out := samples.attrs.get("left_out"):
         lines += ["Left out:", "", *(f"- {name}: {why}" for name, why in left_out.items()), ""]
     table = published(summary)
-    table[["printed", "ours"]] = table[["printed", "ours"]].map(lambda value: "–" if pd.isna(value) else f"{value:.4g}")
+    table[["printed", "ours"]] = table[["printed", "ours"]].map(
+        lambda value: "–" if pd.isna(value) else f"{value:.4g}"
+    )
     lines += ["## What papers print", "", PAPERS, ""]
     lines += [table.fillna("not stated").to_markdown(index=False, disable_numparse=True), ""]
     return "\n".join(lines)
@@ -174,8 +260,13 @@ def _shown(rows: pd.DataFrame) -> pd.DataFrame:
     def number(name: str, digits: int) -> pd.Series:
         return rows[name].map(lambda value: "–" if pd.isna(value) else f"{value:.{digits}f}")
 
-    interval = [f"{a:.2f} ({b:.2f}–{c:.2f})" for a, b, c in rows[["speed_up", "speed_up_low", "speed_up_high"]].to_numpy()]
-    quartiles = rows[["first_token", "first_token_q1", "first_token_q3", "first_token_p95"]].to_numpy()
+    interval = [
+        f"{a:.2f} ({b:.2f}–{c:.2f})"
+        for a, b, c in rows[["speed_up", "speed_up_low", "speed_up_high"]].to_numpy()
+    ]
+    quartiles = rows[
+        ["first_token", "first_token_q1", "first_token_q3", "first_token_p95"]
+    ].to_numpy()
     return pd.DataFrame(
         {
             "method": rows["method"],
@@ -201,7 +292,9 @@ def _shown(rows: pd.DataFrame) -> pd.DataFrame:
 
 def figure(summary: pd.DataFrame) -> Figure:
     """One model: stacked phases of every setting, and latency against tokens with the ceiling as a line."""
-    drawn, (left, right) = plt.subplots(1, 2, figsize=(16, 1.5 + 0.24 * len(summary)), layout="constrained")
+    drawn, (left, right) = plt.subplots(
+        1, 2, figsize=(16, 1.5 + 0.24 * len(summary)), layout="constrained"
+    )
     names = [
         method if kind == "unpruned" else f"{method} {budget}"
         for kind, method, budget in summary[["kind", "method", "budget"]].to_numpy()
@@ -215,10 +308,19 @@ def figure(summary: pd.DataFrame) -> Figure:
     left.tick_params(axis="y", labelsize=7)
     left.legend(fontsize=8)
     line = summary[summary["kind"] != "pruned"].sort_values("tokens")
-    step = 0.003 * line["tokens"].max()  # a little apart, so that bars at one number of tokens can be told from another
-    right.plot(line["tokens"], line["first_token"], "k.--", label="ceiling: unpruned model fed as many")
-    for number, (name, rows) in enumerate(summary[summary["kind"] == "pruned"].groupby("method", sort=False)):
-        spread = (rows["first_token"] - rows["first_token_q1"], rows["first_token_q3"] - rows["first_token"])
+    step = (
+        0.003 * line["tokens"].max()
+    )  # a little apart, so that bars at one number of tokens can be told from another
+    right.plot(
+        line["tokens"], line["first_token"], "k.--", label="ceiling: unpruned model fed as many"
+    )
+    for number, (name, rows) in enumerate(
+        summary[summary["kind"] == "pruned"].groupby("method", sort=False)
+    ):
+        spread = (
+            rows["first_token"] - rows["first_token_q1"],
+            rows["first_token_q3"] - rows["first_token"],
+        )
         style = "osD^v<>pPX*"[number % 11]
         right.errorbar(
             rows["tokens"] + (number - 5) * step,
@@ -229,7 +331,11 @@ def figure(summary: pd.DataFrame) -> Figure:
             linewidth=1,
             label=name,
         )
-    right.set(xlabel="visual tokens, mean over the layers", ylabel="ms to the first token, median and quartiles", ylim=(0, None))
+    right.set(
+        xlabel="visual tokens, mean over the layers",
+        ylabel="ms to the first token, median and quartiles",
+        ylim=(0, None),
+    )
     right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     same = summary.iloc[0]
     drawn.suptitle(
@@ -256,4 +362,6 @@ def write(samples: pd.DataFrame, stem: Path, figures: Path) -> None:
         drawn = figure(rows)
         drawn.savefig(figures / f"{stem.name.replace('-', '_')}_{model}.png", dpi=90)
         plt.close(drawn)
-    print(f"written: {stem}.parquet, .csv, .md, and {summary['model'].nunique()} figures in {figures}")
+    print(
+        f"written: {stem}.parquet, .csv, .md, and {summary['model'].nunique()} figures in {figures}"
+    )

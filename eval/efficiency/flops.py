@@ -11,7 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-Crops = Sequence[tuple[int, int]]  # (rows, columns) of tokens behind the projector, one entry each time the tower runs
+Crops = Sequence[
+    tuple[int, int]
+]  # (rows, columns) of tokens behind the projector, one entry each time the tower runs
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Flops:
     @property
     def first_token(self) -> float:
         """Everything until the first token is there; a pruner that is not counted adds nothing."""
-        return self.tower.total + self.projector.total + (self.pruner or 0) + self.prefill + self.head
+        return (
+            self.tower.total + self.projector.total + (self.pruner or 0) + self.prefill + self.head
+        )
 
     @property
     def answer(self) -> float:
@@ -97,11 +101,15 @@ def count(
     """
     text = config.get_text_config()
     if len(layer_tokens) != text.num_hidden_layers:
-        raise ValueError(f"{len(layer_tokens)} counts in layer_tokens for {text.num_hidden_layers} layers")
+        raise ValueError(
+            f"{len(layer_tokens)} counts in layer_tokens for {text.num_hidden_layers} layers"
+        )
 
     def step(number: int) -> float:
         """The decoding step that feeds new token `number`: every layer sees what it kept of the prompt, and the new tokens."""
-        return sum(_layer(text, 1, tokens + text_tokens + number).total for tokens in layer_tokens) + head(config)
+        return sum(
+            _layer(text, 1, tokens + text_tokens + number).total for tokens in layer_tokens
+        ) + head(config)
 
     return Flops(
         tower=tower(config, crops),
@@ -125,7 +133,9 @@ def count_row(config: PreTrainedConfig, row: dict[str, Any], method: str) -> Flo
     crops = row.get("crops")
     if crops is None:
         if config.model_type != "llava":
-            raise ValueError(f"rows of {config.model_type} models need a column `crops`: (rows, columns) of every crop")
+            raise ValueError(
+                f"rows of {config.model_type} models need a column `crops`: (rows, columns) of every crop"
+            )
         side = config.vision_config.image_size // config.vision_config.patch_size
         crops = [(side, side)] * (row["visual_tokens"] // side**2)
     return count(
@@ -156,10 +166,14 @@ def projector(config: PreTrainedConfig, crops: Crops) -> Work:
     return Work(2 * sum(rows * columns for rows, columns in crops) * between * (entering + width))
 
 
-def prefill(config: PreTrainedConfig, layer_tokens: Sequence[int], text_tokens: float) -> tuple[Work, ...]:
+def prefill(
+    config: PreTrainedConfig, layer_tokens: Sequence[int], text_tokens: float
+) -> tuple[Work, ...]:
     """Every layer of the LLM over its visual tokens and the text: gated MLP, keys and values of fewer heads."""
     text = config.get_text_config()
-    return tuple(_layer(text, tokens + text_tokens, tokens + text_tokens) for tokens in layer_tokens)
+    return tuple(
+        _layer(text, tokens + text_tokens, tokens + text_tokens) for tokens in layer_tokens
+    )
 
 
 def head(config: PreTrainedConfig) -> int:
@@ -185,8 +199,13 @@ def _clip(vision: Any, rows: int, columns: int) -> Work:
     d, patches = vision.hidden_size, rows * columns
     positions = patches + 1  # CLS
     embedding = 2 * patches * 3 * vision.patch_size**2 * d
-    block = Work(2 * positions * (4 * d * d + 2 * d * vision.intermediate_size), 4 * positions**2 * d)
-    return Work(embedding + vision.num_hidden_layers * block.linear, vision.num_hidden_layers * block.attention)
+    block = Work(
+        2 * positions * (4 * d * d + 2 * d * vision.intermediate_size), 4 * positions**2 * d
+    )
+    return Work(
+        embedding + vision.num_hidden_layers * block.linear,
+        vision.num_hidden_layers * block.attention,
+    )
 
 
 def _qwen(vision: Any, rows: int, columns: int) -> Work:
@@ -194,7 +213,9 @@ def _qwen(vision: Any, rows: int, columns: int) -> Work:
     patches = rows * columns * merged**2
     embedding = 2 * patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * d
     linear = 2 * patches * (4 * d * d + 3 * d * vision.intermediate_size)
-    side = vision.window_size // merged // vision.patch_size  # tokens along a window; those at the edges are smaller
+    side = (
+        vision.window_size // merged // vision.patch_size
+    )  # tokens along a window; those at the edges are smaller
     windows = [a * b * merged**2 for a in _pieces(rows, side) for b in _pieces(columns, side)]
     full = len(vision.fullatt_block_indexes)
     pairs = full * patches**2 + (vision.depth - full) * sum(size**2 for size in windows)
@@ -206,10 +227,15 @@ def _pieces(length: int, side: int) -> list[int]:
 
 
 def _is_qwen(config: PreTrainedConfig) -> bool:
-    if config.model_type in ("llava", "llava_next") and config.vision_config.model_type == "clip_vision_model":
+    if (
+        config.model_type in ("llava", "llava_next")
+        and config.vision_config.model_type == "clip_vision_model"
+    ):
         return False
     if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"FLOPs of {config.model_type!r} models are not known; known: llava, llava_next (CLIP), qwen2_5_vl")
+        raise ValueError(
+            f"FLOPs of {config.model_type!r} models are not known; known: llava, llava_next (CLIP), qwen2_5_vl"
+        )
     return True
 
 
@@ -228,7 +254,9 @@ _BEFORE: dict[str, Callable[[int, float, int, int], float]] = {
     "cdpruner": lambda n, k, d, c: n * n * d + k * k * n,  # without CLIP's text tower
     "promprune": lambda n, k, d, c: n * n * d + (n + 1) * c,  # without the eigenvalues, n^3
     "scope": lambda n, k, d, c: n * n * c + (n + 1) * c,  # the coverage itself is k n n additions
-    "prunesid": lambda n, k, d, c: n * n * c + (n + 1) * c + 5 * n * c * (k // 4),  # without the QR factorisations
+    "prunesid": lambda n, k, d, c: (
+        n * n * c + (n + 1) * c + 5 * n * c * (k // 4)
+    ),  # without the QR factorisations
     "prumerge": lambda n, k, d, c: k * n * c + (n + 1) * c,
 }
 # inside it, per cut: of n visual tokens among `length` positions
@@ -237,14 +265,21 @@ _INSIDE: dict[str, Callable[[Any, int, int], int]] = {
     "fastv": lambda text, n, length: length * _widths(text)[1],
     # the same in the layer ahead, whose keys are made for it
     "pyramiddrop": lambda text, n, length: (
-        text.hidden_size * (_widths(text)[1] + length * _widths(text)[2]) + length * _widths(text)[1]
+        text.hidden_size * (_widths(text)[1] + length * _widths(text)[2])
+        + length * _widths(text)[1]
     ),
     # 4 + 4 pivots
     "dart": lambda text, n, length: 8 * n * text.hidden_size,
 }
 
 
-def _pruner(config: PreTrainedConfig, method: str, layer_tokens: Sequence[int], text_tokens: int, crops: Crops) -> float | None:
+def _pruner(
+    config: PreTrainedConfig,
+    method: str,
+    layer_tokens: Sequence[int],
+    text_tokens: int,
+    crops: Crops,
+) -> float | None:
     text = config.get_text_config()
     if method in _INSIDE:
         cuts = [n for n, after in pairwise(layer_tokens) if after != n]
@@ -255,13 +290,18 @@ def _pruner(config: PreTrainedConfig, method: str, layer_tokens: Sequence[int], 
     if kept >= sum(sizes):
         return 0
     share = kept / sum(sizes)
-    return 2 * sum(_BEFORE[method](n, share * n, text.hidden_size, config.vision_config.hidden_size) for n in sizes)
+    return 2 * sum(
+        _BEFORE[method](n, share * n, text.hidden_size, config.vision_config.hidden_size)
+        for n in sizes
+    )
 
 
 # --- the habits of the literature
 
 
-def conventions(config: PreTrainedConfig, layer_tokens: Sequence[int], text_tokens: float, crops: Crops) -> dict[str, float]:
+def conventions(
+    config: PreTrainedConfig, layer_tokens: Sequence[int], text_tokens: float, crops: Crops
+) -> dict[str, float]:
     """What is printed as "FLOPs", by name; the pruner in none of them.
 
     macs_visual: multiply-adds of the LLM's layers over the visual tokens alone (PyramidDrop, SparseVLM).
@@ -281,12 +321,16 @@ def conventions(config: PreTrainedConfig, layer_tokens: Sequence[int], text_toke
     causal = prompt.linear + prompt.attention / 2
     return {
         "macs_visual": visual.total / 2,
-        "macs_visual_fastv": sum(4 * n * d * d + 2 * n * n * d + 2 * n * d * m for n in layer_tokens),
+        "macs_visual_fastv": sum(
+            4 * n * d * d + 2 * n * n * d + 2 * n * d * m for n in layer_tokens
+        ),
         "flops_visual": visual.total,
         "macs_prompt": prompt.total / 2,
         "flops_prompt": prompt.total,
         "flops_prompt_causal": causal,
         "flops_first_token": before.total + prompt.total + head(config),
         "flops_first_token_causal": before.total + causal + head(config),
-        "flops_linear": before.linear + prompt.linear + (layer_tokens[-1] + text_tokens) * head(config),
+        "flops_linear": before.linear
+        + prompt.linear
+        + (layer_tokens[-1] + text_tokens) * head(config),
     }

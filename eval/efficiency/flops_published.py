@@ -1,4 +1,4 @@
-"""Published FLOPs, and the conventions of `eval.efficiency.flops` that give them."""
+"""Published FLOPs, and the conventions of `secateur.efficiency.flops` that give them."""
 
 import contextlib
 from collections import defaultdict
@@ -7,12 +7,11 @@ from typing import Any
 
 import pandas as pd
 from scipy.optimize import brentq
+from secateur.efficiency.flops import Crops, conventions
+from secateur.geometry import config_of
+from secateur.paths import SHAPES_MODEL
+from secateur.pruners import REGISTRY, InLLMPruner, PrunerError, build
 from transformers import AutoConfig, PreTrainedConfig
-
-from eval.checkpoints import ROOT
-from eval.efficiency.flops import Crops, conventions
-from eval.geometry import config_of
-from pruners import REGISTRY, InLLMPruner, PrunerError, build
 
 CROPS: dict[str, Crops] = {  # of one image; Qwen's has 1008 x 1008 pixels, as in PromPrune
     "llava_1_5_7b": [(24, 24)],
@@ -28,7 +27,7 @@ Span = tuple[float, float]
 
 def model_config(model: str) -> PreTrainedConfig:
     """The configuration of a model of `CROPS`."""
-    return AutoConfig.from_pretrained(ROOT / "eval/shapes/model") if model == "shapes_llava" else config_of(model)
+    return AutoConfig.from_pretrained(SHAPES_MODEL) if model == "shapes_llava" else config_of(model)
 
 
 def visual_tokens(model: str) -> int:
@@ -63,11 +62,22 @@ def explain(reported: pd.DataFrame) -> pd.DataFrame:
     frame = reported[reported["quantity"].isin(["flops", "macs"]) & (reported["unit"] == "T")]
     tables: dict[tuple[str, ...], list[dict[Hashable, Any]]] = defaultdict(list)
     for row in frame.to_dict("records"):
-        tables[row["paper"], row["table"], row["model"], row["quantity"]].append({**row, "explained by": ""})
+        tables[row["paper"], row["table"], row["model"], row["quantity"]].append(
+            {**row, "explained by": ""}
+        )
     for (*_, model, quantity), rows in tables.items():
         if model in CROPS:
             _explain(model, 2 if quantity == "macs" else 1, rows)
-    columns = ["paper", "table", "model", "method", "budget_tokens", "quantity", "value", "explained by"]
+    columns = [
+        "paper",
+        "table",
+        "model",
+        "method",
+        "budget_tokens",
+        "quantity",
+        "value",
+        "explained by",
+    ]
     return pd.DataFrame([row for rows in tables.values() for row in rows], columns=columns)
 
 
@@ -79,7 +89,9 @@ def _explain(model: str, factor: int, rows: list[dict[Hashable, Any]]) -> None:
             with contextlib.suppress(PrunerError):  # no such schedule: nothing to compare with
                 plans[number] = layer_tokens(row["method"], model, int(row["budget_tokens"]))
     found: dict[str, list[int]] = {}
-    for convention in conventions(config, [0] * config.get_text_config().num_hidden_layers, 0, CROPS[model]):
+    for convention in conventions(
+        config, [0] * config.get_text_config().num_hidden_layers, 0, CROPS[model]
+    ):
         spans = {}
         for number, plan in plans.items():
             printed = rows[number]["value"]
@@ -91,7 +103,10 @@ def _explain(model: str, factor: int, rows: list[dict[Hashable, Any]]) -> None:
         if "visual" in convention:
             found[convention] = members
         elif _budgets(members, plans) > 1:
-            low, high = max(spans[number][0] for number in members), min(spans[number][1] for number in members)
+            low, high = (
+                max(spans[number][0] for number in members),
+                min(spans[number][1] for number in members),
+            )
             text = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
             found[f"{convention} with {text} text tokens"] = members
     most = max((_budgets(members, plans) for members in found.values()), default=0)
@@ -101,7 +116,14 @@ def _explain(model: str, factor: int, rows: list[dict[Hashable, Any]]) -> None:
                 rows[number]["explained by"] += "; " * bool(rows[number]["explained by"]) + words
 
 
-def _text(config: PreTrainedConfig, convention: str, plan: list[int], crops: Crops, low: float, high: float) -> Span | None:
+def _text(
+    config: PreTrainedConfig,
+    convention: str,
+    plan: list[int],
+    crops: Crops,
+    low: float,
+    high: float,
+) -> Span | None:
     """Between which numbers of text tokens a convention gives `low` to `high` FLOPs, if any."""
 
     def excess(text: float, target: float) -> float:
@@ -110,7 +132,9 @@ def _text(config: PreTrainedConfig, convention: str, plan: list[int], crops: Cro
     def at(target: float) -> float:
         if excess(0, target) >= 0:
             return 0
-        return LONGEST if excess(LONGEST, target) <= 0 else brentq(excess, 0, LONGEST, args=(target,))
+        return (
+            LONGEST if excess(LONGEST, target) <= 0 else brentq(excess, 0, LONGEST, args=(target,))
+        )
 
     if excess(0, high) > 0 or excess(LONGEST, low) < 0:
         return None
@@ -119,7 +143,10 @@ def _text(config: PreTrainedConfig, convention: str, plan: list[int], crops: Cro
 
 def _together(spans: dict[int, Span], plans: dict[int, list[int]]) -> list[int]:
     """The rows of most budgets, and of these most rows, whose spans have a number of text tokens in common."""
-    candidates = [[row for row, (low, high) in spans.items() if low <= start <= high] for start, _ in spans.values()]
+    candidates = [
+        [row for row, (low, high) in spans.items() if low <= start <= high]
+        for start, _ in spans.values()
+    ]
     return max(candidates, key=lambda rows: (_budgets(rows, plans), len(rows)), default=[])
 
 

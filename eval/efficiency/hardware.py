@@ -39,10 +39,16 @@ def check_alone(device: torch.device) -> None:
         return
     state = snapshot(device)
     if "missing" in state:
-        raise SharedGPU(f"whether other processes use the GPU cannot be told: {state['missing']}. Or set shared=true")
+        raise SharedGPU(
+            f"whether other processes use the GPU cannot be told: {state['missing']}. Or set shared=true"
+        )
     others = [pid for pid in state["processes"] if pid != os.getpid()]
     if others or state["memory_used_gb"] > IDLE_GB:
-        who = f"processes {', '.join(map(str, others))}" if others else "processes that are not visible from here"
+        who = (
+            f"processes {', '.join(map(str, others))}"
+            if others
+            else "processes that are not visible from here"
+        )
         raise SharedGPU(
             f"{who} use the GPU ({state['memory_used_gb']:.1f} GB held): times would be theirs too. Wait, choose another with "
             "CUDA_VISIBLE_DEVICES, or set shared=true to measure nevertheless"
@@ -81,7 +87,11 @@ def _handle(nvml: Any, device: torch.device) -> Any:
     """NVML counts all GPUs, torch those of CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     name = str(device.index or 0) if not visible else visible.split(",")[device.index or 0].strip()
-    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
+    return (
+        nvml.nvmlDeviceGetHandleByIndex(int(name))
+        if name.isdigit()
+        else nvml.nvmlDeviceGetHandleByUUID(name)
+    )
 
 
 def describe(device: torch.device) -> str:
@@ -90,5 +100,9 @@ def describe(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     names = []
     if (info := Path("/proc/cpuinfo")).exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
     return f"CPU {names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

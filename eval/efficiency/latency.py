@@ -20,12 +20,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from secateur.injection.adapter import Adapter
+from secateur.injection.calls import encoding_by
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.generation.streamers import BaseStreamer
-
-from eval.inject.adapter import Adapter
-from eval.inject.calls import encoding_by
 
 PHASES = ("vision", "captures", "selection", "prefill", "rest")
 Marks = list[tuple[str, float]]
@@ -68,7 +67,9 @@ class Timeline:
         if self.cuda:
             torch.cuda.synchronize(self.device)
             times = [first.elapsed_time(event) for _, _, event in self._marks]
-        return _checked([(name, at) for (name, *_), at in zip(self._marks, times, strict=True)], host[-1])
+        return _checked(
+            [(name, at) for (name, *_), at in zip(self._marks, times, strict=True)], host[-1]
+        )
 
 
 def _checked(marks: Marks, host: float) -> Marks:
@@ -81,7 +82,9 @@ def _checked(marks: Marks, host: float) -> Marks:
             )
         before = at
     if abs(before - host) > 1 + 0.05 * host:
-        raise ClockJumped(f"the device says {before:.3f} ms and the host {host:.3f} ms for one request; run the bench again")
+        raise ClockJumped(
+            f"the device says {before:.3f} ms and the host {host:.3f} ms for one request; run the bench again"
+        )
     return marks
 
 
@@ -90,7 +93,11 @@ def phases(marks: Marks) -> dict[str, float]:
     first: dict[str, float] = {}
     for name, at in marks:
         first.setdefault(name, at)
-    cuts = [(name, at) for name, at in marks if name in ("cut", "cut end") and at <= first["prefill end"]]
+    cuts = [
+        (name, at)
+        for name, at in marks
+        if name in ("cut", "cut end") and at <= first["prefill end"]
+    ]
     inside = sum(at if name == "cut end" else -at for name, at in cuts)
     tokens = [at for name, at in marks if name == "token"]
     found = {
@@ -123,7 +130,13 @@ def generate(model: Any, inputs: BatchFeature, new_tokens: int, timeline: Timeli
     """Exactly `new_tokens` tokens of one prompt, greedily."""
     tokens = _Tokens(timeline)
     timeline.start()
-    model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=tokens)
+    model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        streamer=tokens,
+    )
 
 
 @contextlib.contextmanager
@@ -178,13 +191,18 @@ def fed(adapter: Adapter, inputs: BatchFeature, tokens: int) -> Iterator[BatchFe
     visual = inputs["input_ids"][0] == adapter.image_token_id
     places = int(visual.sum())
     if tokens > places:
-        raise ValueError(f"{tokens} visual tokens do not fit into the {places} places of the prompt; lower the budget")
+        raise ValueError(
+            f"{tokens} visual tokens do not fit into the {places} places of the prompt; lower the budget"
+        )
     if tokens == places:
         yield inputs
         return
     stays = ~visual | (visual.cumsum(0) <= tokens)
     length = len(visual)
-    fewer = {name: value[:, stays] if value.shape[1:] == (length,) else value for name, value in inputs.items()}
+    fewer = {
+        name: value[:, stays] if value.shape[1:] == (length,) else value
+        for name, value in inputs.items()
+    }
     inner, grid = adapter.core.get_image_features, inputs.get("image_grid_thw")
     if grid is not None:
         merge = adapter.model.config.vision_config.spatial_merge_size
@@ -192,7 +210,9 @@ def fed(adapter: Adapter, inputs: BatchFeature, tokens: int) -> Iterator[BatchFe
 
     def encode(*args: Any, **kwargs: Any) -> Any:
         arguments = dict(inspect.signature(inner).bind(*args, **kwargs).arguments)
-        arguments |= arguments.pop("kwargs", {}) | ({} if grid is None else {"image_grid_thw": grid})
+        arguments |= arguments.pop("kwargs", {}) | (
+            {} if grid is None else {"image_grid_thw": grid}
+        )
         output = inner(**arguments)
         output.pooler_output = [features[:tokens] for features in output.pooler_output]
         return output

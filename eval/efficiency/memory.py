@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from eval.inject.adapter import Adapter
+from secateur.injection.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,9 @@ def footprint(adapter: Adapter, request: Callable[[], Any]) -> Footprint:
 
     def cache(_module: Any, _args: Any, output: Any) -> None:
         if "kv" not in seen:
-            seen["kv"] = tuple(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+            seen["kv"] = tuple(
+                layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers
+            )
 
     def mask(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         seen.setdefault("masked", kwargs.get("attention_mask") is not None)

@@ -7,15 +7,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-
-from eval.reporting import stats
-from eval.reporting.tables import by_setting, label
-from eval.reporting.terms import HEADLINE
-from eval.store import Store
+from secateur.reporting import stats
+from secateur.reporting.tables import by_setting, label
+from secateur.reporting.terms import HEADLINE
+from secateur.store import Store
 
 FEW_IMAGES = 30  # below, percentile intervals are too short
 TOKENS = 0.01  # methods whose mean tokens differ by more are not compared
-_COLUMNS = ("doc_id", "image_id", "category", "target", "answer", "score")  # the kept tokens are the bulk of the samples
+_COLUMNS = (
+    "doc_id",
+    "image_id",
+    "category",
+    "target",
+    "answer",
+    "score",
+)  # the kept tokens are the bulk of the samples
 _INFERRED = (
     *("low", "high", "difference", "difference_low", "difference_high", "p", "detectable"),
     *("over_random", "over_random_low", "over_random_high"),
@@ -74,7 +80,11 @@ def load(results: Path, damaged: list[str] | None = None) -> list[Cell]:
     for record in store.records(damaged):
         path = store.folder(record["identity"]) / "samples.parquet"
         stored = pq.read_schema(path).names
-        cells.append(Cell(record, pd.read_parquet(path, columns=[name for name in _COLUMNS if name in stored])))
+        cells.append(
+            Cell(
+                record, pd.read_parquet(path, columns=[name for name in _COLUMNS if name in stored])
+            )
+        )
     return cells
 
 
@@ -96,7 +106,10 @@ def check_one_setting(cells: list[Cell]) -> None:
 def settings(cells: list[Cell]) -> list[list[Cell]]:
     """Cells that may share a table, by setting."""
     by_identity = {id(cell.record): cell for cell in cells}
-    return [[by_identity[id(record)] for record in group] for group in by_setting([cell.record for cell in cells])]
+    return [
+        [by_identity[id(record)] for record in group]
+        for group in by_setting([cell.record for cell in cells])
+    ]
 
 
 def provenance(cells: list[Cell]) -> str:
@@ -115,7 +128,9 @@ def estimate(metric: str, cells: dict[str, Cell], resamples: int) -> stats.Estim
     for key, cell in cells.items():
         stored = cell.stored(metric)
         if not abs(stored - found.values[key]) <= 0.01:
-            raise ValueError(f"{task}: the record of {key} has {metric} {stored:.2f}, its samples give {found.values[key]:.2f}")
+            raise ValueError(
+                f"{task}: the record of {key} has {metric} {stored:.2f}, its samples give {found.values[key]:.2f}"
+            )
     return found
 
 
@@ -138,11 +153,15 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
         own: dict[str, Cell] = {}
         for cell in (cell for cell in cells if cell.task == task):
             if cell.key in own:
-                raise ValueError(f"two cells of {task} for {cell.key}: the method's source changed in between; delete the older")
+                raise ValueError(
+                    f"two cells of {task} for {cell.key}: the method's source changed in between; delete the older"
+                )
             own[cell.key] = cell
         unpruned = next((key for key, cell in own.items() if cell.name == "none"), None)
         if unpruned is None:
-            raise ValueError(f"task {task} has no unpruned cell to compare with; run it with pruner=none")
+            raise ValueError(
+                f"task {task} has no unpruned cell to compare with; run it with pruner=none"
+            )
         facts = {key: _facts(cell, own[unpruned]) for key, cell in own.items()}
         try:
             found = estimate(HEADLINE[task], own, resamples)
@@ -159,7 +178,9 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
         rows += _average(rows, complete)
     frame = pd.DataFrame(rows).drop(columns=["key", "name"])
     for p in ("p", "mcnemar"):
-        adjusted = pd.concat([pd.Series(stats.holm(own), own.index) for _, own in frame.groupby("task")[p]])
+        adjusted = pd.concat(
+            [pd.Series(stats.holm(own), own.index) for _, own in frame.groupby("task")[p]]
+        )
         frame.insert(list(frame).index(p) + 1, f"{p}_holm", adjusted)
     return frame.assign(mark=frame["mark"].map("; ".join))
 
@@ -167,12 +188,18 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
 def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
     """A row, as far as it needs no resampling."""
     metric = HEADLINE[cell.task]
-    images, answers, mark = cell.rows["image_id"].nunique(), cell.rows["answer"].str.strip().str.lower(), []
+    images, answers, mark = (
+        cell.rows["image_id"].nunique(),
+        cell.rows["answer"].str.strip().str.lower(),
+        [],
+    )
     if answers.nunique() == 1:
         mark.append(f"every answer is {answers.iloc[0]!r}")
     if images < FEW_IMAGES:
         mark.append(f"{images} images: intervals are too short")
-    paired = cell.key != unpruned.key and sorted(cell.rows["doc_id"]) == sorted(unpruned.rows["doc_id"])
+    paired = cell.key != unpruned.key and sorted(cell.rows["doc_id"]) == sorted(
+        unpruned.rows["doc_id"]
+    )
     flips = stats.flips(unpruned.rows, cell.rows) if paired else stats.Flips(*[np.nan] * 4)
     return {
         "task": cell.task,
@@ -202,32 +229,51 @@ def _infer(rows: dict[str, dict[str, Any]], found: stats.Estimates, unpruned: st
         row |= {"low": own.low, "high": own.high}
         if key != unpruned:
             change = found.difference(key, unpruned)
-            row |= {"difference": change.value, "difference_low": change.low, "difference_high": change.high, "p": change.p}
+            row |= {
+                "difference": change.value,
+                "difference_low": change.low,
+                "difference_high": change.high,
+                "p": change.p,
+            }
             row["detectable"] = found.detectable(key, unpruned)
     for budget in {row["budget"] for key, row in rows.items() if key != unpruned}:
-        group = {key: row for key, row in rows.items() if row["budget"] == budget and key != unpruned}
-        usual = median_low(row["tokens"] for row in group.values())  # what one of them keeps, so that at least that one is equal
+        group = {
+            key: row for key, row in rows.items() if row["budget"] == budget and key != unpruned
+        }
+        usual = median_low(
+            row["tokens"] for row in group.values()
+        )  # what one of them keeps, so that at least that one is equal
         equal = [key for key, row in group.items() if abs(row["tokens"] - usual) <= TOKENS * usual]
         for key in group.keys() - set(equal):
-            group[key]["mark"].append(f"{group[key]['tokens']:.1f} tokens where the others of its budget keep {usual:.1f}")
+            group[key]["mark"].append(
+                f"{group[key]['tokens']:.1f} tokens where the others of its budget keep {usual:.1f}"
+            )
         for key in found.tied_best(equal):
             group[key]["tied_best"] = True
         randoms = [key for key in equal if group[key]["name"] == "random"]
         for key in equal if len(randoms) >= 3 else []:
             if key not in randoms:
                 over = found.over_random(key, randoms)
-                group[key] |= {"over_random": over.value, "over_random_low": over.low, "over_random_high": over.high}
+                group[key] |= {
+                    "over_random": over.value,
+                    "over_random_low": over.low,
+                    "over_random_high": over.high,
+                }
 
 
 def _average(rows: list[dict[str, Any]], estimates: list[stats.Estimates]) -> list[dict[str, Any]]:
     """Rows of the relative average, for the methods that ran every task."""
-    keys = [key for key in estimates[0].values.index if all(key in found.values for found in estimates)]
+    keys = [
+        key for key in estimates[0].values.index if all(key in found.values for found in estimates)
+    ]
     unpruned = next(row["key"] for row in rows if row["name"] == "none")
     whole = stats.relative_average([found.only(keys) for found in estimates], unpruned)
     averages = {}
     for key in keys:
         own = [row for row in rows if row["key"] == key]
-        averages[key] = own[0] | dict.fromkeys((*_INFERRED, "mcnemar", "right_to_wrong", "wrong_to_right", "agreement"), np.nan)
+        averages[key] = own[0] | dict.fromkeys(
+            (*_INFERRED, "mcnemar", "right_to_wrong", "wrong_to_right", "agreement"), np.nan
+        )
         averages[key] |= {
             "task": "average",
             "metric": "relative_average",

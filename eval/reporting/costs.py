@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-
-from eval.reporting.comparison import TOKENS, Cell
+from secateur.reporting.comparison import TOKENS, Cell
 
 
 class Costs(NamedTuple):
@@ -24,8 +23,12 @@ def first_token_flops(cells: Sequence[Cell]) -> Costs:
     """
     without = [cell for cell in cells if "flops" not in cell.record]
     if without:
-        raise ValueError(f"the records of {len(without)} cells, such as {without[0].key}, have no FLOPs; run them again")
-    means = {(cell.task, cell.method, cell.budget): cell.record["flops"]["first_token"] for cell in cells}
+        raise ValueError(
+            f"the records of {len(without)} cells, such as {without[0].key}, have no FLOPs; run them again"
+        )
+    means = {
+        (cell.task, cell.method, cell.budget): cell.record["flops"]["first_token"] for cell in cells
+    }
     uncounted = {cell.method for cell in cells if cell.record["flops"]["pruner"] is None}
     return Costs(_with_average(means, len({cell.task for cell in cells})), sorted(uncounted))
 
@@ -41,7 +44,11 @@ def prefill_times(cells: Sequence[Cell], results: Path) -> dict[str, pd.Series]:
     model = cells[0].record["identity"]["model"]["name"]
     for path in sorted((results / "bench").glob("bench-*.parquet")):
         samples = pd.read_parquet(path)
-        samples = samples[(samples["model"] == model) & (samples["geometry"] == "true") & (samples["kind"] != "ceiling")]
+        samples = samples[
+            (samples["model"] == model)
+            & (samples["geometry"] == "true")
+            & (samples["kind"] != "ceiling")
+        ]
         for where, own in samples.groupby(["device", "dtype", "attn_implementation"]):
             medians = own.groupby(["method", "budget"])["prefill"].median()
             times = {}
@@ -52,7 +59,9 @@ def prefill_times(cells: Sequence[Cell], results: Path) -> dict[str, pd.Series]:
                     if same and abs(tokens - own_tokens) <= TOKENS * own_tokens:
                         times[cell.task, cell.method, cell.budget] = time
             if times:
-                found[f"prefill, ms ({', '.join(map(str, where))})"] = _with_average(times, len({cell.task for cell in cells}))
+                found[f"prefill, ms ({', '.join(map(str, where))})"] = _with_average(
+                    times, len({cell.task for cell in cells})
+                )
     return found
 
 

@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
-
-from eval.reporting.comparison import Cell
-from eval.reporting.tables import TITLES
+from secateur.reporting.comparison import Cell
+from secateur.reporting.tables import TITLES
 
 UNPRUNED = "none"
 _MARKERS = "osDv^<>Pp*hX8dH"
@@ -31,7 +30,10 @@ def looks(comparison: pd.DataFrame) -> dict[str, Look]:
     """A colour and a marker for every method, the same in every figure of the comparison."""
     methods = sorted(set(comparison["method"]) - {UNPRUNED})
     colors = matplotlib.colormaps["tab10" if len(methods) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
-    return {name: Look(colors[i % len(colors)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(methods)}
+    return {
+        name: Look(colors[i % len(colors)], _MARKERS[i % len(_MARKERS)])
+        for i, name in enumerate(methods)
+    }
 
 
 def pareto(cost: ArrayLike, value: ArrayLike) -> np.ndarray:
@@ -46,14 +48,16 @@ def accuracy_against(comparison: pd.DataFrame, cost: pd.Series, axis: str, capti
     """One panel a task: value with its 95 % interval against a cost, and the Pareto front of the values.
 
     Args:
-        comparison: of `eval.reporting.comparison.compare`.
+        comparison: of `secateur.reporting.comparison.compare`.
         cost: by task, method and budget; rows without one are not drawn.
         axis: what the cost is, with its unit.
 
     Raises:
         ValueError: no row of the comparison has a cost.
     """
-    points = comparison.join(cost.rename("cost"), on=["task", "method", "budget"]).dropna(subset=["cost"])
+    points = comparison.join(cost.rename("cost"), on=["task", "method", "budget"]).dropna(
+        subset=["cost"]
+    )
     if points.empty:
         raise ValueError(f"no row has a cost ({axis})")
     figure, panels = _panels(comparison, caption, 3.4)
@@ -61,8 +65,18 @@ def accuracy_against(comparison: pd.DataFrame, cost: pd.Series, axis: str, capti
     for task, panel in panels.items():
         own = points[points["task"] == task].dropna(subset=["value"]).sort_values("cost")
         front = own[pareto(own["cost"], own["value"])]
-        panel.plot(front["cost"], front["value"], color=_BLACK, linewidth=0.8, linestyle="--", zorder=1)
-        panel.plot(front["cost"], front["value"], "o", markersize=11, markerfacecolor="none", markeredgecolor=_BLACK, zorder=1)
+        panel.plot(
+            front["cost"], front["value"], color=_BLACK, linewidth=0.8, linestyle="--", zorder=1
+        )
+        panel.plot(
+            front["cost"],
+            front["value"],
+            "o",
+            markersize=11,
+            markerfacecolor="none",
+            markeredgecolor=_BLACK,
+            zorder=1,
+        )
         for row in own.to_dict("records"):
             method = row["method"]
             color, marker = look.get(method, Look((0.13, 0.13, 0.13), "*"))
@@ -75,12 +89,32 @@ def accuracy_against(comparison: pd.DataFrame, cost: pd.Series, axis: str, capti
         panel.set_xlabel(axis, fontsize=8)
     handles: list[Line2D | Patch] = [
         Line2D([], [], color=_BLACK, marker="*", linestyle="none", label="unpruned"),
-        *(Line2D([], [], color=own.color, marker=own.marker, linestyle="none", label=_short(name)) for name, own in look.items()),
-        Line2D([], [], color=_BLACK, marker="o", markersize=11, markerfacecolor="none", linestyle="--", label="Pareto front"),
+        *(
+            Line2D([], [], color=own.color, marker=own.marker, linestyle="none", label=_short(name))
+            for name, own in look.items()
+        ),
+        Line2D(
+            [],
+            [],
+            color=_BLACK,
+            marker="o",
+            markersize=11,
+            markerfacecolor="none",
+            linestyle="--",
+            label="Pareto front",
+        ),
     ]
     if points["low"].isna().any():
         handles.append(
-            Line2D([], [], color="gray", marker="o", markerfacecolor="none", linestyle="none", label="hollow: no interval")
+            Line2D(
+                [],
+                [],
+                color="gray",
+                marker="o",
+                markerfacecolor="none",
+                linestyle="none",
+                label="hollow: no interval",
+            )
         )
     return _finished(figure, handles)
 
@@ -101,7 +135,11 @@ def bars(comparison: pd.DataFrame, caption: str) -> Figure:
                     panel.axhspan(row["low"], row["high"], color="#dddddd", zorder=0)
                 continue
             sure = row["low"] == row["low"]
-            place = budgets.index(row["budget"]) - 0.43 + width * (list(look).index(row["method"]) + 0.5)
+            place = (
+                budgets.index(row["budget"])
+                - 0.43
+                + width * (list(look).index(row["method"]) + 0.5)
+            )
             panel.bar(
                 place, row["value"], width, color=look[row["method"]].color, hatch=None if sure else "///",
                 edgecolor=_BLACK if row["tied_best"] or not sure else "none", linewidth=1.2 if row["tied_best"] else 0.5,
@@ -115,9 +153,18 @@ def bars(comparison: pd.DataFrame, caption: str) -> Figure:
         *(Patch(color=own.color, label=_short(name)) for name, own in look.items()),
     ]
     if comparison["tied_best"].any():
-        handles.append(Patch(facecolor="white", edgecolor=_BLACK, linewidth=1.2, label="framed: not below the best"))
+        handles.append(
+            Patch(
+                facecolor="white",
+                edgecolor=_BLACK,
+                linewidth=1.2,
+                label="framed: not below the best",
+            )
+        )
     if comparison["low"].isna().any():
-        handles.append(Patch(facecolor="white", edgecolor=_BLACK, hatch="///", label="hatched: no interval"))
+        handles.append(
+            Patch(facecolor="white", edgecolor=_BLACK, hatch="///", label="hatched: no interval")
+        )
     return _finished(figure, handles)
 
 
@@ -127,17 +174,24 @@ def agreement(cells: Sequence[Cell]) -> dict[str, pd.DataFrame]:
     Case and spaces at the ends do not count. A pair that did not answer the same documents of all tasks is NaN.
     """
     answers: dict[tuple[str, str, str], pd.Series] = {
-        (cell.budget, cell.method, cell.task): cell.rows.set_index("doc_id")["answer"].str.strip().str.lower().sort_index()
+        (cell.budget, cell.method, cell.task): cell.rows.set_index("doc_id")["answer"]
+        .str.strip()
+        .str.lower()
+        .sort_index()
         for cell in cells
     }
     tasks = sorted({cell.task for cell in cells})
     full = sorted({(budget, method) for budget, method, _ in answers if method == UNPRUNED})
     size = {
-        budget: np.mean([c.tokens for c in cells if c.budget == budget]) for budget, method, _ in answers if method != UNPRUNED
+        budget: np.mean([c.tokens for c in cells if c.budget == budget])
+        for budget, method, _ in answers
+        if method != UNPRUNED
     }
     found = {}
     for budget in sorted(size, key=lambda budget: -size[budget]):
-        rows = full + sorted({(at, method) for at, method, _ in answers if at == budget and method != UNPRUNED})
+        rows = full + sorted(
+            {(at, method) for at, method, _ in answers if at == budget and method != UNPRUNED}
+        )
 
         def alike(one: tuple[str, str], other: tuple[str, str]) -> float:
             shares = []
@@ -149,7 +203,9 @@ def agreement(cells: Sequence[Cell]) -> dict[str, pd.DataFrame]:
             return float(np.mean(shares))
 
         names = [method for _, method in rows]
-        found[budget] = pd.DataFrame([[alike(a, b) for b in rows] for a in rows], index=names, columns=names)
+        found[budget] = pd.DataFrame(
+            [[alike(a, b) for b in rows] for a in rows], index=names, columns=names
+        )
     return found
 
 
@@ -167,7 +223,11 @@ def agreement_matrices(shares: dict[str, pd.DataFrame], caption: str) -> Figure:
         panel.imshow(percents, vmin=0, vmax=100, cmap="YlGnBu")
         for i, j in np.ndindex(matrix.shape):
             share = percents[i, j]
-            text, color = ("–", _BLACK) if share != share else (f"{share:.0f}", "white" if share > 60 else _BLACK)
+            text, color = (
+                ("–", _BLACK)
+                if share != share
+                else (f"{share:.0f}", "white" if share > 60 else _BLACK)
+            )
             panel.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
         labels = [_short(str(name)) for name in matrix.index]
         panel.set_xticks(range(len(matrix)), labels, rotation=90, fontsize=7)
@@ -176,7 +236,9 @@ def agreement_matrices(shares: dict[str, pd.DataFrame], caption: str) -> Figure:
     return figure
 
 
-def _panels(comparison: pd.DataFrame, caption: str, height: float) -> tuple[Figure, dict[str, Axes]]:
+def _panels(
+    comparison: pd.DataFrame, caption: str, height: float
+) -> tuple[Figure, dict[str, Axes]]:
     """A titled figure with a panel a task, the average first."""
     tasks = sorted(dict.fromkeys(comparison["task"]), key=lambda task: task != "average")
     columns = min(_COLUMNS, len(tasks))
@@ -194,7 +256,11 @@ def _panels(comparison: pd.DataFrame, caption: str, height: float) -> tuple[Figu
 
 def _finished(figure: Figure, handles: list[Line2D | Patch]) -> Figure:
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=4 if figure.get_figwidth() > 8 else 2, fontsize=8, frameon=False
+        handles=handles,
+        loc="outside lower center",
+        ncols=4 if figure.get_figwidth() > 8 else 2,
+        fontsize=8,
+        frameon=False,
     )
     return figure
 

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from PIL import Image, ImageOps
-
-from eval.reporting.comparison import Cell
-from eval.store import Store
+from secateur.reporting.comparison import Cell
+from secateur.store import Store
 
 PER_SIDE = 2  # documents shown a task where one method is right, and as many where the other is
 _COLUMNS = ["doc_id", "prompt", "target", "answer", "score", "visual_tokens", "kept_indices"]
@@ -26,10 +25,10 @@ class Documents:
     """
 
     def __init__(self, suite: str, tasks: Sequence[str], data_root: Path | None) -> None:
-        from eval.tasks import load_tasks  # lmms-eval takes seconds to import
+        from secateur.tasks import load_tasks  # lmms-eval takes seconds to import
 
         if suite == "shapes" and data_root:
-            from eval.shapes.datasets import build
+            from secateur.shapes.datasets import build
 
             build(data_root)
         self._tasks = load_tasks(list(tasks), data_root)
@@ -42,10 +41,14 @@ class Documents:
         """
         documents = self._tasks[task].eval_docs
         if not 0 <= row["doc_id"] < len(documents):
-            raise ValueError(f"{task}: the data set here has no document {row['doc_id']}; it is not the one the cells ran on")
+            raise ValueError(
+                f"{task}: the data set here has no document {row['doc_id']}; it is not the one the cells ran on"
+            )
         messages = self._tasks[task].doc_to_messages(documents[row["doc_id"]])
         parts = [part for message in messages for part in message["content"]]
-        if not all(part["text"].strip() in row["prompt"] for part in parts if part["type"] == "text"):
+        if not all(
+            part["text"].strip() in row["prompt"] for part in parts if part["type"] == "text"
+        ):
             raise ValueError(
                 f"{task}: document {row['doc_id']} here asks another question than the record; not the same data set"
             )
@@ -78,7 +81,9 @@ def rivals(comparison: pd.DataFrame, names: Sequence[str] = ()) -> Rivals | None
     rows = comparison[comparison["method"] != "none"]
     unknown = sorted(set(names) - set(rows["method"]))
     if unknown or (names and len(set(names)) != 2):
-        raise ValueError(f"rivals {', '.join(names)}: choose two of {', '.join(sorted(set(rows['method'])))}")
+        raise ValueError(
+            f"rivals {', '.join(names)}: choose two of {', '.join(sorted(set(rows['method'])))}"
+        )
     if names:
         rows = rows[rows["method"].isin(list(names))]
     shared = rows.groupby(["task", "budget"]).filter(lambda own: own["method"].nunique() >= 2)
@@ -93,7 +98,9 @@ def rivals(comparison: pd.DataFrame, names: Sequence[str] = ()) -> Rivals | None
     return Rivals(str(budget), (best.iloc[0], best.iloc[1]))
 
 
-def disagreements(cells: Sequence[Cell], pair: Rivals, results: Path) -> tuple[dict[str, dict[str, int]], list[Disagreement]]:
+def disagreements(
+    cells: Sequence[Cell], pair: Rivals, results: Path
+) -> tuple[dict[str, dict[str, int]], list[Disagreement]]:
     """Where exactly one of two methods is right.
 
     Returns:
@@ -103,11 +110,16 @@ def disagreements(cells: Sequence[Cell], pair: Rivals, results: Path) -> tuple[d
     shown = []
     for task in dict.fromkeys(cell.task for cell in cells):
         own = {
-            cell.method: cell for cell in cells if (cell.task, cell.budget) == (task, pair.budget) and cell.method in pair.methods
+            cell.method: cell
+            for cell in cells
+            if (cell.task, cell.budget) == (task, pair.budget) and cell.method in pair.methods
         }
         if len(own) < 2:
             continue
-        rows = {method: samples(own[method], results).set_index("doc_id", drop=False) for method in pair.methods}
+        rows = {
+            method: samples(own[method], results).set_index("doc_id", drop=False)
+            for method in pair.methods
+        }
         both = rows[pair.methods[0]].index.intersection(rows[pair.methods[1]].index)
         right = {method: rows[method].loc[both, "score"] == 1 for method in pair.methods}
         counts[task] = {}
@@ -131,15 +143,23 @@ def disagreements(cells: Sequence[Cell], pair: Rivals, results: Path) -> tuple[d
 def samples(cell: Cell, results: Path, docs: Sequence[int] | None = None) -> pd.DataFrame:
     """The stored rows of a cell, or those of some documents, with the kept tokens."""
     path = Store(results).folder(cell.record["identity"]) / "samples.parquet"
-    return pd.read_parquet(path, columns=_COLUMNS, filters=None if docs is None else [("doc_id", "in", list(docs))])
+    return pd.read_parquet(
+        path, columns=_COLUMNS, filters=None if docs is None else [("doc_id", "in", list(docs))]
+    )
 
 
 def patches(row: pd.Series) -> tuple[int, ...]:
     """Patches kept of a document's first image; tokens that are none (CLS, merged ones) have negative indices."""
-    return tuple(int(index) for index in row["kept_indices"][0] if index >= 0) if len(row["kept_indices"]) else ()
+    return (
+        tuple(int(index) for index in row["kept_indices"][0] if index >= 0)
+        if len(row["kept_indices"])
+        else ()
+    )
 
 
-def as_seen(model: dict[str, Any], images: Sequence[Image.Image], row: pd.Series) -> tuple[Image.Image, tuple[int, int]] | None:
+def as_seen(
+    model: dict[str, Any], images: Sequence[Image.Image], row: pd.Series
+) -> tuple[Image.Image, tuple[int, int]] | None:
     """The image as the model's encoder sees it, and the grid of its tokens; None where no single grid lies over it.
 
     That is so for several images, LLaVA-NeXT's crops, and Qwen2.5-VL without a fixed `image_side`.

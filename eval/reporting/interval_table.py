@@ -3,18 +3,23 @@
 from pathlib import Path
 
 import pandas as pd
-
-from eval.reporting.comparison import Cell, provenance
-from eval.reporting.stats import LEVEL
-from eval.reporting.tables import title
+from secateur.reporting.comparison import Cell, provenance
+from secateur.reporting.stats import LEVEL
+from secateur.reporting.tables import title
 
 
 def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
     """The comparison as a table, one row a method and budget and one column a task, with what to know below."""
     shown = comparison.assign(cell=comparison.apply(_shown, axis=1))
     order = list(dict.fromkeys(comparison["task"]))
-    wide = shown.pivot_table(index=["budget", "method"], columns="task", values="cell", aggfunc="first")[order].fillna("not run")
-    tokens = comparison.groupby(["budget", "method"])["tokens"].mean().sort_values(ascending=False, kind="stable")
+    wide = shown.pivot_table(
+        index=["budget", "method"], columns="task", values="cell", aggfunc="first"
+    )[order].fillna("not run")
+    tokens = (
+        comparison.groupby(["budget", "method"])["tokens"]
+        .mean()
+        .sort_values(ascending=False, kind="stable")
+    )
     wide.insert(0, "tokens", tokens.map("{:.1f}".format))
     detectable = comparison.groupby("task", sort=False)["detectable"].median().dropna()
     notes = [
@@ -28,10 +33,16 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
         + ".",
     ]
     if comparison["over_random"].isna().all():
-        notes.append("No difference to random: it needs three seeds of it at a budget (`pruner=random pruner.seed=0,1,2`).")
+        notes.append(
+            "No difference to random: it needs three seeds of it at a budget (`pruner=random pruner.seed=0,1,2`)."
+        )
     marked = comparison[(comparison["mark"] != "") & (comparison["task"] != "average")]
     for (task, mark), rows in marked.groupby(["task", "mark"], sort=False):
-        who = "all rows" if len(rows) == (comparison["task"] == task).sum() else ", ".join(rows["method"] + " " + rows["budget"])
+        who = (
+            "all rows"
+            if len(rows) == (comparison["task"] == task).sum()
+            else ", ".join(rows["method"] + " " + rows["budget"])
+        )
         notes.append(f"{task}, {who}: {mark}.")
     notes.append(provenance(cells))
     table = wide.loc[tokens.index].reset_index().to_markdown(index=False, disable_numparse=True)

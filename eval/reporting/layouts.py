@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from omegaconf import OmegaConf
-
-from eval.reporting.reported import FOLDER
+from secateur.reporting.reported import FOLDER
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,15 @@ def rows_of(layout: Layout, printed: pd.DataFrame) -> list[Row]:
     rows = []
     for row in printed.drop_duplicates(["method", "budget"]).to_dict("records"):
         retention, tokens = row["retention_pct"], row["budget_tokens"]
-        keep = None if row["method"] == "none" else retention / 100 if pd.isna(tokens) else float(tokens)
-        rows.append(Row(row["method"], row["budget"], keep, frozenset({row["budget"], f"{retention:g}%"})))
+        keep = (
+            None
+            if row["method"] == "none"
+            else retention / 100
+            if pd.isna(tokens)
+            else float(tokens)
+        )
+        rows.append(
+            Row(row["method"], row["budget"], keep, frozenset({row["budget"], f"{retention:g}%"}))
+        )
     order = ["none", *layout.methods]
     return sorted(rows, key=lambda row: (-(row.keep or math.inf), order.index(row.method)))

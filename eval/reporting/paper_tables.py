@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
+from secateur.paths import CONFIGS
+from secateur.reporting import stats
+from secateur.reporting.comparison import Cell, check_one_setting, estimate, provenance
+from secateur.reporting.layouts import Layout, Row, rows_of, yaml
+from secateur.reporting.reported import averages
+from secateur.reporting.verdicts import Verdict, choices, foreign, judge, judge_method, off_budget
 
-from eval.checkpoints import ROOT
-from eval.reporting import stats
-from eval.reporting.comparison import Cell, check_one_setting, estimate, provenance
-from eval.reporting.layouts import Layout, Row, rows_of, yaml
-from eval.reporting.reported import averages
-from eval.reporting.verdicts import Verdict, choices, foreign, judge, judge_method, off_budget
-
-CONFIGS = ROOT / "configs"
 AVERAGE = "average"  # the paper's own
 OVER_RUN = "over tasks run"  # the same mean over the columns that have cells, of the printed and of our scores
 NAN = float("nan")
@@ -31,13 +29,19 @@ class PaperTable(NamedTuple):
     notes: list[str]
 
 
-def build(layout: Layout, reported: pd.DataFrame, cells: Sequence[Cell], resamples: int = stats.RESAMPLES) -> PaperTable:
+def build(
+    layout: Layout, reported: pd.DataFrame, cells: Sequence[Cell], resamples: int = stats.RESAMPLES
+) -> PaperTable:
     """Fill a table from whatever cells there are of its model on the real data sets.
 
     Raises:
         ValueError: the cells are of several settings or versions, or there are two for one place.
     """
-    of_table = (reported["paper"] == layout.paper) & (reported["table"] == layout.table) & (reported["model"] == layout.model)
+    of_table = (
+        (reported["paper"] == layout.paper)
+        & (reported["table"] == layout.table)
+        & (reported["model"] == layout.model)
+    )
     printed = reported[of_table]
     rows = rows_of(layout, printed)
     inputs = yaml(CONFIGS / "experiment" / f"{layout.experiment}.yaml")["model"]
@@ -47,7 +51,8 @@ def build(layout: Layout, reported: pd.DataFrame, cells: Sequence[Cell], resampl
     for task in layout.tasks:
         own = {key: cell for (key, of), cell in placed.items() if of == task}
         problems = {
-            row.key: foreign(own[row.key], inputs) or off_budget(own[row.key], None if pd.isna(full) else int(full), row.keep)
+            row.key: foreign(own[row.key], inputs)
+            or off_budget(own[row.key], None if pd.isna(full) else int(full), row.keep)
             for row in rows
             if row.key in own
         }
@@ -58,12 +63,18 @@ def build(layout: Layout, reported: pd.DataFrame, cells: Sequence[Cell], resampl
     run = [column for column in columns if column.found is not None]
     if len(run) > 1:
         found += [_over_run(row, run) for row in rows]
-        notes.append(f"{OVER_RUN.capitalize()}: the same mean over {', '.join(column.task for column in run)}, on both sides.")
-    notes.append(f"{layout.average}: plain mean of score / unpruned score; where the printed one is not, it is not comparable.")
+        notes.append(
+            f"{OVER_RUN.capitalize()}: the same mean over {', '.join(column.task for column in run)}, on both sides."
+        )
+    notes.append(
+        f"{layout.average}: plain mean of score / unpruned score; where the printed one is not, it is not comparable."
+    )
     if placed:
         notes.append(provenance(list(placed.values())))
     else:
-        notes.append(f"Nothing was run. To run its tasks: python scripts/sweep.py -m experiment={layout.experiment}")
+        notes.append(
+            f"Nothing was run. To run its tasks: python scripts/sweep.py -m experiment={layout.experiment}"
+        )
     return PaperTable(layout, pd.DataFrame(found), notes)
 
 
@@ -76,7 +87,10 @@ def _place(
     left_out = set()
     for cell in cells:
         identity = cell.record["identity"]
-        if (identity["suite"]["name"], identity["model"]["name"]) != ("hub", layout.model) or cell.task not in layout.tasks:
+        if (identity["suite"]["name"], identity["model"]["name"]) != (
+            "hub",
+            layout.model,
+        ) or cell.task not in layout.tasks:
             continue
         changed = choices(cell, model)
         for row in rows:
@@ -87,7 +101,9 @@ def _place(
                     fitting.append((row, cell))
     suited = [(row, cell) for row, cell in fitting if not foreign(cell, inputs)]
     if suited:  # without any, the others stand there as not comparable
-        left_out |= {f"cells where {reason}" for _, cell in fitting if (reason := foreign(cell, inputs))}
+        left_out |= {
+            f"cells where {reason}" for _, cell in fitting if (reason := foreign(cell, inputs))
+        }
         fitting = suited
     check_one_setting([cell for _, cell in fitting])
     placed: dict[tuple[str, str], Cell] = {}
@@ -104,19 +120,36 @@ def _place(
 class _Column:
     """One task of a table: the printed scores, ours, and why cells cannot be compared."""
 
-    def __init__(self, task: str, printed: pd.DataFrame, own: dict[str, Cell], problems: dict[str, str], resamples: int) -> None:
+    def __init__(
+        self,
+        task: str,
+        printed: pd.DataFrame,
+        own: dict[str, Cell],
+        problems: dict[str, str],
+        resamples: int,
+    ) -> None:
         self.task, self.own, self.problems = task, own, problems
         self.metric = printed["metric"].iloc[0]
-        self.printed = {f"{row['method']} at {row['budget']}": row for row in printed.to_dict("records")}
+        self.printed = {
+            f"{row['method']} at {row['budget']}": row for row in printed.to_dict("records")
+        }
         self.unpruned = next(key for key, row in self.printed.items() if row["method"] == "none")
         self.found: stats.Estimates | None = None
         self.baseline = Verdict("not run")
         everywhere = self._estimate(resamples) if own else ""
         base = self.printed[self.unpruned]
         for key, problem in list(problems.items()):
-            doubts = [f"printed number: {row['note']}" for row in (self.printed.get(key, base), base) if row["suspect"]]
+            doubts = [
+                f"printed number: {row['note']}"
+                for row in (self.printed.get(key, base), base)
+                if row["suspect"]
+            ]
             missing = "" if key in self.printed else "the paper prints no number"
-            unpruned = problems[self.unpruned] and f"unpruned row: {problems[self.unpruned]}" if self.unpruned in own else ""
+            unpruned = (
+                problems[self.unpruned] and f"unpruned row: {problems[self.unpruned]}"
+                if self.unpruned in own
+                else ""
+            )
             self.problems[key] = problem or everywhere or unpruned or missing or "".join(doubts[:1])
         rivals: dict[str, list[str]] = {}
         for key, cell in own.items():
@@ -124,7 +157,9 @@ class _Column:
                 rivals.setdefault(cell.budget, []).append(key)
         # rows of ours than which no other of their budget is significantly better
         self.tied_best: set[str] = (
-            {key for keys in rivals.values() for key in found.tied_best(keys)} if (found := self.found) else set()
+            {key for keys in rivals.values() for key in found.tied_best(keys)}
+            if (found := self.found)
+            else set()
         )
 
     def _estimate(self, resamples: int) -> str:
@@ -137,7 +172,9 @@ class _Column:
             self.found = estimate(self.metric, self.own, resamples)
         except ValueError as error:
             return str(error)
-        self.baseline = judge(100.0, self.found.interval(self.unpruned).scaled(100 / self.score(self.unpruned)))
+        self.baseline = judge(
+            100.0, self.found.interval(self.unpruned).scaled(100 / self.score(self.unpruned))
+        )
         return ""
 
     def score(self, key: str) -> float:
@@ -150,8 +187,14 @@ class _Column:
         return self.found is not None and row.key in self.own
 
     def cell(self, row: Row) -> dict[str, Any]:
-        number = {name: self.printed[row.key][name] for name in ("suspect", "note", "source")} if row.key in self.printed else {}
-        empty = _empty(row, self.task, self.metric, self.score(row.key), self.ratio(row.key)) | number
+        number = (
+            {name: self.printed[row.key][name] for name in ("suspect", "note", "source")}
+            if row.key in self.printed
+            else {}
+        )
+        empty = (
+            _empty(row, self.task, self.metric, self.score(row.key), self.ratio(row.key)) | number
+        )
         if row.key not in self.own:
             return empty
         verdict = Verdict("not comparable", self.problems[row.key])
@@ -159,7 +202,11 @@ class _Column:
             return empty | verdict._asdict()
         relative = self.found.ratio(row.key, self.unpruned)
         if not self.problems[row.key]:
-            verdict = self.baseline if row.method == "none" else judge_method(self.ratio(row.key), relative, self.baseline)
+            verdict = (
+                self.baseline
+                if row.method == "none"
+                else judge_method(self.ratio(row.key), relative, self.baseline)
+            )
         best = {"tied_best": row.key in self.tied_best}
         return empty | _ours(self.found.interval(row.key), relative) | verdict._asdict() | best
 
@@ -169,15 +216,26 @@ def _empty(row: Row, column: str, metric: str, printed: float, relative: float) 
     nothing = stats.Interval(NAN, NAN, NAN, NAN)
     place = {"method": row.method, "budget": row.budget, "column": column, "metric": metric}
     numbers = {"printed": printed, **_ours(nothing, nothing), "printed_relative": relative}
-    return place | numbers | Verdict("not run")._asdict() | {"tied_best": False, "suspect": False, "note": "", "source": ""}
+    return (
+        place
+        | numbers
+        | Verdict("not run")._asdict()
+        | {"tied_best": False, "suspect": False, "note": "", "source": ""}
+    )
 
 
 def _ours(score: stats.Interval, relative: stats.Interval) -> dict[str, float]:
     absolute = {"reproduced": score.value, "low": score.low, "high": score.high}
-    return absolute | {"relative": relative.value, "relative_low": relative.low, "relative_high": relative.high}
+    return absolute | {
+        "relative": relative.value,
+        "relative_low": relative.low,
+        "relative_high": relative.high,
+    }
 
 
-def _average(row: Row, columns: list[_Column], printed: pd.DataFrame, means: pd.DataFrame) -> dict[str, Any]:
+def _average(
+    row: Row, columns: list[_Column], printed: pd.DataFrame, means: pd.DataFrame
+) -> dict[str, Any]:
     """The cell of the paper's own average: reproduced where every column that the row prints was run."""
     own = (printed["method"] == row.method) & (printed["budget"] == row.budget)
     number = printed[own & (printed["task"] == "average")]
@@ -186,8 +244,16 @@ def _average(row: Row, columns: list[_Column], printed: pd.DataFrame, means: pd.
     cell = _mean(row, AVERAGE, needed, value)
     if len(number):
         cell |= {name: number[name].iloc[0] for name in ("suspect", "note", "source")}
-    other = means[~means["follows"] & (means["method"] == row.method) & (means["budget"] == row.budget)]["mean_of_ratios"]
-    doubt = f"the mean of the printed ratios is {other.iloc[0]:.1f}" if len(other) else cell["note"] if cell["suspect"] else ""
+    other = means[
+        ~means["follows"] & (means["method"] == row.method) & (means["budget"] == row.budget)
+    ]["mean_of_ratios"]
+    doubt = (
+        f"the mean of the printed ratios is {other.iloc[0]:.1f}"
+        if len(other)
+        else cell["note"]
+        if cell["suspect"]
+        else ""
+    )
     if doubt and cell["verdict"] != "not run":
         cell |= Verdict("not comparable", f"printed number: {doubt}")._asdict()
     return cell
@@ -206,8 +272,14 @@ def _mean(row: Row, name: str, columns: list[_Column], printed: float) -> dict[s
         return empty | {"cause": f"{len(have)} of {len(columns)} tasks were run"}
     unpruned = columns[0].unpruned
     keys = list(dict.fromkeys([row.key, unpruned]))
-    own = stats.relative_average([column.found.only(keys) for column in columns if column.found], unpruned).interval(row.key)
-    problems = [f"{column.task}: {column.problems[row.key]}" for column in columns if column.problems[row.key]]
+    own = stats.relative_average(
+        [column.found.only(keys) for column in columns if column.found], unpruned
+    ).interval(row.key)
+    problems = [
+        f"{column.task}: {column.problems[row.key]}"
+        for column in columns
+        if column.problems[row.key]
+    ]
     missed = [column.baseline for column in columns if column.baseline.verdict == "miss"]
     verdict = judge_method(printed, own, missed[0] if missed else columns[0].baseline)
     if problems:

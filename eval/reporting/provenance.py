@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from eval.reporting.comparison import Cell
-from eval.store import digest
-from pruners import REGISTRY
+from secateur.pruners import REGISTRY
+from secateur.reporting.comparison import Cell
+from secateur.store import digest
 
 
 class Provenance(NamedTuple):
@@ -20,24 +20,43 @@ class Provenance(NamedTuple):
     def of(cls, cells: Sequence[Cell]) -> "Provenance":
         pruners = {cell.method: cell.record["identity"]["pruner"] for cell in cells}
         methods = [
-            {"method": name, "status": own["status"], "paper": REGISTRY[own["name"]].paper, "source": own["source"]}
+            {
+                "method": name,
+                "status": own["status"],
+                "paper": REGISTRY[own["name"]].paper,
+                "source": own["source"],
+            }
             for name, own in sorted(pruners.items())
         ]
         return cls(_facts(cells), methods, [_row(cell) for cell in cells], _doubts(cells))
 
 
 def _facts(cells: Sequence[Cell]) -> dict[str, str]:
-    identities, machines = [cell.record["identity"] for cell in cells], [cell.record["environment"] for cell in cells]
+    identities, machines = (
+        [cell.record["identity"] for cell in cells],
+        [cell.record["environment"] for cell in cells],
+    )
     first, started = identities[0], sorted(cell.record["started"] for cell in cells)
     return {
         "cells": str(len(cells)),
         "suite": f"{first['suite']['name']}, revision {first['suite']['revision']}",
-        **{f"model: {name}": str(value) for name, value in first["model"].items() if value is not None},
+        **{
+            f"model: {name}": str(value)
+            for name, value in first["model"].items()
+            if value is not None
+        },
         "documents a task": "all" if first["limit"] is None else f"the first {first['limit']}",
         "seed": str(first["seed"]),
-        "versions": _listed(f"{name} {version}" for identity in identities for name, version in identity["versions"].items()),
+        "versions": _listed(
+            f"{name} {version}"
+            for identity in identities
+            for name, version in identity["versions"].items()
+        ),
         "commits": _listed(machine["commit"] for machine in machines),
-        "hardware": _listed("{device} ({machine}, {cores} cores, Python {python})".format(**machine) for machine in machines),
+        "hardware": _listed(
+            "{device} ({machine}, {cores} cores, Python {python})".format(**machine)
+            for machine in machines
+        ),
         "run": f"{started[0]} to {started[-1]}",
     }
 
@@ -58,7 +77,9 @@ def _row(cell: Cell) -> dict[str, Any]:
 def _doubts(cells: Sequence[Cell]) -> list[str]:
     commits, found = sorted({cell.record["environment"]["commit"] for cell in cells}), []
     if len(commits) > 1:
-        found.append(f"The cells ran at {len(commits)} commits, {', '.join(commits)}: versions are equal, sources may differ.")
+        found.append(
+            f"The cells ran at {len(commits)} commits, {', '.join(commits)}: versions are equal, sources may differ."
+        )
     if dirty := [commit for commit in commits if commit.endswith("-dirty")]:
         found.append(f"Cells ran on edited sources that no commit holds: {', '.join(dirty)}.")
     return found

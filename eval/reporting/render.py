@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-
-from eval.reporting.paper_tables import OVER_RUN, PaperTable
-from eval.reporting.verdicts import CLOSE, MATCH
+from secateur.reporting.paper_tables import OVER_RUN, PaperTable
+from secateur.reporting.verdicts import CLOSE, MATCH
 
 COLUMNS = {
     ("gqa", "accuracy"): "GQA",
@@ -56,7 +55,13 @@ LEGEND = (
 )
 _LATEX = str.maketrans(
     {character: rf"\{character}" for character in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
+    | {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": "$<$",
+        ">": "$>$",
+    }
     | {"±": r"$\pm$", "·": r"$\cdot$", "–": "--"}
 )
 
@@ -84,10 +89,16 @@ def sheet(table: PaperTable) -> Sheet:
     groups: dict[str, list[tuple[str, list[Entry]]]] = {}
     headers = [
         COLUMNS.get((column, metric), table.layout.average)
-        for column, metric in table.cells[["column", "metric"]].drop_duplicates().itertuples(index=False)
+        for column, metric in table.cells[["column", "metric"]]
+        .drop_duplicates()
+        .itertuples(index=False)
     ]
     for (budget, method), cells in table.cells.groupby(["budget", "method"], sort=False):
-        heading = "All tokens" if budget == "full" else f"{budget}{'' if str(budget).endswith('%') else ' tokens'}"
+        heading = (
+            "All tokens"
+            if budget == "full"
+            else f"{budget}{'' if str(budget).endswith('%') else ' tokens'}"
+        )
         entries = [_entry(cell, causes) for _, cell in cells.iterrows()]
         groups.setdefault(heading, []).append((METHODS.get(str(method), str(method)), entries))
     reasons = [f"[{number}] {cause}." for cause, number in causes.items()]
@@ -95,8 +106,14 @@ def sheet(table: PaperTable) -> Sheet:
 
 
 def _entry(cell: pd.Series, causes: dict[str, int]) -> Entry:
-    digits = ".1f" if cell["printed"] < 200 else "g"  # as the papers: MME without decimals, unless there are
-    printed = "–" if pd.isna(cell["printed"]) else f"{cell['printed']:{digits}}" + "?" * bool(cell["suspect"])
+    digits = (
+        ".1f" if cell["printed"] < 200 else "g"
+    )  # as the papers: MME without decimals, unless there are
+    printed = (
+        "–"
+        if pd.isna(cell["printed"])
+        else f"{cell['printed']:{digits}}" + "?" * bool(cell["suspect"])
+    )
     own = ""
     if pd.notna(cell["reproduced"]):
         own = f"{cell['reproduced']:.1f}" + "*" * bool(cell["tied_best"])
@@ -113,12 +130,17 @@ def markdown(sheet: Sheet) -> str:
     lines = [f"# {_md(sheet.title)}", "", _md_row(sheet.header), "|" + "|".join(rule) + "|"]
     for heading, rows in sheet.groups.items():
         lines.append(_md_row([f"**{heading}**", *[""] * (len(sheet.header) - 1)]))
-        lines += [_md_row([label, *(" · ".join(part for part in entry if part) for entry in entries)]) for label, entries in rows]
+        lines += [
+            _md_row([label, *(" · ".join(part for part in entry if part) for entry in entries)])
+            for label, entries in rows
+        ]
     return "\n".join([*lines, "", *(f"- {_md(note)}" for note in sheet.notes), ""])
 
 
 def _md(text: str) -> str:
-    return html.escape(text, quote=False).replace("|", r"\|").replace("*", r"\*").replace("_", r"\_")
+    return (
+        html.escape(text, quote=False).replace("|", r"\|").replace("*", r"\*").replace("_", r"\_")
+    )
 
 
 def _md_row(cells: list[str]) -> str:
@@ -138,10 +160,18 @@ def latex(sheet: Sheet) -> str:
         " & ".join(name.translate(_LATEX) for name in sheet.header) + r" \\",
     ]
     for heading, rows in sheet.groups.items():
-        lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{heading.translate(_LATEX)}}}}} \\"]
-        lines += [" & ".join([label.translate(_LATEX), *map(_stacked, entries)]) + r" \\" for label, entries in rows]
+        lines += [
+            r"\midrule",
+            rf"\multicolumn{{{width}}}{{l}}{{\emph{{{heading.translate(_LATEX)}}}}} \\",
+        ]
+        lines += [
+            " & ".join([label.translate(_LATEX), *map(_stacked, entries)]) + r" \\"
+            for label, entries in rows
+        ]
     lines += [r"\bottomrule", r"\end{tabular}}", r"\par\footnotesize"]
-    return "\n".join([*lines, *(note.translate(_LATEX) + r"\par" for note in sheet.notes), r"\end{table}", ""])
+    return "\n".join(
+        [*lines, *(note.translate(_LATEX) + r"\par" for note in sheet.notes), r"\end{table}", ""]
+    )
 
 
 def _stacked(entry: Entry) -> str:
@@ -154,9 +184,14 @@ def page(sheet: Sheet) -> str:
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in sheet.header)
     body = []
     for heading, rows in sheet.groups.items():
-        body.append(f'<tr><th colspan="{len(sheet.header)}" scope="colgroup" class="group">{html.escape(heading)}</th></tr>')
+        body.append(
+            f'<tr><th colspan="{len(sheet.header)}" scope="colgroup" class="group">{html.escape(heading)}</th></tr>'
+        )
         for label, entries in rows:
-            cells = "".join(f"<td>{'<br>'.join(html.escape(part) for part in entry if part)}</td>" for entry in entries)
+            cells = "".join(
+                f"<td>{'<br>'.join(html.escape(part) for part in entry if part)}</td>"
+                for entry in entries
+            )
             body.append(f'<tr><th scope="row">{html.escape(label)}</th>{cells}</tr>')
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in sheet.notes)
     return (
@@ -176,6 +211,10 @@ def write(table: PaperTable, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     text = sheet(table)
     paths = [folder / f"{table.layout.stem}.{suffix}" for suffix in ("md", "tex", "html", "csv")]
-    for path, content in zip(paths, (markdown(text), latex(text), page(text), table.cells.to_csv(index=False)), strict=True):
+    for path, content in zip(
+        paths,
+        (markdown(text), latex(text), page(text), table.cells.to_csv(index=False)),
+        strict=True,
+    ):
         path.write_text(content, encoding="utf-8")
     return paths

@@ -11,16 +11,15 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
-
-from eval.reporting import comparison, figures, gallery, interval_table, paper_tables, render
-from eval.reporting.comparison import Cell
-from eval.reporting.costs import first_token_flops, prefill_times
-from eval.reporting.layouts import layouts
-from eval.reporting.overlay import kept_tokens
-from eval.reporting.provenance import Provenance
-from eval.reporting.reported import load_reported
-from eval.reporting.tables import SETTING, title
-from eval.store import digest
+from secateur.reporting import comparison, figures, gallery, interval_table, paper_tables, render
+from secateur.reporting.comparison import Cell
+from secateur.reporting.costs import first_token_flops, prefill_times
+from secateur.reporting.layouts import layouts
+from secateur.reporting.overlay import kept_tokens
+from secateur.reporting.provenance import Provenance
+from secateur.reporting.reported import load_reported
+from secateur.reporting.tables import SETTING, title
+from secateur.store import digest
 
 DEMONSTRATION = "a demonstration on generated scenes with a tiny model, which says nothing about any published model"
 _PER_PICTURE = 5  # methods in a row of pictures of kept tokens
@@ -56,9 +55,13 @@ class Section:
     provenance: Provenance
     warnings: list[str] = field(default_factory=list)
     markdown: str = ""
-    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of the comparison, by task
+    rows: dict[str, list[dict[str, Any]]] = field(
+        default_factory=dict
+    )  # of the comparison, by task
     charts: list[Picture] = field(default_factory=list)
-    kept: list[tuple[str, str, list[Picture]]] = field(default_factory=list)  # document, prompt, pictures
+    kept: list[tuple[str, str, list[Picture]]] = field(
+        default_factory=list
+    )  # document, prompt, pictures
     rivals: gallery.Rivals | None = None
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
@@ -113,28 +116,43 @@ class Report:
     def problems(self) -> list[str]:
         """What is refused or missing, with its place."""
         found = [f"REFUSED {message}" for message in self._damaged]
-        found += [f"{section.title}: {text}" for section in self.sections for text in section.warnings]
-        return found + [f"{table.title}: REFUSED: {table.refused}" for table in self.published if table.refused]
+        found += [
+            f"{section.title}: {text}" for section in self.sections for text in section.warnings
+        ]
+        return found + [
+            f"{table.title}: REFUSED: {table.refused}" for table in self.published if table.refused
+        ]
 
     @property
     def refused(self) -> bool:
-        sections = any(text.startswith("REFUSED") for section in self.sections for text in section.warnings)
+        sections = any(
+            text.startswith("REFUSED") for section in self.sections for text in section.warnings
+        )
         return bool(self._damaged) or sections or any(table.refused for table in self.published)
 
     def _section(self, cells: list[Cell]) -> Section:
         records = [cell.record for cell in cells]
         identity = records[0]["identity"]
         setting = digest([identity[key] for key in SETTING])[:8]
-        suite, model, limit = identity["suite"]["name"], identity["model"]["name"], identity["limit"] or "all"
+        suite, model, limit = (
+            identity["suite"]["name"],
+            identity["model"]["name"],
+            identity["limit"] or "all",
+        )
         origin = Provenance.of(cells)
-        section = Section(title(records), f"{suite}_{model}_{limit}_{setting}", suite, origin, list(origin.doubts))
+        section = Section(
+            title(records), f"{suite}_{model}_{limit}_{setting}", suite, origin, list(origin.doubts)
+        )
         try:
             compared = comparison.compare(cells, self.resamples)
         except ValueError as error:
             section.warnings.append(f"REFUSED: {error}")
             return section
         section.markdown = interval_table.markdown(cells, compared)
-        section.rows = {str(task): rows.to_dict("records") for task, rows in compared.groupby("task", sort=False)}  # type: ignore[misc]
+        section.rows = {
+            str(task): rows.to_dict("records")
+            for task, rows in compared.groupby("task", sort=False)
+        }  # type: ignore[misc]
         self._charts(section, cells, compared)
         self._documents(section, cells, compared)
         return section
@@ -163,16 +181,29 @@ class Report:
                 text += f" Without the cost of the pruner itself: {', '.join(costs.uncounted)}."
             unit, power = (1e9, "10⁹") if costs.mean.max() < 1e11 else (1e12, "10¹²")
             axis = f"FLOPs until the first token, {power}"
-            figure = figures.accuracy_against(compared, costs.mean / unit, axis, f"Accuracy against FLOPs, {caption}")
+            figure = figures.accuracy_against(
+                compared, costs.mean / unit, axis, f"Accuracy against FLOPs, {caption}"
+            )
             add("accuracy_flops.png", figure, text)
         for number, (axis, times) in enumerate(prefill_times(cells, self.results).items()):
             text = "Accuracy against measured prefill: the bench's median, on its own prompts, apart from the answers."
             timed = compared.set_index(["task", "method", "budget"]).index.isin(times.index)
-            if absent := sorted({f"{row['method']} at {row['budget']}" for row in compared[~timed].to_dict("records")}):
+            if absent := sorted(
+                {
+                    f"{row['method']} at {row['budget']}"
+                    for row in compared[~timed].to_dict("records")
+                }
+            ):
                 text += f" Not timed: {', '.join(absent)}."
-            figure = figures.accuracy_against(compared, times, axis, f"Accuracy against measured prefill, {caption}")
+            figure = figures.accuracy_against(
+                compared, times, axis, f"Accuracy against measured prefill, {caption}"
+            )
             add(f"accuracy_prefill_{number}.png", figure, text)
-        add("tasks.png", figures.bars(compared, f"Scores by task, {caption}"), "Scores by task and budget, with 95 % intervals.")
+        add(
+            "tasks.png",
+            figures.bars(compared, f"Scores by task, {caption}"),
+            "Scores by task and budget, with 95 % intervals.",
+        )
         if shares := figures.agreement(cells):
             text = "Documents that two methods answer alike, mean over the tasks. Right or wrong does not matter here."
             figure = figures.agreement_matrices(shares, f"Agreement between methods, {caption}")
@@ -210,21 +241,40 @@ class Report:
                     raise ValueError(f"{cell.key} did not answer document {doc} of {task}")
                 rows[cell.method] = own.iloc[0]
             if not rows:
-                raise ValueError(f"no pruned cell of task {task} at budget {budget}, of which to show document {doc}")
+                raise ValueError(
+                    f"no pruned cell of task {task} at budget {budget}, of which to show document {doc}"
+                )
             first = next(iter(rows.values()))
-            seen = gallery.as_seen(pruned[0].record["identity"]["model"], source.images(task, first), first)
+            seen = gallery.as_seen(
+                pruned[0].record["identity"]["model"], source.images(task, first), first
+            )
             if seen is None:
-                section.warnings.append(f"No kept tokens of {task} {doc}: its tokens form no single grid over the image.")
+                section.warnings.append(
+                    f"No kept tokens of {task} {doc}: its tokens form no single grid over the image."
+                )
                 continue
             names, pictures = sorted(rows), []
             for start in range(0, len(names), _PER_PICTURE):
-                kept = {_wrapped(name): gallery.patches(rows[name]) for name in names[start : start + _PER_PICTURE]}
+                kept = {
+                    _wrapped(name): gallery.patches(rows[name])
+                    for name in names[start : start + _PER_PICTURE]
+                }
                 name = f"kept_{task}_{doc}_{start // _PER_PICTURE}.jpg"
                 text = f"{task} {doc} at budget {budget}: the image, and what is kept of it."
-                pictures.append(self._picture(section, name, kept_tokens(seen[0], kept, seen[1]), text))
-            section.kept.append((f"{task}, document {doc}, budget {budget}", first["prompt"], pictures))
+                pictures.append(
+                    self._picture(section, name, kept_tokens(seen[0], kept, seen[1]), text)
+                )
+            section.kept.append(
+                (f"{task}, document {doc}, budget {budget}", first["prompt"], pictures)
+            )
 
-    def _gallery(self, section: Section, cells: list[Cell], compared: pd.DataFrame, source: gallery.Documents | None) -> None:
+    def _gallery(
+        self,
+        section: Section,
+        cells: list[Cell],
+        compared: pd.DataFrame,
+        source: gallery.Documents | None,
+    ) -> None:
         """Documents that one of two methods answers right and the other wrong."""
         section.rivals = gallery.rivals(compared, self.rivals)
         if section.rivals is None:
@@ -238,10 +288,16 @@ class Report:
             if images:
                 seen = gallery.as_seen(model, images, item.row)
                 shown, grid = seen or (images[0], (1, 1))
-                figure = kept_tokens(shown, {_wrapped(name): kept for name, kept in item.kept.items()} if seen else {}, grid)
+                figure = kept_tokens(
+                    shown,
+                    {_wrapped(name): kept for name, kept in item.kept.items()} if seen else {},
+                    grid,
+                )
                 picture = self._picture(section, f"disagree_{document}.jpg", figure, document)
             answers = [(name, text, name == item.right) for name, text in item.answers.items()]
-            section.entries.append(Entry(document, item.row["prompt"], item.row["target"], answers, picture))
+            section.entries.append(
+                Entry(document, item.row["prompt"], item.row["target"], answers, picture)
+            )
 
 
 def _wrapped(label: str) -> str:
@@ -259,5 +315,12 @@ def published(cells: list[Cell], resamples: int) -> list[Published]:
             continue
         counts = table.cells["verdict"].value_counts()
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-        tables.append(Published(layout.title, int(counts.drop("not run", errors="ignore").sum()), render.sheet(table), verdicts))
+        tables.append(
+            Published(
+                layout.title,
+                int(counts.drop("not run", errors="ignore").sum()),
+                render.sheet(table),
+                verdicts,
+            )
+        )
     return sorted(tables, key=lambda table: -table.run)

@@ -9,17 +9,29 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
-
-from eval.reporting.render import LEGEND
-from eval.reporting.report import DEMONSTRATION, Report, Section
+from secateur.reporting.render import LEGEND
+from secateur.reporting.report import DEMONSTRATION, Report, Section
 
 
 def page(report: Report) -> str:
     """The page: no script, and a policy that forbids any; images as data URIs, nothing is fetched."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "interval": _interval, "p": _p, "markdown": _markdown}
-    return environment.get_template("report.html").render(report=report, legend=LEGEND, demonstration=DEMONSTRATION)
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": _number,
+        "interval": _interval,
+        "p": _p,
+        "markdown": _markdown,
+    }
+    return environment.get_template("report.html").render(
+        report=report, legend=LEGEND, demonstration=DEMONSTRATION
+    )
 
 
 def summary(report: Report, folder: Path) -> str:
@@ -32,10 +44,19 @@ def summary(report: Report, folder: Path) -> str:
         lines += [*(f"- {_escaped(text)}" for text in section.warnings), ""]
         if section.rows:
             lines += [_escaped(section.markdown), *_flips(section)]
-        lines += [f"![{chart.caption}]({os.path.relpath(chart.path, folder)})\n" for chart in section.charts]
-        lines += [*(f"- {name}: {_escaped(text)}" for name, text in section.provenance.facts.items()), ""]
+        lines += [
+            f"![{chart.caption}]({os.path.relpath(chart.path, folder)})\n"
+            for chart in section.charts
+        ]
+        lines += [
+            *(f"- {name}: {_escaped(text)}" for name, text in section.provenance.facts.items()),
+            "",
+        ]
     lines += ["## Published tables", ""]
-    lines += [f"- {table.title}: {table.verdicts or _escaped('REFUSED: ' + table.refused)}" for table in report.published]
+    lines += [
+        f"- {table.title}: {table.verdicts or _escaped('REFUSED: ' + table.refused)}"
+        for table in report.published
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -50,14 +71,20 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 def _flips(section: Section) -> list[str]:
     """Answers beside the unpruned model's, over the tasks."""
-    rows = pd.DataFrame([row for task, own in section.rows.items() if task != "average" for row in own])
+    rows = pd.DataFrame(
+        [row for task, own in section.rows.items() if task != "average" for row in own]
+    )
     rows = rows[rows["method"] != "none"].sort_values("tokens", ascending=False, kind="stable")
     groups = rows.groupby(["budget", "method"], sort=False)
     if not len(groups):
         return []
     table = groups[["right_to_wrong", "wrong_to_right"]].sum(min_count=1)
     table["agreement %"] = 100 * groups["agreement"].mean()
-    text = table.reset_index().map(lambda value: _number(value, 0)).to_markdown(index=False, disable_numparse=True)
+    text = (
+        table.reset_index()
+        .map(lambda value: _number(value, 0))
+        .to_markdown(index=False, disable_numparse=True)
+    )
     return ["Beside the unpruned model's answers, documents of all tasks:", "", text, ""]
 
 
@@ -68,7 +95,9 @@ def _escaped(markdown: str) -> str:
 
 def _markdown(text: str) -> Markup:
     """As HTML. Tables, lists, emphasis and code are all of Markdown that is read; HTML in it becomes text."""
-    return Markup(MarkdownIt("zero").enable(["table", "list", "emphasis", "backticks"]).render(text))
+    return Markup(
+        MarkdownIt("zero").enable(["table", "list", "emphasis", "backticks"]).render(text)
+    )
 
 
 def _number(value: Any, digits: int = 1) -> str:

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pandas as pd
+from secateur.paths import REPORTED
 
-from eval.checkpoints import ROOT
-
-FOLDER = ROOT / "results" / "reported"
+FOLDER = REPORTED
 
 _COMMON = {
     "paper": "string",
@@ -18,8 +17,14 @@ _COMMON = {
     "budget_scope": "string",
 }
 _END = {"suspect": "bool", "note": "string", "source": "string"}
-ACCURACY = _COMMON | {"task": "string", "metric": "string", "value": "float64", "unit": "string"} | _END
-EFFICIENCY = _COMMON | {"quantity": "string", "value": "float64", "unit": "string", "hardware": "string"} | _END
+ACCURACY = (
+    _COMMON | {"task": "string", "metric": "string", "value": "float64", "unit": "string"} | _END
+)
+EFFICIENCY = (
+    _COMMON
+    | {"quantity": "string", "value": "float64", "unit": "string", "hardware": "string"}
+    | _END
+)
 _OPTIONAL = {"budget_tokens", "retention_pct", "hardware", "note"}
 
 # the tokens of one image, or only those of the layers behind the cut of a method inside the LLM
@@ -35,8 +40,29 @@ METRICS: dict[str, tuple[set[str] | None, float, float]] = {
     "relative_average": ({"average"}, 0, 150),
 }
 TASKS = [
-    *("ai2d", "average", "chartqa", "docvqa", "gqa", "hrbench_8k", "llava_bench", "mmbench_cn", "mmbench_en", "mme"),
-    *("mmmu_val", "mmstar", "mmvet", "ocrbench", "pope", "scienceqa_img", "seedbench", "seedbench_image", "textvqa"),
+    *(
+        "ai2d",
+        "average",
+        "chartqa",
+        "docvqa",
+        "gqa",
+        "hrbench_8k",
+        "llava_bench",
+        "mmbench_cn",
+        "mmbench_en",
+        "mme",
+    ),
+    *(
+        "mmmu_val",
+        "mmstar",
+        "mmvet",
+        "ocrbench",
+        "pope",
+        "scienceqa_img",
+        "seedbench",
+        "seedbench_image",
+        "textvqa",
+    ),
     *("vizwiz", "vqav2", "xlrs"),
 ]
 _POINTS = {"mme", "mmvet", "llava_bench", "ocrbench"}  # all others in percent
@@ -71,17 +97,43 @@ def load_reported(path: Path = FOLDER / "accuracy.csv") -> pd.DataFrame:
             of another task, a wrong unit, an impossible value, a suspect row that does not say why, a number given twice.
     """
     rows = _read(path, ACCURACY)
-    _refuse(path, rows, ~rows["metric"].isin(list(METRICS)), "metric", f"is not known; known: {', '.join(METRICS)}")
-    _refuse(path, rows, ~rows["task"].isin(TASKS), "task", f"is not known; known: {', '.join(TASKS)}")
+    _refuse(
+        path,
+        rows,
+        ~rows["metric"].isin(list(METRICS)),
+        "metric",
+        f"is not known; known: {', '.join(METRICS)}",
+    )
+    _refuse(
+        path, rows, ~rows["task"].isin(TASKS), "task", f"is not known; known: {', '.join(TASKS)}"
+    )
     special = set().union(*(tasks for tasks, _, _ in METRICS.values() if tasks))
     for metric, (tasks, low, high) in METRICS.items():
         of = rows["metric"] == metric
         foreign = rows["task"].isin(special) if tasks is None else ~rows["task"].isin(tasks)
         _refuse(path, rows, of & foreign, "task", f"has no metric {metric}")
-        _refuse(path, rows, of & ~rows["value"].between(low, high), "value", f"cannot be: {metric} lies in {low}..{high}")
+        _refuse(
+            path,
+            rows,
+            of & ~rows["value"].between(low, high),
+            "value",
+            f"cannot be: {metric} lies in {low}..{high}",
+        )
     unit = rows["task"].map(lambda task: "points" if task in _POINTS else "%")
-    _refuse(path, rows, rows["unit"] != unit, "unit", f"is wrong: points for {', '.join(sorted(_POINTS))}, % for the others")
-    _refuse(path, rows, rows.duplicated(["paper", "table", *_CELL]), "value", "is given twice for this table and cell")
+    _refuse(
+        path,
+        rows,
+        rows["unit"] != unit,
+        "unit",
+        f"is wrong: points for {', '.join(sorted(_POINTS))}, % for the others",
+    )
+    _refuse(
+        path,
+        rows,
+        rows.duplicated(["paper", "table", *_CELL]),
+        "value",
+        "is given twice for this table and cell",
+    )
     return rows
 
 
@@ -92,12 +144,30 @@ def load_efficiency(path: Path = FOLDER / "efficiency.csv") -> pd.DataFrame:
         ValueError: as `load_reported`.
     """
     rows = _read(path, EFFICIENCY)
-    _refuse(path, rows, ~rows["quantity"].isin(list(QUANTITIES)), "quantity", f"is not known; known: {', '.join(QUANTITIES)}")
+    _refuse(
+        path,
+        rows,
+        ~rows["quantity"].isin(list(QUANTITIES)),
+        "quantity",
+        f"is not known; known: {', '.join(QUANTITIES)}",
+    )
     for quantity, units in QUANTITIES.items():
         of = rows["quantity"] == quantity
-        _refuse(path, rows, of & ~rows["unit"].isin(list(units)), "unit", f"is wrong: {quantity} is in {' or '.join(units)}")
+        _refuse(
+            path,
+            rows,
+            of & ~rows["unit"].isin(list(units)),
+            "unit",
+            f"is wrong: {quantity} is in {' or '.join(units)}",
+        )
         high = rows["unit"].map(units).astype("float64")
-        _refuse(path, rows, of & ~((rows["value"] >= 0) & (rows["value"] <= high)), "value", f"is not plausible for {quantity}")
+        _refuse(
+            path,
+            rows,
+            of & ~((rows["value"] >= 0) & (rows["value"] <= high)),
+            "value",
+            f"is not plausible for {quantity}",
+        )
     return rows
 
 
@@ -110,13 +180,33 @@ def _read(path: Path, columns: dict[str, str]) -> pd.DataFrame:
         raise ValueError(f"{path}: the columns are {list(rows)}, expected {list(columns)}")
     for name in set(columns) - _OPTIONAL:
         _refuse(path, rows, rows[name].isna(), name, "is missing")
-    _refuse(path, rows, ~rows["budget_scope"].isin(list(SCOPES)), "budget_scope", f"is not one of {', '.join(sorted(SCOPES))}")
-    _refuse(path, rows, ~rows["retention_pct"].fillna(100).between(0, 100), "retention_pct", "is not a percentage")
-    _refuse(path, rows, rows["suspect"] & rows["note"].isna(), "note", "is missing: why is the row suspect?")
+    _refuse(
+        path,
+        rows,
+        ~rows["budget_scope"].isin(list(SCOPES)),
+        "budget_scope",
+        f"is not one of {', '.join(sorted(SCOPES))}",
+    )
+    _refuse(
+        path,
+        rows,
+        ~rows["retention_pct"].fillna(100).between(0, 100),
+        "retention_pct",
+        "is not a percentage",
+    )
+    _refuse(
+        path,
+        rows,
+        rows["suspect"] & rows["note"].isna(),
+        "note",
+        "is missing: why is the row suspect?",
+    )
     rows["note"] = rows["note"].fillna("")
     tokens = rows["budget_tokens"].astype("string")
     retention = rows["retention_pct"].map("{:g}%".format, na_action="ignore").astype("string")
-    rows["budget"] = tokens.fillna(retention).fillna("unknown").mask(rows["retention_pct"] == 100, "full")
+    rows["budget"] = (
+        tokens.fillna(retention).fillna("unknown").mask(rows["retention_pct"] == 100, "full")
+    )
     return rows
 
 
@@ -124,14 +214,21 @@ def _refuse(path: Path, rows: pd.DataFrame, bad: pd.Series, column: str, what: s
     if bad.any():
         first = int(bad.to_numpy(dtype=bool).argmax())
         others = f" ({int(bad.sum())} such rows)" if bad.sum() > 1 else ""
-        raise ValueError(f"{path} line {first + 2}: {column} {rows[column].iloc[first]!r} {what}{others}")
+        raise ValueError(
+            f"{path} line {first + 2}: {column} {rows[column].iloc[first]!r} {what}{others}"
+        )
 
 
 def _by_cell(reported: pd.DataFrame) -> pd.DataFrame:
     """One row a cell and value, with the tables that print it; averages are left out, since every paper has tasks of its own."""
-    rows = reported[reported["metric"] != "relative_average"].assign(where=reported["paper"] + " " + reported["table"])
+    rows = reported[reported["metric"] != "relative_average"].assign(
+        where=reported["paper"] + " " + reported["table"]
+    )
     grouped = rows.groupby([*_CELL, "value"], as_index=False)
-    return grouped.agg(papers=("paper", "nunique"), where=("where", lambda tables: ", ".join(dict.fromkeys(tables))))
+    return grouped.agg(
+        papers=("paper", "nunique"),
+        where=("where", lambda tables: ", ".join(dict.fromkeys(tables))),
+    )
 
 
 def duplicates(reported: pd.DataFrame) -> pd.DataFrame:
@@ -149,11 +246,15 @@ def contradictions(reported: pd.DataFrame) -> pd.DataFrame:
     Columns: model, method, budget, task, metric, low, high, spread (percent of the lower value), values ("59.3: SCOPE Table 1 |
     60.1: DiffPrune Table 1").
     """
-    cells = _by_cell(reported).assign(text=lambda frame: frame["value"].map("{:g}".format) + ": " + frame["where"])
+    cells = _by_cell(reported).assign(
+        text=lambda frame: frame["value"].map("{:g}".format) + ": " + frame["where"]
+    )
     grouped = cells.groupby(_CELL, as_index=False)
     wide = grouped.agg(low=("value", "min"), high=("value", "max"), values=("text", " | ".join))
     wide.insert(len(wide.columns) - 1, "spread", 100 * (wide["high"] / wide["low"] - 1))
-    return wide[wide["high"] > wide["low"]].sort_values("spread", ascending=False, ignore_index=True)
+    return wide[wide["high"] > wide["low"]].sort_values(
+        "spread", ascending=False, ignore_index=True
+    )
 
 
 def averages(reported: pd.DataFrame) -> pd.DataFrame:
@@ -165,10 +266,16 @@ def averages(reported: pd.DataFrame) -> pd.DataFrame:
     table = ["paper", "table", "model"]
     row = [*table, "method", "budget"]
     scores = reported[reported["task"] != "average"]
-    unpruned = scores[scores["method"] == "none"].set_index([*table, "task"])["value"].rename("unpruned")
+    unpruned = (
+        scores[scores["method"] == "none"].set_index([*table, "task"])["value"].rename("unpruned")
+    )
     ratios = scores[scores["method"] != "none"].join(unpruned, on=[*table, "task"], how="inner")
     ratios["ratio"] = 100 * ratios["value"] / ratios["unpruned"]
     means = ratios.groupby(row)["ratio"].agg(mean_of_ratios="mean", tasks="size")
-    printed = reported[reported["task"] == "average"].set_index(row)[["value"]].rename(columns={"value": "printed"})
+    printed = (
+        reported[reported["task"] == "average"]
+        .set_index(row)[["value"]]
+        .rename(columns={"value": "printed"})
+    )
     result = printed.join(means, how="inner").reset_index()
     return result.assign(follows=(result["printed"] - result["mean_of_ratios"]).abs() <= ROUNDING)

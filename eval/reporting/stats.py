@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
-
-from eval.reporting.terms import METRICS, Metric
+from secateur.reporting.terms import METRICS, Metric
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -41,7 +40,12 @@ class Interval(NamedTuple):
             return cls(float(value), np.nan, np.nan, 1.0 if draws[0] == 0 else np.nan)
         low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         tail = min((draws <= 0).sum(), (draws >= 0).sum())
-        return cls(float(value), float(low), float(high), float(min(1.0, 2 * (tail + 1) / (len(draws) + 1))))
+        return cls(
+            float(value),
+            float(low),
+            float(high),
+            float(min(1.0, 2 * (tail + 1) / (len(draws) + 1))),
+        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,10 @@ class Estimates:
 
     def difference(self, method: str, other: str) -> Interval:
         """`method` minus `other`."""
-        return Interval.of(self.values[method] - self.values[other], (self.draws[method] - self.draws[other]).to_numpy())
+        return Interval.of(
+            self.values[method] - self.values[other],
+            (self.draws[method] - self.draws[other]).to_numpy(),
+        )
 
     def ratio(self, method: str, other: str) -> Interval:
         """`method` in percent of `other`; its p-value means nothing.
@@ -78,10 +85,17 @@ class Estimates:
             ValueError: fewer than three seeds.
         """
         if len(randoms) < 3:
-            raise ValueError(f"the difference to random needs at least three seeds, not {len(randoms)}")
-        drawn = np.random.default_rng(seed).integers(len(randoms), size=(len(self.draws), len(randoms) - 1))
+            raise ValueError(
+                f"the difference to random needs at least three seeds, not {len(randoms)}"
+            )
+        drawn = np.random.default_rng(seed).integers(
+            len(randoms), size=(len(self.draws), len(randoms) - 1)
+        )
         floor = np.take_along_axis(self.draws[list(randoms)].to_numpy(), drawn, axis=1).mean(axis=1)
-        return Interval.of(self.values[method] - self.values[list(randoms)].mean(), self.draws[method].to_numpy() - floor)
+        return Interval.of(
+            self.values[method] - self.values[list(randoms)].mean(),
+            self.draws[method].to_numpy() - floor,
+        )
 
     def detectable(self, method: str, other: str) -> float:
         """The smallest true difference a test at 5 % finds with power 80 %, from the spread of the paired difference."""
@@ -93,10 +107,19 @@ class Estimates:
         best = max(methods, key=lambda method: self.values[method])
         others = [method for method in methods if method != best]
         adjusted = holm([self.difference(best, method).p for method in others])
-        return {best, *(method for method, p in zip(others, adjusted, strict=True) if p > 1 - LEVEL)}
+        return {
+            best,
+            *(method for method, p in zip(others, adjusted, strict=True) if p > 1 - LEVEL),
+        }
 
 
-def estimate(task: str, metric: str, samples: Mapping[str, pd.DataFrame], resamples: int = RESAMPLES, seed: int = 0) -> Estimates:
+def estimate(
+    task: str,
+    metric: str,
+    samples: Mapping[str, pd.DataFrame],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimates:
     """A task's metric for the cells in `samples` (method -> per-document rows), over the same resampled images.
 
     Raises:
@@ -108,7 +131,9 @@ def estimate(task: str, metric: str, samples: Mapping[str, pd.DataFrame], resamp
     first_name, first = next(iter(ordered.items()))
     for method, rows in ordered.items():
         if not rows[["doc_id", "image_id"]].equals(first[["doc_id", "image_id"]]):
-            raise ValueError(f"{task}: {method} and {first_name} answered other documents; only the same ones can be compared")
+            raise ValueError(
+                f"{task}: {method} and {first_name} answered other documents; only the same ones can be compared"
+            )
     terms = np.stack([definition.terms(rows) for rows in ordered.values()], axis=1)
     strata = first["category"] if definition.stratified else pd.Series("", index=first.index)
     sums = resample(terms, first["image_id"], strata, resamples, (seed, zlib.crc32(task.encode())))
@@ -117,7 +142,13 @@ def estimate(task: str, metric: str, samples: Mapping[str, pd.DataFrame], resamp
     return Estimates(pd.Series(values, names), pd.DataFrame(definition.value(sums), columns=names))
 
 
-def resample(terms: np.ndarray, images: pd.Series, strata: pd.Series, resamples: int, seed: int | tuple[int, ...]) -> np.ndarray:
+def resample(
+    terms: np.ndarray,
+    images: pd.Series,
+    strata: pd.Series,
+    resamples: int,
+    seed: int | tuple[int, ...],
+) -> np.ndarray:
     """Sums of the terms [documents, ...] over resampled images: [resamples, ...].
 
     Raises:
@@ -133,7 +164,9 @@ def resample(terms: np.ndarray, images: pd.Series, strata: pd.Series, resamples:
     for stratum, members in stratum_of.groupby(stratum_of).groups.items():
         count = len(members)
         if count < 2:
-            raise ValueError(f"a single image{f' in category {stratum!r}' if stratum else ''}: no interval can be given")
+            raise ValueError(
+                f"a single image{f' in category {stratum!r}' if stratum else ''}: no interval can be given"
+            )
         own = flat[members.to_numpy()] * (count / (count - 1))
         for start in range(0, resamples, _BLOCK):
             rows = min(_BLOCK, resamples - start)
@@ -171,8 +204,12 @@ def _ordered(task: str, metric: Metric, method: str, rows: pd.DataFrame) -> pd.D
     if not metric.stratified or "category" in rows:
         return rows
     if task != "mme":
-        raise ValueError(f"{task}: the samples have no column category, over which the metric averages; run the cell again")
-    return rows.assign(category=rows["image_id"].str.split("/").str[0])  # MME's image ids begin with it
+        raise ValueError(
+            f"{task}: the samples have no column category, over which the metric averages; run the cell again"
+        )
+    return rows.assign(
+        category=rows["image_id"].str.split("/").str[0]
+    )  # MME's image ids begin with it
 
 
 class Flips(NamedTuple):
@@ -192,8 +229,15 @@ def flips(unpruned: pd.DataFrame, pruned: pd.DataFrame) -> Flips:
     before, after = (rows.sort_values("doc_id", ignore_index=True) for rows in (unpruned, pruned))
     lost = int(((before["score"] == 1) & (after["score"] < 1)).sum())
     won = int(((before["score"] < 1) & (after["score"] == 1)).sum())
-    same = (before["answer"].str.strip().str.lower() == after["answer"].str.strip().str.lower()).mean()
-    return Flips(lost, won, float(same), float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0)
+    same = (
+        before["answer"].str.strip().str.lower() == after["answer"].str.strip().str.lower()
+    ).mean()
+    return Flips(
+        lost,
+        won,
+        float(same),
+        float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0,
+    )
 
 
 def holm(p: Sequence[float] | pd.Series) -> np.ndarray:

@@ -11,12 +11,18 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
-
-from eval.reporting.terms import HEADLINE, METRICS
-from pruners import REGISTRY
+from secateur.pruners import REGISTRY
+from secateur.reporting.terms import HEADLINE, METRICS
 
 Records = list[dict[str, Any]]
-TITLES = {"pope": "POPE F1", "scienceqa_img": "SQA", "gqa": "GQA", "mme": "MME sum", "mmmu_val": "MMMU", "mmstar": "MMStar"}
+TITLES = {
+    "pope": "POPE F1",
+    "scienceqa_img": "SQA",
+    "gqa": "GQA",
+    "mme": "MME sum",
+    "mmmu_val": "MMMU",
+    "mmstar": "MMStar",
+}
 SETTING = ("suite", "model", "limit", "seed")  # what cells of one table share
 
 
@@ -29,21 +35,31 @@ def by_setting(records: Records) -> list[Records]:
     return [list(group) for _, group in groupby(sorted(records, key=setting), key=setting)]
 
 
-def changed_fields(pruner: dict[str, Any], expected: dict[str, Any] | None = None) -> dict[str, Any]:
+def changed_fields(
+    pruner: dict[str, Any], expected: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Fields of a record's method that differ from the defaults, or from `expected` where that names them.
 
     A field that the method was given after the record was written counts as its default.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(REGISTRY[pruner["name"]])}
     # JSON has no tuples
-    own, usual = (json.loads(json.dumps(fields)) for fields in (defaults | pruner, defaults | (expected or {})))
+    own, usual = (
+        json.loads(json.dumps(fields))
+        for fields in (defaults | pruner, defaults | (expected or {}))
+    )
     return {name: own[name] for name in defaults if own[name] != usual[name]}
 
 
 def label(pruner: dict[str, Any]) -> str:
     """Method name, options that differ from their defaults, and the mark of a reconstruction."""
     mark = " (reconstruction)" if pruner["status"] == "reconstruction" else ""
-    return " ".join([pruner["name"], *(f"{name}={value}" for name, value in changed_fields(pruner).items())]) + mark
+    return (
+        " ".join(
+            [pruner["name"], *(f"{name}={value}" for name, value in changed_fields(pruner).items())]
+        )
+        + mark
+    )
 
 
 def accuracy(records: Records) -> pd.DataFrame:
@@ -63,24 +79,36 @@ def accuracy(records: Records) -> pd.DataFrame:
         tokens.setdefault(key, []).append(record["average_tokens"])
     means = {key: fmean(own) for key, own in tokens.items()}
     order = sorted(rows, key=lambda key: (key[0] != "none", -means[key], *key))
-    table = pd.DataFrame([{"method": key[0], "budget": key[1], "tokens": means[key], **rows[key]} for key in order])
+    table = pd.DataFrame(
+        [{"method": key[0], "budget": key[1], "tokens": means[key], **rows[key]} for key in order]
+    )
     tasks = [title for title in TITLES.values() if title in table]
     table = table[["method", "budget", "tokens", *tasks]]
     unpruned_rows = table[table["method"] == "none"]
     if len(unpruned_rows) == 1:
-        table["relative %"] = (100 * table[tasks] / unpruned_rows[tasks].iloc[0]).mean(axis=1, skipna=False)
+        table["relative %"] = (100 * table[tasks] / unpruned_rows[tasks].iloc[0]).mean(
+            axis=1, skipna=False
+        )
     return table
 
 
 def title(records: Records) -> str:
     identity = records[0]["identity"]
-    limit = "all documents" if identity["limit"] is None else f"the first {identity['limit']} documents a task"
+    limit = (
+        "all documents"
+        if identity["limit"] is None
+        else f"the first {identity['limit']} documents a task"
+    )
     return f"suite {identity['suite']['name']}, model {identity['model']['name']}, {limit}, seed {identity['seed']}"
 
 
 def _cells(table: pd.DataFrame) -> pd.DataFrame:
     """Numbers as printed: one decimal, a dash where nothing was run."""
-    return table.map(lambda value: "-" if value != value else f"{value:.1f}" if isinstance(value, float) else str(value))
+    return table.map(
+        lambda value: (
+            "-" if value != value else f"{value:.1f}" if isinstance(value, float) else str(value)
+        )
+    )
 
 
 def show(records: Records) -> None:
@@ -99,7 +127,10 @@ def write(records: Records, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     identity, table = records[0]["identity"], accuracy(records)
     commits = sorted({record["environment"]["commit"] for record in records})
-    stem = folder / f"{identity['suite']['name']}_{identity['model']['name']}_{identity['limit'] or 'all'}"
+    stem = (
+        folder
+        / f"{identity['suite']['name']}_{identity['model']['name']}_{identity['limit'] or 'all'}"
+    )
     shown = _cells(table)
     lines = [
         f"Accuracy: {title(records)}.",

@@ -7,7 +7,18 @@ import numpy as np
 import pandas as pd
 
 # of MME; its other categories are cognition
-PERCEPTION = {"existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"}
+PERCEPTION = {
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,10 @@ def _scores(rows: pd.DataFrame) -> np.ndarray:
 def _hits(rows: pd.DataFrame) -> np.ndarray:
     """True positives, false positives, false negatives as lmms-eval counts them: an answer other than yes and no is neither."""
     said, truth = (rows[name].str.lower().str.strip() for name in ("answer", "target"))
-    return np.stack([(truth == t) & (said == s) for t, s in (("yes", "yes"), ("no", "yes"), ("yes", "no"))], axis=1).astype(float)
+    return np.stack(
+        [(truth == t) & (said == s) for t, s in (("yes", "yes"), ("no", "yes"), ("yes", "no"))],
+        axis=1,
+    ).astype(float)
 
 
 def _f1(sums: np.ndarray) -> np.ndarray:
@@ -77,9 +91,17 @@ METRICS: dict[str, dict[str, Metric]] = {
     "gqa": {"accuracy": Metric("exact_match", 100, _scores, _percent)},
     "mme": {
         "mme_total": Metric("mme_total_score", 1, _pair_points, _only, stratified=True),
-        "mme_perception": Metric("mme_perception_score", 1, _perception_points, _only, stratified=True),
+        "mme_perception": Metric(
+            "mme_perception_score", 1, _perception_points, _only, stratified=True
+        ),
     },
     "mmmu_val": {"accuracy": Metric("mmmu_acc", 100, _scores, _percent)},
-    "mmstar": {"accuracy": Metric("average", 100, _category_share, lambda sums: 100 * _only(sums), stratified=True)},
+    "mmstar": {
+        "accuracy": Metric(
+            "average", 100, _category_share, lambda sums: 100 * _only(sums), stratified=True
+        )
+    },
 }
-HEADLINE = {task: next(iter(metrics)) for task, metrics in METRICS.items()}  # the metric tables show
+HEADLINE = {
+    task: next(iter(metrics)) for task, metrics in METRICS.items()
+}  # the metric tables show

@@ -13,10 +13,10 @@ not run          there is no cell
 
 from typing import Any, NamedTuple
 
-from eval.reporting.comparison import TOKENS, Cell
-from eval.reporting.stats import Interval
-from eval.reporting.tables import changed_fields
-from pruners import REGISTRY, InLLMPruner
+from secateur.pruners import REGISTRY, InLLMPruner
+from secateur.reporting.comparison import TOKENS, Cell
+from secateur.reporting.stats import Interval
+from secateur.reporting.tables import changed_fields
 
 MATCH = 1.0
 CLOSE = 2.5
@@ -45,12 +45,16 @@ def judge_method(printed: float, own: Interval, unpruned: Verdict) -> Verdict:
     if unpruned.verdict != "miss":
         return verdict
     apart = f", {verdict.cause}" if verdict.cause else ""
-    return Verdict("baseline off", f"unpruned row {unpruned.cause}; relative to it: {verdict.verdict}{apart}")
+    return Verdict(
+        "baseline off", f"unpruned row {unpruned.cause}; relative to it: {verdict.verdict}{apart}"
+    )
 
 
 def choices(cell: Cell, model: dict[str, Any]) -> list[str]:
     """Fields of a cell's method that are neither the defaults nor what the model's config sets."""
-    changed = changed_fields(cell.record["identity"]["pruner"], model.get("pruner_fields", {}).get(cell.name, {}))
+    changed = changed_fields(
+        cell.record["identity"]["pruner"], model.get("pruner_fields", {}).get(cell.name, {})
+    )
     return [f"{name}={value}" for name, value in changed.items() if name not in MEASURED]
 
 
@@ -74,7 +78,9 @@ def off_budget(cell: Cell, full_tokens: int | None, keep: float | None) -> str:
     before, after = cell.per_image(cell.record["visual_tokens"]), cell.per_image(cell.tokens)
     if full_tokens is not None and abs(before - full_tokens) > 0.5:
         return f"layout: {before:.0f} visual tokens an image, not {full_tokens}"
-    if keep is None or issubclass(REGISTRY[cell.name], InLLMPruner):  # inside the LLM a budget names the schedule of a release
+    if keep is None or issubclass(
+        REGISTRY[cell.name], InLLMPruner
+    ):  # inside the LLM a budget names the schedule of a release
         return ""
     kept = keep * before if keep <= 1 else keep
     same = abs(after - kept) <= TOKENS * kept

@@ -13,15 +13,14 @@ import pandas as pd
 import wandb
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-
-from eval.progress import complain, console
-from eval.reporting import comparison, figures, gallery, interval_table, tables
-from eval.reporting.comparison import Cell
-from eval.reporting.costs import first_token_flops
-from eval.reporting.overlay import kept_tokens
-from eval.reporting.stats import METRICS, RESAMPLES
-from eval.reporting.terms import HEADLINE
-from eval.store import Store, digest
+from secateur.progress import complain, console
+from secateur.reporting import comparison, figures, gallery, interval_table, tables
+from secateur.reporting.comparison import Cell
+from secateur.reporting.costs import first_token_flops
+from secateur.reporting.overlay import kept_tokens
+from secateur.reporting.stats import METRICS, RESAMPLES
+from secateur.reporting.terms import HEADLINE
+from secateur.store import Store, digest
 
 RETRIES = 4  # half a minute; wandb's own 20 keep a sweep from ending for a quarter of an hour where there is no network
 
@@ -70,10 +69,23 @@ class WandbLog:
             raise ValueError(f"logger.samples={samples}, logger.overlays={overlays}: at least 0")
         login = bool(wandb.api.is_authenticated)
         if mode == "online" and not login:
-            raise ValueError("logger.mode=online needs a login: run `wandb login`, or set logger.mode=offline")
+            raise ValueError(
+                "logger.mode=online needs a login: run `wandb login`, or set logger.mode=offline"
+            )
         self.mode: Any = mode or ("online" if login else "offline")
-        self.results, self.store, self.suite, self.experiment = results, Store(results), suite, experiment
-        self.project, self.entity, self.folder, self.samples, self.overlays = project, entity, Path(folder), samples, overlays
+        self.results, self.store, self.suite, self.experiment = (
+            results,
+            Store(results),
+            suite,
+            experiment,
+        )
+        self.project, self.entity, self.folder, self.samples, self.overlays = (
+            project,
+            entity,
+            Path(folder),
+            samples,
+            overlays,
+        )
         self._logged = self.folder / "wandb" / "logged" / f"{self.mode}_{entity or 'own'}_{project}"
         self._logged.mkdir(parents=True, exist_ok=True)
 
@@ -83,7 +95,9 @@ class WandbLog:
         fields: dict[str, Any] = OmegaConf.to_container(config.logger, resolve=True)  # type: ignore[assignment]
         fields.pop("name")
         suite: dict[str, Any] = OmegaConf.to_container(config.suite, resolve=True)  # type: ignore[assignment]
-        return cls(Path(config.results), suite, config.hydra.runtime.choices.get("experiment"), **fields)
+        return cls(
+            Path(config.results), suite, config.hydra.runtime.choices.get("experiment"), **fields
+        )
 
     def log(self, records: tables.Records) -> bool:
         """Write the runs that are missing, and say what could not be written; whether all are there now.
@@ -98,13 +112,22 @@ class WandbLog:
                 run.write()
                 (self._logged / run.id).write_text(run.source)
             except wandb.Error as error:
-                failed += [(left.name, f"{type(error).__name__}: {error}") for left in missing[number:]]
+                failed += [
+                    (left.name, f"{type(error).__name__}: {error}") for left in missing[number:]
+                ]
                 break
             except Exception as error:  # of this run; its record is safe, and so are the other runs
                 failed.append((run.name, f"{type(error).__name__}: {error}"))
-        where = f"{self.folder / 'wandb'}; `wandb sync` uploads them" if self.mode == "offline" else f"project {self.project}"
+        where = (
+            f"{self.folder / 'wandb'}; `wandb sync` uploads them"
+            if self.mode == "offline"
+            else f"project {self.project}"
+        )
         new, old = len(missing) - len(failed), len(runs) - len(missing)
-        console.print(f"wandb, {self.mode}: {new} runs logged, {old} were logged before ({where})", highlight=False)
+        console.print(
+            f"wandb, {self.mode}: {new} runs logged, {old} were logged before ({where})",
+            highlight=False,
+        )
         for message in dict.fromkeys(text for _, text in failed):
             names = [name for name, text in failed if text == message]
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -122,7 +145,15 @@ class WandbLog:
         identity = group[0]["identity"]
         sweep = [self.experiment] if self.experiment else []
         setting = digest([identity[key] for key in tables.SETTING])[:8]
-        name = "_".join([*sweep, identity["suite"]["name"], identity["model"]["name"], str(identity["limit"] or "all"), setting])
+        name = "_".join(
+            [
+                *sweep,
+                identity["suite"]["name"],
+                identity["model"]["name"],
+                str(identity["limit"] or "all"),
+                setting,
+            ]
+        )
         runs = []
         for record in group:
             own = record["identity"]
@@ -131,9 +162,21 @@ class WandbLog:
             runs.append(_Run(title, key, record["seal"], partial(self._cell, key, name, record)))
         seals = digest(sorted(record["seal"] for record in group))
         key = digest([name, "tables"])[:16]
-        return [*runs, _Run(f"tables of {name}", key, seals, partial(self._tables, key, name, group))]
+        return [
+            *runs,
+            _Run(f"tables of {name}", key, seals, partial(self._tables, key, name, group)),
+        ]
 
-    def _init(self, key: str, group: str, kind: str, name: str, tags: dict[str, Any], config: dict[str, Any], notes: str) -> Any:
+    def _init(
+        self,
+        key: str,
+        group: str,
+        kind: str,
+        name: str,
+        tags: dict[str, Any],
+        config: dict[str, Any],
+        notes: str,
+    ) -> Any:
         """Open a run; console, machine and checkout at the moment of logging stay out of it: the record says where it ran."""
         return wandb.init(
             project=self.project,
@@ -145,7 +188,9 @@ class WandbLog:
             name=name,
             group=group,
             job_type=kind,
-            tags=[f"{tag}:{value}"[:64] for tag, value in tags.items() if value is not None],  # wandb takes no longer ones
+            tags=[
+                f"{tag}:{value}"[:64] for tag, value in tags.items() if value is not None
+            ],  # wandb takes no longer ones
             config=config,
             notes=notes,
             settings=wandb.Settings(
@@ -174,8 +219,14 @@ class WandbLog:
         logged["samples"] = _table(cell.rows.head(self.samples))
         if pictures := self._pictures(cell, notes):
             logged["overlays"] = pictures
-        config = identity | {"method": cell.method, "environment": record["environment"], "cell": digest(identity)}
-        with self._init(key, group, "cell", f"{cell.task} {cell.key}", tags, config, "\n\n".join(notes)) as run:
+        config = identity | {
+            "method": cell.method,
+            "environment": record["environment"],
+            "cell": digest(identity),
+        }
+        with self._init(
+            key, group, "cell", f"{cell.task} {cell.key}", tags, config, "\n\n".join(notes)
+        ) as run:
             run.log(logged)
 
     def _tables(self, key: str, name: str, group: tables.Records) -> None:
@@ -189,25 +240,40 @@ class WandbLog:
             notes = [f"No comparison: {error}."]
         else:
             notes = [interval_table.markdown(cells, compared)]
-            logged |= {"comparison": _table(compared), "tasks": _image(figures.bars(compared, caption))}
+            logged |= {
+                "comparison": _table(compared),
+                "tasks": _image(figures.bars(compared, caption)),
+            }
             try:
                 flops = first_token_flops(cells).mean
-                figure = figures.accuracy_against(compared, flops, "FLOPs until the first token", caption)
+                figure = figures.accuracy_against(
+                    compared, flops, "FLOPs until the first token", caption
+                )
                 logged["accuracy_flops"] = _image(figure)
             except ValueError as error:
                 notes.append(f"No accuracy against FLOPs: {error}.")
             if shares := figures.agreement(cells):
                 logged["agreement"] = _image(figures.agreement_matrices(shares, caption))
         commits = sorted({record["environment"]["commit"] for record in group})
-        config = {key: identity[key] for key in (*tables.SETTING, "versions")} | {"commits": commits}
-        tags = {"model": identity["model"]["name"], "suite": identity["suite"]["name"], "experiment": self.experiment}
-        with self._init(key, name, "tables", f"tables of {name}", tags, config, "\n\n".join(notes)) as run:
+        config = {key: identity[key] for key in (*tables.SETTING, "versions")} | {
+            "commits": commits
+        }
+        tags = {
+            "model": identity["model"]["name"],
+            "suite": identity["suite"]["name"],
+            "experiment": self.experiment,
+        }
+        with self._init(
+            key, name, "tables", f"tables of {name}", tags, config, "\n\n".join(notes)
+        ) as run:
             run.log(logged)
 
     def _load(self, record: dict[str, Any]) -> Cell:
         """A cell with its rows, without the lists of tokens: they are the bulk, and of no use in a table."""
         rows = Store.samples(self.store.folder(record["identity"]))
-        return Cell(record, rows.drop(columns=["kept_indices", "layer_tokens", "crops"], errors="ignore"))
+        return Cell(
+            record, rows.drop(columns=["kept_indices", "layer_tokens", "crops"], errors="ignore")
+        )
 
     def _pictures(self, cell: Cell, notes: list[str]) -> list[wandb.Image]:
         """The first images beside what the cell kept of them; why there are none is noted."""
@@ -217,14 +283,20 @@ class WandbLog:
         if identity["suite"] != {key: self.suite[key] for key in ("name", "revision")}:
             notes.append(f"No pictures of kept tokens: the sweep's suite is {self.suite['name']}.")
             return []
-        docs = cell.rows.sort_values("doc_id").drop_duplicates("image_id")["doc_id"].head(self.overlays)
+        docs = (
+            cell.rows.sort_values("doc_id")
+            .drop_duplicates("image_id")["doc_id"]
+            .head(self.overlays)
+        )
         pictures = []
         try:
             source = _documents(identity["suite"]["name"], cell.task, self.suite["data_root"])
             for _, row in gallery.samples(cell, self.results, docs.tolist()).iterrows():
                 seen = gallery.as_seen(identity["model"], source.images(cell.task, row), row)
                 if seen is None:
-                    notes.append(f"No picture of document {row['doc_id']}: its tokens form no single grid over the image.")
+                    notes.append(
+                        f"No picture of document {row['doc_id']}: its tokens form no single grid over the image."
+                    )
                 else:
                     figure = kept_tokens(seen[0], {cell.key: gallery.patches(row)}, seen[1])
                     pictures.append(_image(figure, f"document {row['doc_id']}: {row['prompt']}"))
@@ -235,11 +307,19 @@ class WandbLog:
 
 def _numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
     """Every number of a record; metrics with intervals, in the units tables print, the first one also as "score"; latency."""
-    content = {key: value for key, value in cell.record.items() if key not in ("identity", "environment")}
+    content = {
+        key: value for key, value in cell.record.items() if key not in ("identity", "environment")
+    }
     flat = pd.json_normalize(content, sep="/").iloc[0].to_dict()
-    numbers = {str(key): float(value) for key, value in flat.items() if isinstance(value, int | float) and value == value}
+    numbers = {
+        str(key): float(value)
+        for key, value in flat.items()
+        if isinstance(value, int | float) and value == value
+    }
     for metric, definition in METRICS[cell.task].items():
-        if definition.stored not in cell.record["metrics"]:  # a half of MME that the limit left without documents
+        if (
+            definition.stored not in cell.record["metrics"]
+        ):  # a half of MME that the limit left without documents
             continue
         found = {"value": cell.stored(metric)}
         try:
@@ -253,12 +333,19 @@ def _numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
         names = [metric, "score"] if metric == HEADLINE[cell.task] else [metric]
         numbers |= {f"{name}/{end}": value for name in names for end, value in found.items()}
     seconds = cell.rows["seconds"]
-    return numbers | {"answer_seconds/median": float(seconds.median()), "answer_seconds/p90": float(seconds.quantile(0.9))}
+    return numbers | {
+        "answer_seconds/median": float(seconds.median()),
+        "answer_seconds/p90": float(seconds.quantile(0.9)),
+    }
 
 
 def _table(frame: pd.DataFrame) -> wandb.Table:
     frame = frame.astype(object).where(frame.notna(), None)
-    return wandb.Table(columns=[str(name) for name in frame], data=frame.to_numpy().tolist(), allow_mixed_types=True)
+    return wandb.Table(
+        columns=[str(name) for name in frame],
+        data=frame.to_numpy().tolist(),
+        allow_mixed_types=True,
+    )
 
 
 def _image(figure: Figure, caption: str | None = None) -> wandb.Image:

@@ -11,14 +11,20 @@ from types import MappingProxyType
 import numpy as np
 from datasets import Dataset, Features, Image, Sequence, Value
 from filelock import FileLock
-
-from eval.shapes.questions import DOCUMENTS, Doc
-from eval.shapes.scenes import make_scene, render
+from secateur.shapes.questions import DOCUMENTS, Doc
+from secateur.shapes.scenes import make_scene, render
 
 VERSION = 1  # part of the data's identity: raise it with any change to scenes or questions
 TRAIN, EVAL = 0, 1  # first number of every scene's seed: evaluation scenes are never trained on
 # documents a task, and calls of its builder a scene: POPE asks six questions of an image, GQA five, MME two, the others one
-SIZES = {"pope": (300, 3), "gqa": (300, 5), "scienceqa_img": (240, 1), "mme": (240, 1), "mmmu_val": (240, 1), "mmstar": (240, 1)}
+SIZES = {
+    "pope": (300, 3),
+    "gqa": (300, 5),
+    "scienceqa_img": (240, 1),
+    "mme": (240, 1),
+    "mmmu_val": (240, 1),
+    "mmstar": (240, 1),
+}
 
 _text, _image = Value("string"), Image()
 
@@ -35,19 +41,30 @@ SCHEMAS: dict[str, tuple[str, str, str, Features]] = {
         "lmms-lab-encoder/POPE",
         "default",
         "test",
-        Features({**_columns("id question_id question answer image_source category"), "image": _image}),
+        Features(
+            {**_columns("id question_id question answer image_source category"), "image": _image}
+        ),
     ),
     "gqa": (
         "lmms-lab-encoder/GQA",
         "testdev_balanced_instructions",
         "testdev",
-        Features({**_columns("id imageId question answer fullAnswer"), "isBalanced": Value("bool")}),
+        Features(
+            {**_columns("id imageId question answer fullAnswer"), "isBalanced": Value("bool")}
+        ),
     ),
     "scienceqa_img": (
         "lmms-lab-encoder/ScienceQA",
         "ScienceQA-IMG",
         "test",
-        Features({**_columns(_SCIENCE), "choices": Sequence(_text), "answer": Value("int8"), "image": _image}),
+        Features(
+            {
+                **_columns(_SCIENCE),
+                "choices": Sequence(_text),
+                "answer": Value("int8"),
+                "image": _image,
+            }
+        ),
     ),
     "mme": (
         "lmms-lab-encoder/MME",
@@ -108,7 +125,13 @@ def _rows(task: str, count: int) -> tuple[list[Doc], list[Doc]]:
         elif task == "mmmu_val":
             rows.append(doc | {"image_1": image} | {f"image_{i}": None for i in range(2, 8)})
         elif task == "mmstar":
-            rows.append(doc | {"image": image, "meta_info": {"source": "shapes", "split": "val", "image_path": f"{name}.png"}})
+            rows.append(
+                doc
+                | {
+                    "image": image,
+                    "meta_info": {"source": "shapes", "split": "val", "image_path": f"{name}.png"},
+                }
+            )
         else:
             rows.append(doc | {"image": image} | ({"image_source": name} if task == "pope" else {}))
     return rows, list(images.values())
@@ -121,7 +144,12 @@ def _write(folder: Path, tables: dict[str, tuple[str, Dataset]]) -> None:
         path = f"{name}/{split}-00000-of-00001.parquet"
         (folder / name).mkdir(parents=True)
         table.to_parquet(folder / path)
-        lines += [f"- config_name: {name}", "  data_files:", f"  - split: {split}", f"    path: {path}"]
+        lines += [
+            f"- config_name: {name}",
+            "  data_files:",
+            f"  - split: {split}",
+            f"    path: {path}",
+        ]
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
@@ -137,7 +165,10 @@ def build(root: Path, counts: Mapping[str, int] = MappingProxyType({})) -> Path:
     stamp = json.dumps({"version": VERSION, "sizes": sizes})
     marker = root / "shapes.json"
     root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=root.parent) as scratch:
+    with (
+        FileLock(root.with_suffix(".lock")),
+        tempfile.TemporaryDirectory(dir=root.parent) as scratch,
+    ):
         if marker.exists() and marker.read_text() == stamp:
             return root
         new = Path(scratch) / "new"

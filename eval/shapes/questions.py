@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from eval.shapes.scenes import COLORS, KIND_ODDS, KINDS, SHAPES, SIZE, Scene, Thing
+from secateur.shapes.scenes import COLORS, KIND_ODDS, KINDS, SHAPES, SIZE, Scene, Thing
 
 Rng = np.random.Generator
 Item = tuple[str, str, list[str]]  # question, answer, wrong answers
@@ -36,7 +35,9 @@ def _unique(scene: Scene, attribute: str) -> list[Thing]:
 
 
 def _side(thing: Thing) -> str | None:
-    return None if abs(thing.x - SIZE / 2) < MARGIN / 2 else "left" if thing.x < SIZE / 2 else "right"
+    return (
+        None if abs(thing.x - SIZE / 2) < MARGIN / 2 else "left" if thing.x < SIZE / 2 else "right"
+    )
 
 
 def _direction(thing: Thing, other: Thing) -> str | None:
@@ -55,7 +56,10 @@ def _absent(scene: Scene, rng: Rng, category: str) -> str:
     if category == "popular":
         absent = sorted(absent, key=lambda i: -KIND_ODDS[i])[:6]
     elif category == "adversarial":
-        colors, shapes = {thing.color for thing in scene.things}, {thing.shape for thing in scene.things}
+        colors, shapes = (
+            {thing.color for thing in scene.things},
+            {thing.shape for thing in scene.things},
+        )
         absent = [i for i in absent if KINDS[i][0] in colors or KINDS[i][1] in shapes]
     return " ".join(KINDS[_pick(rng, absent)])
 
@@ -74,11 +78,19 @@ def shape_of(scene: Scene, rng: Rng) -> Item | None:
     thing = _pick(rng, _unique(scene, "color"))
     if thing is None:
         return None
-    return f"What shape is the {thing.color} object?", thing.shape, [s for s in SHAPES if s != thing.shape]
+    return (
+        f"What shape is the {thing.color} object?",
+        thing.shape,
+        [s for s in SHAPES if s != thing.shape],
+    )
 
 
 def count(scene: Scene, rng: Rng) -> Item:
-    return "How many objects are there?", str(len(scene.things)), [str(n) for n in range(1, 5) if n != len(scene.things)]
+    return (
+        "How many objects are there?",
+        str(len(scene.things)),
+        [str(n) for n in range(1, 5) if n != len(scene.things)],
+    )
 
 
 def count_plus(scene: Scene, rng: Rng) -> Item:
@@ -96,7 +108,11 @@ def corners_of(scene: Scene, rng: Rng) -> Item | None:
     if thing is None:
         return None
     answer = CORNERS[thing.shape]
-    return f"How many corners does the {thing.color} object have?", str(answer), [str(n) for n in CORNERS.values() if n != answer]
+    return (
+        f"How many corners does the {thing.color} object have?",
+        str(answer),
+        [str(n) for n in CORNERS.values() if n != answer],
+    )
 
 
 def side_of(scene: Scene, rng: Rng) -> Item | None:
@@ -104,7 +120,11 @@ def side_of(scene: Scene, rng: Rng) -> Item | None:
     if thing is None:
         return None
     answer = str(_side(thing))
-    return f"Which side of the image is the {thing.name} on?", answer, ["right" if answer == "left" else "left"]
+    return (
+        f"Which side of the image is the {thing.name} on?",
+        answer,
+        ["right" if answer == "left" else "left"],
+    )
 
 
 def direction_of(scene: Scene, rng: Rng) -> Item | None:
@@ -119,7 +139,11 @@ def direction_of(scene: Scene, rng: Rng) -> Item | None:
 
 def which_object(scene: Scene, rng: Rng) -> Item:
     there = _pick(rng, sorted(scene.names))
-    wrong = [" ".join(KINDS[i]) for i in rng.permutation(len(KINDS)) if " ".join(KINDS[i]) not in scene.names]
+    wrong = [
+        " ".join(KINDS[i])
+        for i in rng.permutation(len(KINDS))
+        if " ".join(KINDS[i]) not in scene.names
+    ]
     return "Which object is in the picture?", there, wrong[:5]
 
 
@@ -133,7 +157,17 @@ def color_by_corners(scene: Scene, rng: Rng) -> Item | None:
 
 ITEMS: dict[str, Callable[[Scene, Rng], Item | None]] = {
     function.__name__: function
-    for function in (color_of, shape_of, count, count_plus, corners_of, side_of, direction_of, which_object, color_by_corners)
+    for function in (
+        color_of,
+        shape_of,
+        count,
+        count_plus,
+        corners_of,
+        side_of,
+        direction_of,
+        which_object,
+        color_by_corners,
+    )
 }
 
 
@@ -142,7 +176,9 @@ ITEMS: dict[str, Callable[[Scene, Rng], Item | None]] = {
 
 def existence(scene: Scene, rng: Rng, category: str = "random") -> Claim:
     ask = "Is there {} in the image?"
-    return ask.format(_a(_pick(rng, sorted(scene.names)))), ask.format(_a(_absent(scene, rng, category)))
+    return ask.format(_a(_pick(rng, sorted(scene.names)))), ask.format(
+        _a(_absent(scene, rng, category))
+    )
 
 
 def has_shape(scene: Scene, rng: Rng) -> Claim | None:
@@ -150,13 +186,17 @@ def has_shape(scene: Scene, rng: Rng) -> Claim | None:
     if there == set(SHAPES):
         return None
     ask = "Is there a {} in the image?"
-    return ask.format(_pick(rng, sorted(there))), ask.format(_pick(rng, sorted(set(SHAPES) - there)))
+    return ask.format(_pick(rng, sorted(there))), ask.format(
+        _pick(rng, sorted(set(SHAPES) - there))
+    )
 
 
 def has_color(scene: Scene, rng: Rng) -> Claim:
     there = {thing.color for thing in scene.things}
     ask = "Is there {} object in the image?"
-    return ask.format(_a(_pick(rng, sorted(there)))), ask.format(_a(_pick(rng, sorted(set(COLORS) - there))))
+    return ask.format(_a(_pick(rng, sorted(there)))), ask.format(
+        _a(_pick(rng, sorted(set(COLORS) - there)))
+    )
 
 
 def count_is(scene: Scene, rng: Rng) -> Claim:
@@ -187,7 +227,9 @@ def has_corners(scene: Scene, rng: Rng) -> Claim | None:
     claim = has_shape(scene, rng)
     if claim is None:
         return None
-    shapes = (question.removeprefix("Is there a ").removesuffix(" in the image?") for question in claim)
+    shapes = (
+        question.removeprefix("Is there a ").removesuffix(" in the image?") for question in claim
+    )
     yes, no = (f"Is there an object with {CORNERS[shape]} corners?" for shape in shapes)
     return yes, no
 
@@ -200,7 +242,16 @@ def count_plus_is(scene: Scene, rng: Rng) -> Claim:
 
 CLAIMS: dict[str, Callable[[Scene, Rng], Claim | None]] = {
     function.__name__: function
-    for function in (existence, has_shape, has_color, count_is, color_is, side_is, has_corners, count_plus_is)
+    for function in (
+        existence,
+        has_shape,
+        has_color,
+        count_is,
+        color_is,
+        side_is,
+        has_corners,
+        count_plus_is,
+    )
 }
 
 
@@ -283,7 +334,13 @@ def pope(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     category = POPE_CATEGORIES[key % len(POPE_CATEGORIES)]
     rows = zip(existence(scene, rng, category), ("yes", "no"), strict=True)
     return [
-        {"id": f"{2 * key + i}", "question_id": f"{2 * key + i}", "question": question, "answer": answer, "category": category}
+        {
+            "id": f"{2 * key + i}",
+            "question_id": f"{2 * key + i}",
+            "question": question,
+            "answer": answer,
+            "category": category,
+        }
         for i, (question, answer) in enumerate(rows)
     ]
 
@@ -293,13 +350,23 @@ def gqa(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
         item = ITEMS[mix.gqa_items[(key // 5 * 3 + key % 5) % len(mix.gqa_items)]](scene, rng)
         asked = item and item[:2]
     else:
-        claim = CLAIMS[mix.gqa_claims[(key // 5 * 2 + key % 5 - 3) % len(mix.gqa_claims)]](scene, rng)
+        claim = CLAIMS[mix.gqa_claims[(key // 5 * 2 + key % 5 - 3) % len(mix.gqa_claims)]](
+            scene, rng
+        )
         yes = bool(rng.integers(2))
         asked = claim and (claim[0], "yes") if yes else claim and (claim[1], "no")
     if not asked:
         return []
     question, answer = asked
-    return [{"id": f"{key}", "question": question, "answer": answer, "fullAnswer": f"{answer.capitalize()}.", "isBalanced": True}]
+    return [
+        {
+            "id": f"{key}",
+            "question": question,
+            "answer": answer,
+            "fullAnswer": f"{answer.capitalize()}.",
+            "isBalanced": True,
+        }
+    ]
 
 
 def scienceqa(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
@@ -310,8 +377,22 @@ def scienceqa(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     choices, answer = _options(rng, item)
     hint = HINTS.get(name, "") if rng.integers(2) else ""
     return [
-        {"question": item[0], "choices": choices, "answer": answer, "hint": hint, "task": "closed choice", "grade": "grade2"}
-        | {"subject": "natural science", "topic": "shapes", "category": name, "skill": name, "lecture": "", "solution": ""}
+        {
+            "question": item[0],
+            "choices": choices,
+            "answer": answer,
+            "hint": hint,
+            "task": "closed choice",
+            "grade": "grade2",
+        }
+        | {
+            "subject": "natural science",
+            "topic": "shapes",
+            "category": name,
+            "skill": name,
+            "lecture": "",
+            "solution": "",
+        }
     ]
 
 
@@ -338,9 +419,21 @@ def mmmu(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     options, index = _options(rng, item)
     is_open = subject == "Math" and bool(rng.integers(2))
     return [
-        {"id": f"validation_{subject}_{key}", "question": f"<image 1> {question}", "options": "[]" if is_open else repr(options)}
-        | {"answer": answer if is_open else "ABCD"[index], "question_type": "open" if is_open else "multiple-choice"}
-        | {"explanation": "", "img_type": "['Geometric Shapes']", "topic_difficulty": "Easy", "subfield": subject}
+        {
+            "id": f"validation_{subject}_{key}",
+            "question": f"<image 1> {question}",
+            "options": "[]" if is_open else repr(options),
+        }
+        | {
+            "answer": answer if is_open else "ABCD"[index],
+            "question_type": "open" if is_open else "multiple-choice",
+        }
+        | {
+            "explanation": "",
+            "img_type": "['Geometric Shapes']",
+            "topic_difficulty": "Easy",
+            "subfield": subject,
+        }
     ]
 
 
@@ -350,7 +443,9 @@ def mmstar(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     if item is None:
         return []
     options, index = _options(rng, item)
-    listed = ", ".join(f"{letter}: {option}" for letter, option in zip("ABCD", options, strict=False))
+    listed = ", ".join(
+        f"{letter}: {option}" for letter, option in zip("ABCD", options, strict=False)
+    )
     return [
         {
             "index": key,

@@ -93,7 +93,12 @@ def _ground(rng: np.random.Generator) -> np.ndarray:
     coarse = np.kron(rng.normal(0, 14, (12, 12)), np.ones((8, 8)))
     grey = rng.uniform(95, 160) + coarse + rng.normal(0, 9, (SIZE, SIZE))
     for _ in range(int(rng.integers(6, 14))):
-        x, y, angle, length = rng.uniform(0, SIZE), rng.uniform(0, SIZE), rng.uniform(0, np.pi), rng.uniform(3, 11)
+        x, y, angle, length = (
+            rng.uniform(0, SIZE),
+            rng.uniform(0, SIZE),
+            rng.uniform(0, np.pi),
+            rng.uniform(3, 11),
+        )
         along = np.linspace(-length / 2, length / 2, 24)
         rows = np.clip(y + along * np.sin(angle), 0, SIZE - 1).astype(int)
         columns = np.clip(x + along * np.cos(angle), 0, SIZE - 1).astype(int)
@@ -106,7 +111,9 @@ def render(scene: Scene) -> Image.Image:
     rng = np.random.default_rng([*scene.seed, 1])
     pixels = _ground(rng)
     for thing in scene.things:
-        shade = np.array(COLORS[thing.color]) * rng.uniform(0.85, 1.1) + rng.normal(0, 7, (SIZE, SIZE, 3))
+        shade = np.array(COLORS[thing.color]) * rng.uniform(0.85, 1.1) + rng.normal(
+            0, 7, (SIZE, SIZE, 3)
+        )
         share = coverage(thing)[..., None]
         pixels = pixels * (1 - share) + shade * share
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

@@ -20,6 +20,10 @@ import numpy as np
 import torch
 from lmms_eval.api.task import Task
 from PIL import Image
+from secateur.prompts import LLAVA
+from secateur.shapes.datasets import TRAIN
+from secateur.shapes.questions import DOCUMENTS, TRAINED, Doc
+from secateur.shapes.scenes import KINDS, SIZE, Scene, coverage, make_scene, render
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,11 +37,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     get_cosine_schedule_with_warmup,
 )
-
-from eval.prompts import LLAVA
-from eval.shapes.datasets import TRAIN
-from eval.shapes.questions import DOCUMENTS, TRAINED, Doc
-from eval.shapes.scenes import KINDS, SIZE, Scene, coverage, make_scene, render
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +76,16 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=specials,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     core.train_from_iterator(texts, trainer)
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         model_input_names=["input_ids", "attention_mask"],
@@ -93,7 +99,9 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     square = {"height": SIZE, "width": SIZE}
-    images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=square, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    images = CLIPImageProcessor(
+        size={"shortest_edge": SIZE}, crop_size=square, image_mean=[0.5] * 3, image_std=[0.25] * 3
+    )
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
@@ -161,7 +169,12 @@ def _picture(scene: Scene) -> np.ndarray:
 
 def _labels(scene: Scene) -> np.ndarray:
     """Per patch: 0 for ground, 1 + kind where one thing covers at least a quarter of it."""
-    shares = np.stack([coverage(thing).reshape(SIDE, PATCH, SIDE, PATCH).mean(axis=(1, 3)) for thing in scene.things])
+    shares = np.stack(
+        [
+            coverage(thing).reshape(SIDE, PATCH, SIDE, PATCH).mean(axis=(1, 3))
+            for thing in scene.things
+        ]
+    )
     kinds = np.array([1 + KINDS.index((thing.color, thing.shape)) for thing in scene.things])
     return np.where(shares.max(0) >= 0.25, kinds[shares.argmax(0)], 0).ravel()
 
@@ -176,7 +189,9 @@ class Conversation:
     def prompt(self, task: str, doc: Doc) -> str:
         doc = doc | {"image": self._blank, "image_1": self._blank}
         messages = self.tasks[task].doc_to_messages(doc)
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
 
     @staticmethod
     def answer(task: str, doc: Doc) -> str:
@@ -191,11 +206,16 @@ class Conversation:
         return prompt[:at], prompt[at + 1 :], [*answer, tokenizer.eos_token_id]
 
 
-def _turns(scene: Scene, rng: np.random.Generator, calls_of: dict[str, int] = TURNS) -> list[tuple[str, Doc]]:
+def _turns(
+    scene: Scene, rng: np.random.Generator, calls_of: dict[str, int] = TURNS
+) -> list[tuple[str, Doc]]:
     docs = []
     for task, calls in calls_of.items():
         for _ in range(calls):
-            docs += [(task, doc) for doc in DOCUMENTS[task](scene, rng, int(rng.integers(10_000)), TRAINED)]
+            docs += [
+                (task, doc)
+                for doc in DOCUMENTS[task](scene, rng, int(rng.integers(10_000)), TRAINED)
+            ]
     return docs
 
 
@@ -205,11 +225,17 @@ def _turns(scene: Scene, rng: np.random.Generator, calls_of: dict[str, int] = TU
 def train_tower(model: Any, pixels: Tensor, scenes: list[Scene], recipe: Recipe) -> None:
     tower = model.model.vision_tower
     width = model.config.vision_config.hidden_size
-    patch_head, cls_head, place_head = nn.Linear(width, 1 + len(KINDS)), nn.Linear(width, len(KINDS)), nn.Linear(width, 2 * SIDE)
+    patch_head, cls_head, place_head = (
+        nn.Linear(width, 1 + len(KINDS)),
+        nn.Linear(width, len(KINDS)),
+        nn.Linear(width, 2 * SIDE),
+    )
     labels = torch.from_numpy(np.stack([_labels(scene) for scene in scenes]))
     present = F.one_hot(labels, 1 + len(KINDS)).amax(1)[:, 1:].float()
     rows, columns = (torch.arange(SIDE * SIDE) // SIDE), (torch.arange(SIDE * SIDE) % SIDE)
-    parameters = [p for module in (tower, patch_head, cls_head, place_head) for p in module.parameters()]
+    parameters = [
+        p for module in (tower, patch_head, cls_head, place_head) for p in module.parameters()
+    ]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.tower_lr, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup, recipe.tower_steps)
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -217,17 +243,27 @@ def train_tower(model: Any, pixels: Tensor, scenes: list[Scene], recipe: Recipe)
     weight[0] = 0.1  # nine patches in ten are ground
     for step in range(recipe.tower_steps):
         batch = torch.randint(len(pixels), (recipe.tower_batch,), generator=generator)
-        hidden = tower(_normal(pixels[batch]), output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
+        hidden = tower(_normal(pixels[batch]), output_hidden_states=True).hidden_states[
+            model.config.vision_feature_layer
+        ]
         cls, patches = hidden[:, 0], hidden[:, 1:]
         row, column = place_head(patches).split(SIDE, dim=-1)
-        patch_loss = F.cross_entropy(patch_head(patches).flatten(0, 1), labels[batch].flatten(), weight=weight)
+        patch_loss = F.cross_entropy(
+            patch_head(patches).flatten(0, 1), labels[batch].flatten(), weight=weight
+        )
         cls_loss = F.binary_cross_entropy_with_logits(cls_head(cls), present[batch])
         place_loss = F.cross_entropy(row.flatten(0, 1), rows.repeat(len(batch)))
         place_loss += F.cross_entropy(column.flatten(0, 1), columns.repeat(len(batch)))
         loss = patch_loss + 4 * cls_loss + 0.25 * place_loss
         _step(loss, parameters, [optimizer], [schedule])
         if step % 50 == 0 or step == recipe.tower_steps - 1:
-            log.info("tower %d: patch %.3f cls %.3f place %.3f", step, patch_loss.item(), cls_loss.item(), place_loss.item())
+            log.info(
+                "tower %d: patch %.3f cls %.3f place %.3f",
+                step,
+                patch_loss.item(),
+                cls_loss.item(),
+                place_loss.item(),
+            )
 
 
 def _normal(pixels: Tensor) -> Tensor:
@@ -235,7 +271,12 @@ def _normal(pixels: Tensor) -> Tensor:
     return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
-def _step(loss: Tensor, parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer], schedules: list[Any]) -> None:
+def _step(
+    loss: Tensor,
+    parameters: list[nn.Parameter],
+    optimizers: list[torch.optim.Optimizer],
+    schedules: list[Any],
+) -> None:
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward()
@@ -248,7 +289,12 @@ def _step(loss: Tensor, parameters: list[nn.Parameter], optimizers: list[torch.o
 def encode(model: Any, pixels: Tensor) -> Tensor:
     """Encoder features [scenes, N, C] as the projector receives them."""
     tower, layer = model.model.vision_tower, model.config.vision_feature_layer
-    return torch.cat([tower(_normal(part), output_hidden_states=True).hidden_states[layer][:, 1:] for part in pixels.split(128)])
+    return torch.cat(
+        [
+            tower(_normal(part), output_hidden_states=True).hidden_states[layer][:, 1:]
+            for part in pixels.split(128)
+        ]
+    )
 
 
 # --- stage 2: the projector speaks in words
@@ -262,13 +308,18 @@ def align_projector(
     recipe: Recipe,
 ) -> None:
     """Map an object's patches to the sum of its words' embeddings, and every patch to a code of its place besides."""
-    projector, embed = model.model.multi_modal_projector, model.get_input_embeddings().weight.detach()
+    projector, embed = (
+        model.model.multi_modal_projector,
+        model.get_input_embeddings().weight.detach(),
+    )
     generator = torch.Generator().manual_seed(recipe.seed + 1)
 
     def word(text: str) -> Tensor:
         return embed[tokenizer(" " + text, add_special_tokens=False)["input_ids"]].sum(0)
 
-    kinds = torch.stack([torch.zeros_like(embed[0]), *(word(color) + word(shape) for color, shape in KINDS)])
+    kinds = torch.stack(
+        [torch.zeros_like(embed[0]), *(word(color) + word(shape) for color, shape in KINDS)]
+    )
     codes = torch.randn(2, SIDE, embed.shape[1], generator=generator) * 0.35
     places = (codes[0][:, None] + codes[1][None, :]).flatten(0, 1)
     labels = torch.from_numpy(np.stack([_labels(scene) for scene in scenes]))
@@ -283,7 +334,12 @@ def align_projector(
         loss = error[here].mean() + error[~here].mean()
         _step(loss, list(projector.parameters()), [optimizer], [schedule])
         if step % 100 == 0 or step == recipe.align_steps - 1:
-            log.info("align %d: objects %.3f ground %.3f", step, error[here].mean().item(), error[~here].mean().item())
+            log.info(
+                "align %d: objects %.3f ground %.3f",
+                step,
+                error[here].mean().item(),
+                error[~here].mean().item(),
+            )
 
 
 # --- stage 3: projector and language model
@@ -304,9 +360,17 @@ class Packed:
 def pack(items: list[list[tuple[list[int], list[int], list[int]]]], visual: int) -> Packed:
     before = items[0][0][0]
     start = len(before) + visual
-    longest = max(sum(len(after) + len(answer) - 1 for _, after, answer in turns) for turns in items)
-    ids, targets = torch.zeros(len(items), longest, dtype=torch.long), torch.full((len(items), longest), -100)
-    turn, position = torch.full((len(items), longest), -1), torch.zeros(len(items), longest, dtype=torch.long)
+    longest = max(
+        sum(len(after) + len(answer) - 1 for _, after, answer in turns) for turns in items
+    )
+    ids, targets = (
+        torch.zeros(len(items), longest, dtype=torch.long),
+        torch.full((len(items), longest), -100),
+    )
+    turn, position = (
+        torch.full((len(items), longest), -1),
+        torch.zeros(len(items), longest, dtype=torch.long),
+    )
     for b, turns in enumerate(items):
         at = 0
         for number, (_, after, answer) in enumerate(turns):
@@ -332,12 +396,17 @@ def answer_logits(model: Any, features: Tensor, packed: Packed) -> Tensor:
     before = embed(packed.before).expand(len(features), -1, -1)
     inputs = torch.cat([before, images, embed(packed.ids)], 1)
     hidden = model.model.language_model(
-        inputs_embeds=inputs, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False
+        inputs_embeds=inputs,
+        attention_mask=packed.mask,
+        position_ids=packed.positions,
+        use_cache=False,
     ).last_hidden_state
     return model.lm_head(hidden[:, -packed.ids.shape[1] :][packed.targets >= 0])
 
 
-def train_language(model: Any, features: Tensor, scenes: list[Scene], talk: Conversation, recipe: Recipe) -> None:
+def train_language(
+    model: Any, features: Tensor, scenes: list[Scene], talk: Conversation, recipe: Recipe
+) -> None:
     model.model.vision_tower.requires_grad_(False)
     matrices = [p for p in model.model.language_model.layers.parameters() if p.dim() == 2]
     chosen = {id(p) for p in matrices}
@@ -346,27 +415,40 @@ def train_language(model: Any, features: Tensor, scenes: list[Scene], talk: Conv
         torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.01, momentum=0.95),
         torch.optim.AdamW(others, lr=recipe.lr, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
-    schedules = [get_cosine_schedule_with_warmup(optimizer, recipe.warmup, recipe.steps) for optimizer in optimizers]
+    schedules = [
+        get_cosine_schedule_with_warmup(optimizer, recipe.warmup, recipe.steps)
+        for optimizer in optimizers
+    ]
     rng = np.random.default_rng([recipe.seed, 1])
     held_out = range(len(scenes) - 64, len(scenes))
     losses, started = [], time.time()
     for step in range(recipe.steps):
         batch = rng.integers(0, held_out.start, recipe.batch)
         turns = SHORT_TURNS if step < recipe.short_steps else TURNS
-        packed = pack([[talk.ids(*turn) for turn in _turns(scenes[i], rng, turns)] for i in batch], features.shape[1])
-        loss = F.cross_entropy(answer_logits(model, features[batch], packed), packed.targets[packed.targets >= 0])
+        packed = pack(
+            [[talk.ids(*turn) for turn in _turns(scenes[i], rng, turns)] for i in batch],
+            features.shape[1],
+        )
+        loss = F.cross_entropy(
+            answer_logits(model, features[batch], packed), packed.targets[packed.targets >= 0]
+        )
         _step(loss, matrices + others, optimizers, schedules)
         losses.append(loss.item())
         if step % 50 == 49 or step == recipe.steps - 1:
             log.info(
-                "language %d: loss %.3f, %.2f s a step", step + 1, np.mean(losses[-50:]), (time.time() - started) / (step + 1)
+                "language %d: loss %.3f, %.2f s a step",
+                step + 1,
+                np.mean(losses[-50:]),
+                (time.time() - started) / (step + 1),
             )
         if step % 250 == 249 or step == recipe.steps - 1:
             log.info("answered right: %s", validate(model, features, scenes, talk, held_out))
 
 
 @torch.no_grad()
-def validate(model: Any, features: Tensor, scenes: list[Scene], talk: Conversation, held_out: range) -> dict:
+def validate(
+    model: Any, features: Tensor, scenes: list[Scene], talk: Conversation, held_out: range
+) -> dict:
     """Share of turns whose whole answer is the argmax, per data set, on scenes that were not trained on."""
     rng = np.random.default_rng(5)
     right = defaultdict(list)
@@ -375,7 +457,9 @@ def validate(model: Any, features: Tensor, scenes: list[Scene], talk: Conversati
         packed = pack([[talk.ids(*turn) for turn in row] for row in turns], features.shape[1])
         where = packed.targets >= 0
         hit = torch.ones_like(where)
-        hit[where] = answer_logits(model, features[list(chunk)], packed).argmax(-1) == packed.targets[where]
+        hit[where] = (
+            answer_logits(model, features[list(chunk)], packed).argmax(-1) == packed.targets[where]
+        )
         for b, row in enumerate(turns):
             for number, (task, _) in enumerate(row):
                 right[task].append(bool(hit[b][packed.turn[b] == number].all()))
@@ -396,10 +480,18 @@ def train(recipe: Recipe, tasks: dict[str, Task], out: Path) -> None:
 
     placeholder = Conversation(tasks, make_processor(make_tokenizer([], 512)))
     rng = np.random.default_rng([recipe.seed, 3])
-    texts = [placeholder.prompt(*turn) + placeholder.answer(*turn) for scene in scenes[:1000] for turn in _turns(scene, rng)]
+    texts = [
+        placeholder.prompt(*turn) + placeholder.answer(*turn)
+        for scene in scenes[:1000]
+        for turn in _turns(scene, rng)
+    ]
     processor = make_processor(make_tokenizer(texts, recipe.vocabulary))
     model = make_model(processor.tokenizer)
-    log.info("%d parameters, %d tokens in the vocabulary", model.num_parameters(), len(processor.tokenizer))
+    log.info(
+        "%d parameters, %d tokens in the vocabulary",
+        model.num_parameters(),
+        len(processor.tokenizer),
+    )
 
     train_tower(model, pixels, scenes, recipe)
     features = encode(model.eval(), pixels)
@@ -414,4 +506,6 @@ def train(recipe: Recipe, tasks: dict[str, Task], out: Path) -> None:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
-    (out / "recipe.json").write_text(json.dumps(facts | {"minutes": round((time.time() - started) / 60, 1)}, indent=2) + "\n")
+    (out / "recipe.json").write_text(
+        json.dumps(facts | {"minutes": round((time.time() - started) / 60, 1)}, indent=2) + "\n"
+    )

@@ -10,9 +10,8 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
-
-from eval.progress import console
-from eval.workers import Worker, packs, wait
+from secateur.progress import console
+from secateur.workers import Worker, packs, wait
 
 
 class Packed(Launcher):
@@ -33,32 +32,62 @@ class Packed(Launcher):
     """
 
     def __init__(
-        self, cluster: Literal["local", "slurm"], workers: int | None, max_num_timeout: int, parameters: dict[str, Any]
+        self,
+        cluster: Literal["local", "slurm"],
+        workers: int | None,
+        max_num_timeout: int,
+        parameters: dict[str, Any],
     ) -> None:
-        self.cluster, self.workers, self.max_num_timeout, self.parameters = cluster, workers, max_num_timeout, dict(parameters)
+        self.cluster, self.workers, self.max_num_timeout, self.parameters = (
+            cluster,
+            workers,
+            max_num_timeout,
+            dict(parameters),
+        )
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         self.worker = Worker(hydra_context, task_function, config)
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         try:
             import submitit
         except ImportError as error:
-            raise ImportError("this launcher needs submitit: pip install 'secateur[slurm]'") from error
+            raise ImportError(
+                "this launcher needs submitit: pip install 'secateur[slurm]'"
+            ) from error
         devices = _devices() if self.cluster == "local" else []
         workers = len(devices) if self.workers is None else self.workers
         if workers < 1:
-            raise ValueError(f"{workers} workers: there is no GPU here to count; set hydra.launcher.workers=2 for two processes")
-        shares = packs([(initial_job_idx + n, list(overrides)) for n, overrides in enumerate(job_overrides)], workers)
+            raise ValueError(
+                f"{workers} workers: there is no GPU here to count; set hydra.launcher.workers=2 for two processes"
+            )
+        shares = packs(
+            [(initial_job_idx + n, list(overrides)) for n, overrides in enumerate(job_overrides)],
+            workers,
+        )
         folder = Path(self.worker.config.hydra.sweep.dir).resolve()
-        executor = submitit.AutoExecutor(folder / "workers", self.cluster, slurm_max_num_timeout=self.max_num_timeout)
+        executor = submitit.AutoExecutor(
+            folder / "workers", self.cluster, slurm_max_num_timeout=self.max_num_timeout
+        )
         executor.update_parameters(**self.parameters)
         with executor.batch():
             running = [
-                executor.submit(self.worker, share, devices[rank % len(devices)] if devices else None, Singleton.get_state())
+                executor.submit(
+                    self.worker,
+                    share,
+                    devices[rank % len(devices)] if devices else None,
+                    Singleton.get_state(),
+                )
                 for rank, share in enumerate(shares)
             ]
-        console.print(f"{len(job_overrides)} jobs on {len(running)} workers; their logs: {folder / 'workers'}", highlight=False)
+        console.print(
+            f"{len(job_overrides)} jobs on {len(running)} workers; their logs: {folder / 'workers'}",
+            highlight=False,
+        )
         try:
             wait(running, shares, folder)
         except BaseException:
@@ -73,4 +102,6 @@ def _devices() -> list[str]:
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    return (
+        named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    )

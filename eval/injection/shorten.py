@@ -45,19 +45,32 @@ class Shortened:
         attention_mask, step = kwargs.get("attention_mask"), kwargs["inputs_embeds"].shape[1]
         generated = past + step - self.mask.shape[1]
         if attention_mask is not None:
-            new["attention_mask"] = torch.cat([self.mask.to(attention_mask), attention_mask[:, self.length :]], 1)
+            new["attention_mask"] = torch.cat(
+                [self.mask.to(attention_mask), attention_mask[:, self.length :]], 1
+            )
         elif bool((self.mask == 0).any()):
-            new["attention_mask"] = torch.cat([self.mask, self.mask.new_ones(len(self.mask), generated)], 1)
+            new["attention_mask"] = torch.cat(
+                [self.mask, self.mask.new_ones(len(self.mask), generated)], 1
+            )
         # whoever steps: `generate` hands over positions of the unpruned frame, the model's own forward would count the cache
-        positions = self.behind[:, None] + past - self.mask.shape[1] + torch.arange(step, device=self.mask.device)
+        positions = (
+            self.behind[:, None]
+            + past
+            - self.mask.shape[1]
+            + torch.arange(step, device=self.mask.device)
+        )
         given = kwargs.get("position_ids")
-        new["position_ids"] = positions if given is None or given.dim() == 2 else positions.expand(len(given), -1, -1)
+        new["position_ids"] = (
+            positions if given is None or given.dim() == 2 else positions.expand(len(given), -1, -1)
+        )
         if kwargs.get("cache_position") is not None:
             new["cache_position"] = kwargs["cache_position"] - (self.length - self.mask.shape[1])
         return new
 
 
-def shorten(kwargs: Keywords, real: Tensor, edits: list[Edit], compact: bool) -> tuple[Keywords, Shortened]:
+def shorten(
+    kwargs: Keywords, real: Tensor, edits: list[Edit], compact: bool
+) -> tuple[Keywords, Shortened]:
     """What the language model gets: the prompts of a call without the places that `edits` takes out, padded on the left.
 
     Args:
@@ -78,21 +91,31 @@ def shorten(kwargs: Keywords, real: Tensor, edits: list[Edit], compact: bool) ->
     for edit in edits:
         if edit.vectors is not None:
             new = slice(None) if edit.replaced is None else edit.replaced
-            embeds[edit.row, edit.places[: len(edit.sources)][new]] = edit.vectors[new].to(embeds.dtype)
+            embeds[edit.row, edit.places[: len(edit.sources)][new]] = edit.vectors[new].to(
+                embeds.dtype
+            )
 
     # a stable sort moves dropped places to the left and keeps the order of the others: left padding of the longest row
     longest = int(alive.sum(1).max())
     order = torch.sort(alive.long(), dim=1, stable=True).indices[:, -longest:]
     mask = torch.gather(alive, 1, order).long()
-    shorter = dict(kwargs, inputs_embeds=torch.gather(embeds, 1, order[..., None].expand(-1, -1, width)))
+    shorter = dict(
+        kwargs, inputs_embeds=torch.gather(embeds, 1, order[..., None].expand(-1, -1, width))
+    )
     # never None: without a mask transformers reads gaps between positions as borders of packed sequences
     shorter["attention_mask"] = mask if attention_mask is None else mask.to(attention_mask.dtype)
-    before = (real.long().cumsum(1) - 1).clamp_min(0) if kwargs.get("position_ids") is None else kwargs["position_ids"]
+    before = (
+        (real.long().cumsum(1) - 1).clamp_min(0)
+        if kwargs.get("position_ids") is None
+        else kwargs["position_ids"]
+    )
     before = before.expand(*before.shape[:-2], batch, -1)
     shorter["position_ids"] = _positions(before, torch.gather(source, 1, order), mask, compact)
     axes = (before[-3:] if before.dim() == 3 else before[None]).masked_fill(~real, 0)
     removed = real.sum(1) - mask.sum(1)  # [B]
-    behind = axes.amax((0, 2)) + 1 - (removed if compact and before.dim() == 2 else 0)  # with compact positions, of the shortened
+    behind = (
+        axes.amax((0, 2)) + 1 - (removed if compact and before.dim() == 2 else 0)
+    )  # with compact positions, of the shortened
     if kwargs.get("cache_position") is not None:
         shorter["cache_position"] = kwargs["cache_position"][:longest]
     return shorter, Shortened(length, order, mask, behind)

@@ -16,9 +16,13 @@ class SampleRecord:
     visual_tokens: tuple[int, ...]
     kept_tokens: tuple[int, ...]
     kept_indices: tuple[tuple[int, ...], ...]  # among the tokens of the image
-    crops: tuple[tuple[int, int], ...]  # (rows, columns) of every crop that was encoded, over all images
+    crops: tuple[
+        tuple[int, int], ...
+    ]  # (rows, columns) of every crop that was encoded, over all images
     prompt_tokens: int  # positions the language model sees at prefill
-    layer_tokens: tuple[int, ...]  # visual tokens that each layer of the language model processes at prefill, over all images
+    layer_tokens: tuple[
+        int, ...
+    ]  # visual tokens that each layer of the language model processes at prefill, over all images
     diagnostics: dict[str, tuple[float, ...]]
 
 
@@ -33,7 +37,9 @@ class ImageAudit:
     notes: dict[str, float]  # mean over the crops
 
 
-def at_the_entrance(name: str, images: list[ImageAudit], prompt_tokens: int, layers: int) -> SampleRecord:
+def at_the_entrance(
+    name: str, images: list[ImageAudit], prompt_tokens: int, layers: int
+) -> SampleRecord:
     """The record of a prompt that every one of the `layers` sees alike."""
     return SampleRecord(
         id=name,
@@ -43,7 +49,10 @@ def at_the_entrance(name: str, images: list[ImageAudit], prompt_tokens: int, lay
         crops=tuple(grid for image in images for grid in image.crops),
         prompt_tokens=prompt_tokens,
         layer_tokens=(sum(image.after for image in images),) * layers,
-        diagnostics={note: tuple(image.notes[note] for image in images) for note in (images[0].notes if images else ())},
+        diagnostics={
+            note: tuple(image.notes[note] for image in images)
+            for note in (images[0].notes if images else ())
+        },
     )
 
 
@@ -79,5 +88,7 @@ def between_layers(
         crops=crops,
         prompt_tokens=prompt_tokens,
         layer_tokens=layer_tokens,
-        diagnostics={note: tuple(stage[note] for stage in stages if note in stage) for note in notes},
+        diagnostics={
+            note: tuple(stage[note] for stage in stages if note in stage) for note in notes
+        },
     )

@@ -5,13 +5,15 @@ import warnings
 
 import transformers
 from packaging.version import Version
+from secateur.injection.adapter import Adapter
+from secateur.injection.llava import LlavaAdapter, LlavaNextAdapter
+from secateur.injection.qwen import Qwen25VLAdapter
 from transformers import PreTrainedModel
 
-from eval.inject.adapter import Adapter
-from eval.inject.llava import LlavaAdapter, LlavaNextAdapter
-from eval.inject.qwen import Qwen25VLAdapter
-
-TESTED = ("5.0.0", "5.23.0")  # oldest and newest release of transformers that `make test-matrix` ran on
+TESTED = (
+    "5.0.0",
+    "5.23.0",
+)  # oldest and newest release of transformers that `make test-matrix` ran on
 
 _FAMILIES: dict[str, type[Adapter]] = {"llava": LlavaAdapter, "qwen2_5_vl": Qwen25VLAdapter}
 
@@ -27,9 +29,13 @@ def adapter_for(model: PreTrainedModel, layout: str | None = None) -> Adapter:
     if family == "llava_next":
         return LlavaNextAdapter(model, layout or "anyres")
     if layout is not None:
-        raise ValueError(f"layout={layout!r} is for LLaVA-NeXT; model type {family!r} has one layout only")
+        raise ValueError(
+            f"layout={layout!r} is for LLaVA-NeXT; model type {family!r} has one layout only"
+        )
     if family not in _FAMILIES:
-        raise ValueError(f"model type {family!r} is not supported; supported: {', '.join(_FAMILIES)}, llava_next")
+        raise ValueError(
+            f"model type {family!r} is not supported; supported: {', '.join(_FAMILIES)}, llava_next"
+        )
     return _FAMILIES[family](model)
 
 

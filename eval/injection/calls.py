@@ -8,14 +8,13 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from secateur.budget import Budget
+from secateur.injection.adapter import Adapter
+from secateur.injection.audit import SampleRecord
+from secateur.injection.encoder import Encoder, ImageCache
+from secateur.injection.layout import PlacedImage, place
+from secateur.injection.shorten import Keywords
 from torch import Tensor, nn
-
-from eval.budget import Budget
-from eval.inject.adapter import Adapter
-from eval.inject.audit import SampleRecord
-from eval.inject.encoder import Encoder, ImageCache
-from eval.inject.layout import PlacedImage, place
-from eval.inject.shorten import Keywords
 
 _INJECTED: WeakSet[nn.Module] = WeakSet()  # cores with a block open
 
@@ -61,11 +60,15 @@ class Calls:
     arguments that the language model gets instead of its own.
     """
 
-    def __init__(self, adapter: Adapter, budget: Budget, trace: Trace, cache: ImageCache | None) -> None:
+    def __init__(
+        self, adapter: Adapter, budget: Budget, trace: Trace, cache: ImageCache | None
+    ) -> None:
         self.adapter, self.budget, self.trace = adapter, budget, trace
         self.encoder = Encoder(adapter, self._encoded(), cache, adapter.core.get_image_features)
         self.input_ids: Tensor | None = None
-        self.length: int | None = None  # positions of the unpruned prompt, padding included; None before the first
+        self.length: int | None = (
+            None  # positions of the unpruned prompt, padding included; None before the first
+        )
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -104,23 +107,40 @@ class Calls:
     def _see_ids(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Keywords) -> None:
         self.input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
 
-    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Keywords) -> tuple[Any, Keywords]:
+    def _enter(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: Keywords
+    ) -> tuple[Any, Keywords]:
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            raise ValueError("pruning needs the mask of the prompt, [B, L]: generate with a dynamic cache, not with a static one")
+            raise ValueError(
+                "pruning needs the mask of the prompt, [B, L]: generate with a dynamic cache, not with a static one"
+            )
         if past:
             if self.length is None:
-                raise ValueError("the cache was filled outside this block: start generation inside it")
+                raise ValueError(
+                    "the cache was filled outside this block: start generation inside it"
+                )
             ids = self.input_ids
-            if ids is not None and ids.shape[1] > 1 and bool((ids == self.adapter.image_token_id).any()):
-                raise ValueError("image placeholders behind a filled cache cannot be pruned: give the prompt in one piece")
+            if (
+                ids is not None
+                and ids.shape[1] > 1
+                and bool((ids == self.adapter.image_token_id).any())
+            ):
+                raise ValueError(
+                    "image placeholders behind a filled cache cannot be pruned: give the prompt in one piece"
+                )
             return args, self._step(kwargs, past)
         if self.input_ids is None:
-            raise ValueError("a pruned model needs input_ids: inputs_embeds do not tell which positions are visual")
+            raise ValueError(
+                "a pruned model needs input_ids: inputs_embeds do not tell which positions are visual"
+            )
         visual = self.input_ids == self.adapter.image_token_id
-        images, self.encoder.images = place(self.encoder.images, visual), []  # used up: the next prompt must encode its own
+        images, self.encoder.images = (
+            place(self.encoder.images, visual),
+            [],
+        )  # used up: the next prompt must encode its own
         new = self._prompt(kwargs, visual, images)
         self.length = kwargs["inputs_embeds"].shape[1]
         return args, new

@@ -5,12 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from secateur.injection.adapter import Adapter, Rotary
+from secateur.injection.frame import Frame, rows_at
+from secateur.pruners import InLLMPruner, LayerTokens
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-
-from eval.inject.adapter import Adapter, Rotary
-from eval.inject.frame import Frame, rows_at
-from pruners import InLLMPruner, LayerTokens
 
 
 class LayerCaptures:
@@ -42,9 +41,13 @@ class LayerCaptures:
         if "attention" in needs:
             # rows padded at the end, with the first row again: it is finite
             count = frame.asked.sum(1, keepdim=True)
-            places = frame.asked.sort(dim=1, descending=True, stable=True).indices[:, : max(1, int(count.max()))]
+            places = frame.asked.sort(dim=1, descending=True, stable=True).indices[
+                :, : max(1, int(count.max()))
+            ]
             asked = torch.arange(places.shape[1], device=places.device) < count
-            attention = self._attention(number, frame, hidden, rotary, torch.where(asked, places, places[:, :1]))
+            attention = self._attention(
+                number, frame, hidden, rotary, torch.where(asked, places, places[:, :1])
+            )
         if "keys" in needs:
             keys = self.adapter.heads(number - 1, self.projected["keys", number - 1], rotary)
         if "hidden" in needs:
@@ -56,17 +59,24 @@ class LayerCaptures:
             visual=frame.counted.gather(1, frame.visual),
             text=frame.text.gather(1, front),
             hidden=None if states is None else rows_at(states, front),
-            attention=None if attention is None else rows_at(attention.transpose(1, 3), front).transpose(1, 3),
+            attention=None
+            if attention is None
+            else rows_at(attention.transpose(1, 3), front).transpose(1, 3),
             asked=asked,
             keys=None if keys is None else rows_at(keys.transpose(1, 2), front).transpose(1, 2),
         )
 
-    def _attention(self, number: int, frame: Frame, hidden: Tensor, rotary: Rotary, places: Tensor) -> Tensor:
+    def _attention(
+        self, number: int, frame: Frame, hidden: Tensor, rotary: Rotary, places: Tensor
+    ) -> Tensor:
         """[B, H, Q, L] softmax attention of the positions `places` [B, Q] in the layer the pruner names, in float32."""
         adapter = self.adapter
         if self.pruner.attention_of == "previous":
             number -= 1
-            queries, keys = rows_at(self.projected["queries", number], places), self.projected["keys", number]
+            queries, keys = (
+                rows_at(self.projected["queries", number], places),
+                self.projected["keys", number],
+            )
         else:
             to_queries, to_keys = adapter.projections(number)
             entering = adapter.before_attention(number, hidden)
@@ -75,5 +85,7 @@ class LayerCaptures:
         key = adapter.heads(number, keys, rotary).float()
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scores = query @ key.transpose(-1, -2) * adapter.scaling(number)
-        seen = frame.real[:, None] & (torch.arange(hidden.shape[1], device=places.device) <= places[..., None])
+        seen = frame.real[:, None] & (
+            torch.arange(hidden.shape[1], device=places.device) <= places[..., None]
+        )
         return scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+from secateur.injection.layout import EncodedImage
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from eval.inject.layout import EncodedImage
-
-Rotary = tuple[Tensor, Tensor]  # cosines and sines as a family's layers get them, [B or 1, L, d]; with M-RoPE [3, B or 1, L, d]
+Rotary = tuple[
+    Tensor, Tensor
+]  # cosines and sines as a family's layers get them, [B or 1, L, d]; with M-RoPE [3, B or 1, L, d]
 
 
 class Adapter:
@@ -21,7 +22,10 @@ class Adapter:
 
     # capture a pruner may need -> raw tensors it is made from, which hooks store under these names
     SOURCES: ClassVar[dict[str, tuple[str, ...]]]
-    POSITIONS: ClassVar[tuple[str, ...]] = ("compact", "original")  # position policies; the first is the default
+    POSITIONS: ClassVar[tuple[str, ...]] = (
+        "compact",
+        "original",
+    )  # position policies; the first is the default
     keeps_newlines: bool = True  # False: rows of tiles go on without the embedding that ends them
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -46,7 +50,9 @@ class Adapter:
         """Forward hooks for one call of the encoder that store what `needs` asks for, and nothing else."""
         raise NotImplementedError
 
-    def encoded(self, needs: frozenset[str], raw: dict[str, Tensor], arguments: dict[str, Any]) -> list[EncodedImage]:
+    def encoded(
+        self, needs: frozenset[str], raw: dict[str, Tensor], arguments: dict[str, Any]
+    ) -> list[EncodedImage]:
         """The images of one call of the encoder, with the captures `needs` names and `features`.
 
         Args:

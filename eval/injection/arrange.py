@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from secateur.injection.audit import ImageAudit
+from secateur.injection.layout import NEWLINE, PlacedImage
+from secateur.injection.shorten import Edit
+from secateur.pruners.base import EXTRA
 from torch import Tensor
-
-from eval.inject.audit import ImageAudit
-from eval.inject.layout import NEWLINE, PlacedImage
-from eval.inject.shorten import Edit
-from pruners.base import EXTRA
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,24 @@ def arrange(image: PlacedImage, kept: list[Kept], keeps_newlines: bool) -> tuple
     """
     slots_of, counted = image.slots(), image.tokens != NEWLINE
     if len(kept) < image.crops:  # one selection over the packed sequence
-        slots = (torch.arange(len(image.tokens), device=image.tokens.device)[counted | keeps_newlines])[kept[0].indices]
+        slots = (
+            torch.arange(len(image.tokens), device=image.tokens.device)[counted | keeps_newlines]
+        )[kept[0].indices]
         numbers, key, vectors = image.tokens[slots], slots, None
     else:
-        numbers = torch.cat([torch.where(k.indices == EXTRA, EXTRA, k.indices + c * image.per_crop) for c, k in enumerate(kept)])
+        numbers = torch.cat(
+            [
+                torch.where(k.indices == EXTRA, EXTRA, k.indices + c * image.per_crop)
+                for c, k in enumerate(kept)
+            ]
+        )
         slots = torch.where(numbers == EXTRA, -1, slots_of[numbers])
         key = torch.cat([_rank(k.indices, c, slots_of, image) for c, k in enumerate(kept)])
-        vectors = torch.cat([k.features for k in kept if k.features is not None]) if kept[0].features is not None else None
+        vectors = (
+            torch.cat([k.features for k in kept if k.features is not None])
+            if kept[0].features is not None
+            else None
+        )
         placed = (numbers == EXTRA) | (slots >= 0)
         if not bool(placed.all()):
             numbers, slots, key = numbers[placed], slots[placed], key[placed]
@@ -43,7 +53,11 @@ def arrange(image: PlacedImage, kept: list[Kept], keeps_newlines: bool) -> tuple
         if keeps_newlines and image.crops > 1:
             lines = image.newlines(numbers[numbers != EXTRA])
             newline = torch.full_like(lines, NEWLINE)
-            numbers, slots, key = torch.cat([numbers, newline]), torch.cat([slots, lines]), torch.cat([key, lines])
+            numbers, slots, key = (
+                torch.cat([numbers, newline]),
+                torch.cat([slots, lines]),
+                torch.cat([key, lines]),
+            )
             if vectors is not None:
                 vectors = torch.cat([vectors, vectors.new_zeros(len(lines), vectors.shape[1])])
     extra = slots == -1
@@ -52,14 +66,20 @@ def arrange(image: PlacedImage, kept: list[Kept], keeps_newlines: bool) -> tuple
         numbers, slots, extra = numbers[order], slots[order], extra[order]
         vectors = None if vectors is None else vectors[order]
     if len(slots) > len(image.places):
-        raise ValueError(f"{len(slots)} tokens do not fit into the {len(image.places)} places of an image; lower the budget")
+        raise ValueError(
+            f"{len(slots)} tokens do not fit into the {len(image.places)} places of an image; lower the budget"
+        )
     # an extra token has the position of the place it comes to stand at
     own = torch.arange(len(slots), device=slots.device)
     replaced = extra | ((numbers != NEWLINE) if vectors is not None else False)
-    edit = Edit(image.row, image.places, image.places[torch.where(extra, own, slots)], vectors, replaced)
+    edit = Edit(
+        image.row, image.places, image.places[torch.where(extra, own, slots)], vectors, replaced
+    )
     before = len(image.tokens) if keeps_newlines else int(counted.sum())
     notes = {name: sum(k.notes[name] for k in kept) / len(kept) for name in kept[0].notes}
-    return edit, ImageAudit(before, len(slots), tuple(numbers.tolist()), (image.grid,) * image.crops, notes)
+    return edit, ImageAudit(
+        before, len(slots), tuple(numbers.tolist()), (image.grid,) * image.crops, notes
+    )
 
 
 def _rank(indices: Tensor, crop: int, slots: Tensor, image: PlacedImage) -> Tensor:

@@ -5,12 +5,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from secateur.injection.adapter import Adapter, Rotary, rotate
+from secateur.injection.layout import EncodedImage
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-
-from eval.inject.adapter import Adapter, Rotary, rotate
-from eval.inject.layout import EncodedImage
 
 _CHUNK = 2**26  # attention weights held at a time: 256 MB in float32
 
@@ -34,20 +33,28 @@ class Qwen25VLAdapter(Adapter):
         "encoder_keys": ("qkv",),
         "grid": (),
     }
-    POSITIONS: ClassVar = ("original",)  # M-RoPE holds rows and columns, which numbering through would lose
+    POSITIONS: ClassVar = (
+        "original",
+    )  # M-RoPE holds rows and columns, which numbering through would lose
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self.visual: Any = self.core.visual
         self.merge: int = self.visual.spatial_merge_size
-        self.window: int = self.visual.window_size // self.visual.patch_size // self.merge  # tokens a side
+        self.window: int = (
+            self.visual.window_size // self.visual.patch_size // self.merge
+        )  # tokens a side
         full = sorted(self.visual.fullatt_block_indexes)
         if not full:
-            raise ValueError("this model's tower has no block with full attention, from which pruning takes saliency")
+            raise ValueError(
+                "this model's tower has no block with full attention, from which pruning takes saliency"
+            )
         depth = len(self.visual.blocks)
         self.attention: Any = self.visual.blocks[full[-1]].attn
         # HiPrune's object layer, the 16th of 32; in towers of other depth the full-attention block nearest to the same share
-        self.object: Any = self.visual.blocks[min(full, key=lambda block: abs((block + 1) / depth - 16 / 32))].attn
+        self.object: Any = self.visual.blocks[
+            min(full, key=lambda block: abs((block + 1) / depth - 16 / 32))
+        ].attn
 
     def check_known(self, needs: frozenset[str]) -> None:
         unknown = sorted(need for need in needs if need not in self.SOURCES)
@@ -67,30 +74,49 @@ class Qwen25VLAdapter(Adapter):
         def store_rotary(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
             into["cosines"], into["sines"] = kwargs["position_embeddings"]
 
-        places = {"merged": self.visual.merger, "qkv": self.attention.qkv, "object_qkv": self.object.qkv}
+        places = {
+            "merged": self.visual.merger,
+            "qkv": self.attention.qkv,
+            "object_qkv": self.object.qkv,
+        }
         for name, module in places.items():
             if name in wanted:
                 yield module.register_forward_hook(partial(store, name))
         if "cosines" in wanted:
             yield self.attention.register_forward_pre_hook(store_rotary, with_kwargs=True)
 
-    def encoded(self, needs: frozenset[str], raw: dict[str, Tensor], arguments: dict[str, Any]) -> list[EncodedImage]:
+    def encoded(
+        self, needs: frozenset[str], raw: dict[str, Tensor], arguments: dict[str, Any]
+    ) -> list[EncodedImage]:
         images, first = [], 0
         for frames, height, width in arguments["image_grid_thw"].tolist():
             if frames != 1:
-                raise ValueError(f"an image of {frames} frames: pruning supports images, not videos")
+                raise ValueError(
+                    f"an image of {frames} frames: pruning supports images, not videos"
+                )
             rows, columns = height // self.merge, width // self.merge
             count, unit = rows * columns, self.merge**2
             raster = window_order(rows, columns, self.window).argsort().to(raw["merged"].device)
             mine = {
-                name: value[first : first + count] if name == "merged" else value[unit * first : unit * (first + count)]
+                name: value[first : first + count]
+                if name == "merged"
+                else value[unit * first : unit * (first + count)]
                 for name, value in raw.items()
             }
-            images.append(EncodedImage(self._captures(needs, mine, raster), (rows, columns), 1, torch.arange(count).to(raster)))
+            images.append(
+                EncodedImage(
+                    self._captures(needs, mine, raster),
+                    (rows, columns),
+                    1,
+                    torch.arange(count).to(raster),
+                )
+            )
             first += count
         return images
 
-    def _captures(self, needs: frozenset[str], raw: dict[str, Tensor], raster: Tensor) -> dict[str, Tensor]:
+    def _captures(
+        self, needs: frozenset[str], raw: dict[str, Tensor], raster: Tensor
+    ) -> dict[str, Tensor]:
         """The tensors `needs` names, as `VisualTokens` defines them, of one image; `raster` [N] orders its tokens."""
 
         def tokens(patches: Tensor) -> Tensor:
@@ -101,7 +127,9 @@ class Qwen25VLAdapter(Adapter):
             heads = raw[block].float().unflatten(1, (3, self.attention.num_heads, -1))
             query, key, _ = heads.permute(1, 2, 0, 3)
             cos, sin = raw["cosines"].float(), raw["sines"].float()
-            weights = received(rotate(query, cos, sin) * self.attention.scaling, rotate(key, cos, sin))
+            weights = received(
+                rotate(query, cos, sin) * self.attention.scaling, rotate(key, cos, sin)
+            )
             return tokens(weights.T).T
 
         made: dict[str, Callable[[], Tensor]] = {
@@ -129,7 +157,9 @@ class Qwen25VLAdapter(Adapter):
 
     def rotary_rows(self, rotary: Rotary, index: Tensor) -> Rotary:
         row = torch.arange(len(index), device=index.device)[:, None]
-        cos, sin = (part.expand(*part.shape[:-3], len(index), -1, -1)[..., row, index, :] for part in rotary)
+        cos, sin = (
+            part.expand(*part.shape[:-3], len(index), -1, -1)[..., row, index, :] for part in rotary
+        )
         return cos, sin
 
     def heads(self, layer: int, projected: Tensor, rotary: Rotary) -> Tensor:
@@ -141,7 +171,9 @@ class Qwen25VLAdapter(Adapter):
         if part.dim() == 3:
             return part
         sections = self.model.config.text_config.rope_parameters["mrope_section"] * 2
-        return torch.cat([channels[axis % 3] for axis, channels in enumerate(part.split(sections, dim=-1))], -1)
+        return torch.cat(
+            [channels[axis % 3] for axis, channels in enumerate(part.split(sections, dim=-1))], -1
+        )
 
 
 def window_order(rows: int, columns: int, side: int) -> Tensor:

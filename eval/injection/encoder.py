@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from secateur.cache import EncodeCache, image_key
+from secateur.injection.adapter import Adapter
+from secateur.injection.layout import EncodedImage
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-from eval.cache import EncodeCache, image_key
-from eval.inject.adapter import Adapter
-from eval.inject.layout import EncodedImage
 
 _CAPTURE = "capture "  # how the names of captures begin in the cache
 
@@ -28,10 +27,15 @@ class ImageCache:
 
     cache: EncodeCache
     model: str
-    asked: frozenset[str] = frozenset()  # captures that any method has asked for: who encodes an image encodes them for the next
+    asked: frozenset[str] = (
+        frozenset()
+    )  # captures that any method has asked for: who encodes an image encodes them for the next
 
     def entry(
-        self, needs: frozenset[str], arguments: dict[str, Any], encode: Callable[[frozenset[str]], dict[str, Tensor]]
+        self,
+        needs: frozenset[str],
+        arguments: dict[str, Any],
+        encode: Callable[[frozenset[str]], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         """The tensors of one image, from the cache or from `encode`, with at least the captures `needs`."""
         self.asked |= needs
@@ -43,7 +47,13 @@ class ImageCache:
 class Encoder:
     """Stands in for the core's `get_image_features` within a block; `images` is what the last call encoded."""
 
-    def __init__(self, adapter: Adapter, needs: frozenset[str], cache: ImageCache | None, encode: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        needs: frozenset[str],
+        cache: ImageCache | None,
+        encode: Callable[..., Any],
+    ) -> None:
         self.adapter, self.needs, self.cache, self.encode = adapter, needs, cache, encode
         self.images: list[EncodedImage] = []
 
@@ -58,7 +68,9 @@ class Encoder:
         self.images = [image for image, _ in found]
         return BaseModelOutputWithPooling(pooler_output=[features for _, features in found])  # type: ignore[arg-type]
 
-    def _run(self, arguments: dict[str, Any], needs: frozenset[str]) -> tuple[Any, list[EncodedImage]]:
+    def _run(
+        self, arguments: dict[str, Any], needs: frozenset[str]
+    ) -> tuple[Any, list[EncodedImage]]:
         raw: dict[str, Tensor] = {}
         with contextlib.ExitStack() as stack:
             for handle in self.adapter.hooks(needs, raw):
@@ -74,12 +86,20 @@ class Encoder:
             output, (image,) = self._run(arguments, needs)
             tensors = {_CAPTURE + name: value for name, value in image.captures.items()}
             shape = torch.tensor([*image.grid, image.crops])
-            packed = {"packed": output.pooler_output[0]} if image.crops > 1 else {}  # else the features themselves
+            packed = (
+                {"packed": output.pooler_output[0]} if image.crops > 1 else {}
+            )  # else the features themselves
             return tensors | packed | {"tokens": image.tokens, "shape": shape}
 
         tensors = cache.entry(self.needs, arguments, encode)
-        captures = {name.removeprefix(_CAPTURE): value for name, value in tensors.items() if name.startswith(_CAPTURE)}
+        captures = {
+            name.removeprefix(_CAPTURE): value
+            for name, value in tensors.items()
+            if name.startswith(_CAPTURE)
+        }
         rows, columns, crops = tensors["shape"].tolist()
-        wanted = {name: value for name, value in captures.items() if name in self.needs | {"features"}}
+        wanted = {
+            name: value for name, value in captures.items() if name in self.needs | {"features"}
+        }
         image = EncodedImage(wanted, (rows, columns), crops, tensors["tokens"])
         return image, tensors["packed"] if crops > 1 else captures["features"][0]

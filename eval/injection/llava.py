@@ -5,13 +5,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from secateur.injection.adapter import Adapter
+from secateur.injection.layout import NEWLINE, EncodedImage
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-from eval.inject.adapter import Adapter
-from eval.inject.layout import NEWLINE, EncodedImage
 
 
 class LlavaAdapter(Adapter):
@@ -35,7 +34,10 @@ class LlavaAdapter(Adapter):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self.projector = self.core.multi_modal_projector
-        layer, strategy = self.model.config.vision_feature_layer, self.model.config.vision_feature_select_strategy
+        layer, strategy = (
+            self.model.config.vision_feature_layer,
+            self.model.config.vision_feature_select_strategy,
+        )
         if not isinstance(layer, int) or strategy != "default":
             raise ValueError(
                 f"this model reads features from layer(s) {layer!r} with strategy {strategy!r}; "
@@ -81,11 +83,18 @@ class LlavaAdapter(Adapter):
             if name in wanted:
                 yield module.register_forward_hook(partial(store, name))
 
-    def encoded(self, needs: frozenset[str], raw: dict[str, Tensor], arguments: dict[str, Any]) -> list[EncodedImage]:
+    def encoded(
+        self, needs: frozenset[str], raw: dict[str, Tensor], arguments: dict[str, Any]
+    ) -> list[EncodedImage]:
         captures, count = self._captures(needs, raw), raw["features"].shape[1]
         tokens = torch.arange(count, device=raw["features"].device)
         return [
-            EncodedImage({name: value[row : row + 1] for name, value in captures.items()}, _square(count), 1, tokens)
+            EncodedImage(
+                {name: value[row : row + 1] for name, value in captures.items()},
+                _square(count),
+                1,
+                tokens,
+            )
             for row in range(len(raw["features"]))
         ]
 
@@ -98,7 +107,10 @@ class LlavaAdapter(Adapter):
             "output_attention": lambda: self._received(raw["queries"], raw["keys"]),
             "encoder_keys": lambda: raw["keys"],
         }
-        return {name: made[name]() if name in made else raw[name] for name in (needs | {"features"}) - {"grid"}}
+        return {
+            name: made[name]() if name in made else raw[name]
+            for name in (needs | {"features"}) - {"grid"}
+        }
 
     def _attention(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Softmax attention of the given queries [I, Q, C] over CLS and patches [I, 1+N, C], [I, H, Q, 1+N], in float32."""
@@ -112,7 +124,9 @@ class LlavaAdapter(Adapter):
         return self._attention(queries, keys).mean((1, 2))[:, 1:]
 
     def one_by_one(self, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        per_image = {name for name in ("pixel_values", "image_sizes") if arguments.get(name) is not None}
+        per_image = {
+            name for name in ("pixel_values", "image_sizes") if arguments.get(name) is not None
+        }
         for number in range(len(arguments["pixel_values"])):
             yield arguments | {name: arguments[name][number : number + 1] for name in per_image}
 
@@ -144,23 +158,35 @@ class LlavaNextAdapter(LlavaAdapter):
 
     def _crops(self, sizes: Iterable[Any]) -> list[int]:
         """How many crops images of these sizes (height, width) have."""
-        pinpoints, side = self.model.config.image_grid_pinpoints, self.model.config.vision_config.image_size
+        pinpoints, side = (
+            self.model.config.image_grid_pinpoints,
+            self.model.config.vision_config.image_size,
+        )
         return [image_size_to_num_patches(size, pinpoints, side) for size in sizes]
 
     def one_by_one(self, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
         # without the zeros that fill an image up to the crops of the largest beside it
-        for mine, crops in zip(super().one_by_one(arguments), self._crops(arguments["image_sizes"]), strict=True):
+        for mine, crops in zip(
+            super().one_by_one(arguments), self._crops(arguments["image_sizes"]), strict=True
+        ):
             yield mine | {"pixel_values": mine["pixel_values"][:, :crops]}
 
-    def encoded(self, needs: frozenset[str], raw: dict[str, Tensor], arguments: dict[str, Any]) -> list[EncodedImage]:
+    def encoded(
+        self, needs: frozenset[str], raw: dict[str, Tensor], arguments: dict[str, Any]
+    ) -> list[EncodedImage]:
         captures, (rows, count) = self._captures(needs, raw), raw["features"].shape[:2]
         sizes, device = arguments["image_sizes"], raw["features"].device
         crops = self._crops(sizes)
         # the model's own packing, of numbers in place of features, tells which placeholder holds which token; float64 holds
         # them exactly
-        numbers = [torch.arange(n * count, dtype=torch.float64, device=device).view(n, count, 1) for n in crops]
+        numbers = [
+            torch.arange(n * count, dtype=torch.float64, device=device).view(n, count, 1)
+            for n in crops
+        ]
         newline = torch.tensor([float(NEWLINE)], dtype=torch.float64, device=device)
-        packed, _ = self.core.pack_image_features(numbers, sizes, vision_feature_select_strategy="default", image_newline=newline)
+        packed, _ = self.core.pack_image_features(
+            numbers, sizes, vision_feature_select_strategy="default", image_newline=newline
+        )
         images, first = [], 0
         for number, tokens in zip(crops, packed, strict=True):
             mine = {name: value[first : first + number] for name, value in captures.items()}
@@ -168,6 +194,11 @@ class LlavaNextAdapter(LlavaAdapter):
             first += number
         assert first == rows, "the encoder ran on other crops than the image sizes say"
         for image in images:
-            if not self.keeps_newlines and int((image.tokens != NEWLINE).sum()) != image.crops * count:
-                raise ValueError("layout='fixed2880' needs inputs without padding; eval.inputs prepares them")
+            if (
+                not self.keeps_newlines
+                and int((image.tokens != NEWLINE).sum()) != image.crops * count
+            ):
+                raise ValueError(
+                    "layout='fixed2880' needs inputs without padding; secateur.inputs prepares them"
+                )
         return images

@@ -4,18 +4,17 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
+from secateur.budget import Budget
+from secateur.injection.calls import Calls, Trace
+from secateur.injection.encoder import ImageCache
+from secateur.injection.entrance import Entrance
+from secateur.injection.families import adapter_for
+from secateur.injection.layers import Layers
+from secateur.pruners import InLLMPruner, Pruner
 from transformers import PreTrainedModel
 
-from eval.budget import Budget
-from eval.inject.calls import Calls, Trace
-from eval.inject.encoder import ImageCache
-from eval.inject.entrance import Entrance
-from eval.inject.families import adapter_for
-from eval.inject.layers import Layers
-from pruners import InLLMPruner, Pruner
-
 if TYPE_CHECKING:  # a pruned model needs no CLIP beside it as a rule
-    from eval.inject.clip import ClipRelevance
+    from secateur.injection.clip import ClipRelevance
 
 Positions = Literal["compact", "original"]
 Layout = Literal["anyres", "fixed2880"]
@@ -35,7 +34,7 @@ def inject(
 
     Args:
         model: a supported image-text model of transformers; `generate` and the plain forward both work.
-        pruner: from `pruners.build`.
+        pruner: from `secateur.pruners.build`.
         budget: tokens per image (64), retention ("11.1%" or 0.111), either per crop ("128/tile"), or "full". Methods inside the
             language model rank the images of a prompt together, within the sum of their budgets.
         positions: `compact` numbers the shortened prompt through, as the official LLaVA codes do; `original` keeps the
@@ -50,7 +49,7 @@ def inject(
             of the pruner reach the caller of the model.
     """
     if not isinstance(pruner, Pruner | InLLMPruner):
-        raise ValueError(f"{pruner!r} is no pruner: pass what pruners.build(name) gives")
+        raise ValueError(f"{pruner!r} is no pruner: pass what secateur.pruners.build(name) gives")
     adapter, budget, trace = adapter_for(model, layout), Budget.parse(budget), Trace()
     if isinstance(pruner, InLLMPruner) and positions is not None:
         raise ValueError(
@@ -59,11 +58,17 @@ def inject(
         )
     policy = adapter.POSITIONS[0] if positions is None else positions
     if policy not in adapter.POSITIONS:
-        why = "; M-RoPE keeps the coordinates of tokens" if adapter.POSITIONS == ("original",) else ""
-        raise ValueError(f"positions={positions!r} is not one of {', '.join(adapter.POSITIONS)}, which this model takes{why}")
+        why = (
+            "; M-RoPE keeps the coordinates of tokens" if adapter.POSITIONS == ("original",) else ""
+        )
+        raise ValueError(
+            f"positions={positions!r} is not one of {', '.join(adapter.POSITIONS)}, which this model takes{why}"
+        )
     calls: Calls
     if isinstance(pruner, Pruner):
-        calls = Entrance(adapter, pruner, budget, trace, cache, compact=policy == "compact", clip=clip)
+        calls = Entrance(
+            adapter, pruner, budget, trace, cache, compact=policy == "compact", clip=clip
+        )
     else:
         calls = Layers(adapter, pruner, budget, trace, cache)
     with calls.attached():

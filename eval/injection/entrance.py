@@ -5,20 +5,19 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+from secateur.budget import Budget
+from secateur.injection.adapter import Adapter
+from secateur.injection.arrange import Kept, arrange
+from secateur.injection.audit import at_the_entrance
+from secateur.injection.calls import Calls, Sample, Trace, real_positions
+from secateur.injection.encoder import ImageCache
+from secateur.injection.layout import NEWLINE, PlacedImage
+from secateur.injection.shorten import Keywords, Shortened, shorten
+from secateur.pruners import Pruner, PrunerError, Selection, VisualTokens
 from torch import Tensor, nn
 
-from eval.budget import Budget
-from eval.inject.adapter import Adapter
-from eval.inject.arrange import Kept, arrange
-from eval.inject.audit import at_the_entrance
-from eval.inject.calls import Calls, Sample, Trace, real_positions
-from eval.inject.encoder import ImageCache
-from eval.inject.layout import NEWLINE, PlacedImage
-from eval.inject.shorten import Keywords, Shortened, shorten
-from pruners import Pruner, PrunerError, Selection, VisualTokens
-
 if TYPE_CHECKING:  # a pruned model needs no CLIP beside it as a rule
-    from eval.inject.clip import ClipRelevance
+    from secateur.injection.clip import ClipRelevance
 
 # captures that do not come out of the image encoder
 _TEXT = frozenset({"text_embeddings"})
@@ -55,28 +54,43 @@ class Entrance(Calls):
     def _prompt(self, kwargs: Keywords, visual: Tensor, images: list[PlacedImage]) -> Keywords:
         samples = self.trace.take(len(visual))
         selected = self._select(images, samples, kwargs["inputs_embeds"])
-        arranged = [arrange(image, kept, self.adapter.keeps_newlines) for image, kept in zip(images, selected, strict=True)]
+        arranged = [
+            arrange(image, kept, self.adapter.keeps_newlines)
+            for image, kept in zip(images, selected, strict=True)
+        ]
         edits = [edit for edit, _ in arranged]
-        shorter, self.shortened = shorten(kwargs, real_positions(kwargs, visual), edits, self.compact)
-        for row, (sample, length) in enumerate(zip(samples, self.shortened.mask.sum(1).tolist(), strict=True)):
+        shorter, self.shortened = shorten(
+            kwargs, real_positions(kwargs, visual), edits, self.compact
+        )
+        for row, (sample, length) in enumerate(
+            zip(samples, self.shortened.mask.sum(1).tolist(), strict=True)
+        ):
             mine = [audit for edit, audit in arranged if edit.row == row]
-            self.trace.records.append(at_the_entrance(sample.id, mine, length, len(self.adapter.layers)))
+            self.trace.records.append(
+                at_the_entrance(sample.id, mine, length, len(self.adapter.layers))
+            )
         return shorter
 
     def _step(self, kwargs: Keywords, past: int) -> Keywords:
         return self.shortened.step(kwargs, past)
 
-    def _select(self, images: list[PlacedImage], samples: list[Sample], embeds: Tensor) -> list[list[Kept]]:
+    def _select(
+        self, images: list[PlacedImage], samples: list[Sample], embeds: Tensor
+    ) -> list[list[Kept]]:
         """Per image and crop what goes on; crops of one size and kind of question go to the pruner together.
 
         A budget that the crops do not divide leaves them with two of their own: all crops are then pruned with either, since a
         method may compare the crops of an image.
         """
         questions = {image.row: self._text(samples[image.row]) for image in images}
-        rows: list[tuple[int, int, VisualTokens, int]] = []  # image, crop, what the pruner sees of it, its budget
+        rows: list[
+            tuple[int, int, VisualTokens, int]
+        ] = []  # image, crop, what the pruner sees of it, its budget
         for number, image in enumerate(images):
             name = f"{samples[image.row].id}|{image.number}"
-            for crop, (tokens, keep) in enumerate(self._crops(image, name, questions[image.row], embeds)):
+            for crop, (tokens, keep) in enumerate(
+                self._crops(image, name, questions[image.row], embeds)
+            ):
                 rows.append((number, crop, tokens, keep))
         kept: dict[tuple[int, int], Kept] = {}
         rows.sort(key=lambda row: _kind(row[2]))
@@ -85,22 +99,34 @@ class Entrance(Calls):
             for keep in sorted({own for *_, own in members}):
                 owners = {number for number, _, _, own in members if own == keep}
                 whole = [row for row in members if row[0] in owners]
-                selection = self._prune(_batch([tokens for _, _, tokens, _ in whole], [n for n, *_ in whole]), keep)
+                selection = self._prune(
+                    _batch([tokens for _, _, tokens, _ in whole], [n for n, *_ in whole]), keep
+                )
                 for (number, crop, _, own), mine in zip(whole, self._kept(selection), strict=True):
                     if own == keep:
                         kept[number, crop] = mine
-        return [[kept[key] for key in sorted(kept) if key[0] == number] for number in range(len(images))]
+        return [
+            [kept[key] for key in sorted(kept) if key[0] == number] for number in range(len(images))
+        ]
 
     def _kept(self, selection: Selection) -> Iterator[Kept]:
         """The rows of a selection."""
         features, width = selection.features, selection.indices.shape[1]
         if features is not None and selection.space == "encoder":
             features = self.adapter.project(features)
-        counts = [width] * len(selection.indices) if selection.counts is None else selection.counts.tolist()
+        counts = (
+            [width] * len(selection.indices)
+            if selection.counts is None
+            else selection.counts.tolist()
+        )
         notes = {name: values.tolist() for name, values in selection.diagnostics.items()}
         for row, count in enumerate(counts):
             mine = None if features is None else features[row, :count]
-            yield Kept(selection.indices[row, :count], mine, {name: values[row] for name, values in notes.items()})
+            yield Kept(
+                selection.indices[row, :count],
+                mine,
+                {name: values[row] for name, values in notes.items()},
+            )
 
     def _crops(
         self, image: PlacedImage, name: str, question: dict[str, Tensor], embeds: Tensor
@@ -116,7 +142,9 @@ class Entrance(Calls):
         captures = dict(image.captures)
         if self.clip is not None and self.pruner.needs & _CLIP:
             patches = (
-                captures["encoder_features"] if "encoder_features" in self.pruner.needs else captures.pop("encoder_features")
+                captures["encoder_features"]
+                if "encoder_features" in self.pruner.needs
+                else captures.pop("encoder_features")
             )
             captures["clip_patches"] = self.clip.patches(patches)
         for crop, keep in enumerate(self.budget.of_crops(image.crops, image.per_crop)):
@@ -128,7 +156,9 @@ class Entrance(Calls):
         selection = self.pruner.prune(tokens, keep)
         kept = selection.indices.shape[1]
         if kept != keep and not self.pruner.adaptive and self.pruner.name != "none":
-            raise PrunerError(f"pruner {self.pruner.name!r} kept {kept} tokens of {tokens.shape[1]}; the budget is {keep}")
+            raise PrunerError(
+                f"pruner {self.pruner.name!r} kept {kept} tokens of {tokens.shape[1]}; the budget is {keep}"
+            )
         return selection
 
     def _text(self, sample: Sample) -> dict[str, Tensor]:

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from secateur.checkpoints import locate, not_loaded
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import CLIPModel, CLIPTokenizer
-
-from eval.checkpoints import locate, not_loaded
 
 _QUESTIONS = 2**14  # remembered, more than a task has: 3 KB each
 
@@ -31,12 +30,18 @@ class ClipRelevance(nn.Module):
         self.tokenizer = tokenizer
         self.segment: int = model.text_model.config.max_position_embeddings
         self.text_model, self.text_projection = model.text_model, model.text_projection
-        self.post_layernorm, self.visual_projection = model.vision_model.post_layernorm, model.visual_projection
+        self.post_layernorm, self.visual_projection = (
+            model.vision_model.post_layernorm,
+            model.visual_projection,
+        )
         self._remembered = functools.lru_cache(_QUESTIONS)(self._encoded)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained: str = "openai/clip-vit-large-patch14-336", revision: str = "main", device: str | torch.device = "cpu"
+        cls,
+        pretrained: str = "openai/clip-vit-large-patch14-336",
+        revision: str = "main",
+        device: str | torch.device = "cpu",
     ) -> "ClipRelevance":
         """The CLIP of a hub id or in a folder (absolute, or relative to the working directory or the project).
 
@@ -46,14 +51,20 @@ class ClipRelevance(nn.Module):
         """
         place = str(locate(pretrained))
         try:
-            loaded: Any = CLIPModel.from_pretrained(place, revision=revision, dtype=torch.float32, output_loading_info=True)
+            loaded: Any = CLIPModel.from_pretrained(
+                place, revision=revision, dtype=torch.float32, output_loading_info=True
+            )
             tokenizer = CLIPTokenizer.from_pretrained(place, revision=revision)
         except (OSError, SafetensorError) as error:
-            raise FileNotFoundError(not_loaded(pretrained, revision, error, "model.clip")) from error
+            raise FileNotFoundError(
+                not_loaded(pretrained, revision, error, "model.clip")
+            ) from error
         model, report = loaded
         # transformers draws missing weights at random, and makes up an empty tokenizer, without an error
         if missing := report["missing_keys"]:
-            raise ValueError(f"{pretrained} is no complete CLIP: {len(missing)} weights are missing, {min(missing)} among them")
+            raise ValueError(
+                f"{pretrained} is no complete CLIP: {len(missing)} weights are missing, {min(missing)} among them"
+            )
         if len(tokenizer) != (known := model.config.text_config.vocab_size):
             raise ValueError(
                 f"the tokenizer of {pretrained} has {len(tokenizer)} tokens, its text tower {known}: the tokenizer's files are "
@@ -74,7 +85,9 @@ class ClipRelevance(nn.Module):
                 f"the model's vision tower is {width} wide, that of this CLIP {expected}: relevance in CLIP's space needs the "
                 "CLIP that the model has its vision tower from"
             )
-        return self.visual_projection(self.post_layernorm(encoder_features.to(self.visual_projection.weight)))
+        return self.visual_projection(
+            self.post_layernorm(encoder_features.to(self.visual_projection.weight))
+        )
 
     def text(self, question: str) -> Tensor:
         """The question in segments of 77 tokens, start and end token counted -> [S, P] in the joint space; blank: [0, P].
@@ -92,9 +105,12 @@ class ClipRelevance(nn.Module):
         weight = self.text_projection.weight
         if not question.strip():
             return weight.new_empty(0, len(weight))
-        tokens = self.tokenizer(question, return_tensors="pt", verbose=False)  # verbose warns of more than 77
+        tokens = self.tokenizer(
+            question, return_tensors="pt", verbose=False
+        )  # verbose warns of more than 77
         fill = -tokens["input_ids"].shape[1] % self.segment
         segments = {
-            name: pad(tokens[name], (0, fill)).view(-1, self.segment).to(device) for name in ("input_ids", "attention_mask")
+            name: pad(tokens[name], (0, fill)).view(-1, self.segment).to(device)
+            for name in ("input_ids", "attention_mask")
         }
         return self.text_projection(self.text_model(**segments).pooler_output)

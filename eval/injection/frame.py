@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+from secateur.pruners.base import EXTRA
 from torch import Tensor
-
-from pruners.base import EXTRA
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,18 @@ from functools import partial
 from typing import Any
 
 import torch
+from secateur.budget import Budget
+from secateur.injection.adapter import Adapter, Rotary
+from secateur.injection.audit import between_layers
+from secateur.injection.calls import Calls, Sample, Trace, real_positions
+from secateur.injection.encoder import ImageCache
+from secateur.injection.frame import Frame, rows_at
+from secateur.injection.layer_captures import LayerCaptures
+from secateur.injection.layout import NEWLINE, PlacedImage
+from secateur.injection.shorten import Edit, Keywords, Shortened, shorten
+from secateur.pruners import InLLMPruner
+from secateur.pruners.base import EXTRA
 from torch import Tensor, nn
-
-from eval.budget import Budget
-from eval.inject.adapter import Adapter, Rotary
-from eval.inject.audit import between_layers
-from eval.inject.calls import Calls, Sample, Trace, real_positions
-from eval.inject.encoder import ImageCache
-from eval.inject.frame import Frame, rows_at
-from eval.inject.layer_captures import LayerCaptures
-from eval.inject.layout import NEWLINE, PlacedImage
-from eval.inject.shorten import Edit, Keywords, Shortened, shorten
-from pruners import InLLMPruner
-from pruners.base import EXTRA
 
 
 class Layers(Calls):
@@ -26,14 +25,23 @@ class Layers(Calls):
     The language model goes on counting the unpruned prompt; the caches of its layers hold different numbers of positions.
     """
 
-    def __init__(self, adapter: Adapter, pruner: InLLMPruner, budget: Budget, trace: Trace, cache: ImageCache | None) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        pruner: InLLMPruner,
+        budget: Budget,
+        trace: Trace,
+        cache: ImageCache | None,
+    ) -> None:
         super().__init__(adapter, budget, trace, cache)
         self.pruner = pruner
         self.captures = LayerCaptures(adapter, pruner)
         self.past = 0  # positions the first layer's cache holds, 0 during a prompt
         self.samples: list[Sample] = []
         self.prompts: list[int] = []  # real positions of every row
-        self.shortened: Shortened | None = None  # without the newlines between tiles, where the layout has none
+        self.shortened: Shortened | None = (
+            None  # without the newlines between tiles, where the layout has none
+        )
         self.width = 0  # positions of the prompt as the layers meet it, padding included
         self.spans: list[tuple[int, int]] = []  # row and visual tokens of every image
         self.crops: list[tuple[int, tuple[int, int]]] = []  # row and grid of every crop
@@ -49,18 +57,33 @@ class Layers(Calls):
         yield from self.captures.hooks(lambda number: not self.past and number + 1 in self.plan)
 
     def _prompt(self, kwargs: Keywords, visual: Tensor, images: list[PlacedImage]) -> Keywords:
-        self.past, self.fitting, self.plan, self.frames, self.diagnostics, self.shortened = 0, {}, {}, {}, [], None
+        self.past, self.fitting, self.plan, self.frames, self.diagnostics, self.shortened = (
+            0,
+            {},
+            {},
+            {},
+            [],
+            None,
+        )
         self.captures.projected.clear()
         self.samples = self.trace.take(len(visual))
         real = real_positions(kwargs, visual)
         if images and not self.adapter.keeps_newlines:
-            edits = [Edit(image.row, image.places, image.places[image.tokens != NEWLINE]) for image in images]
+            edits = [
+                Edit(image.row, image.places, image.places[image.tokens != NEWLINE])
+                for image in images
+            ]
             kwargs, self.shortened = shorten(kwargs, real, edits, compact=True)
             real = self.shortened.mask.bool()
             visual = torch.zeros_like(real)
             for edit in edits:
-                visual[edit.row, self.shortened.moved(edit.places[: len(edit.sources)], edit.row)] = True
-        sizes = [int((image.tokens != NEWLINE).sum()) if self.shortened else len(image.places) for image in images]
+                visual[
+                    edit.row, self.shortened.moved(edit.places[: len(edit.sources)], edit.row)
+                ] = True
+        sizes = [
+            int((image.tokens != NEWLINE).sum()) if self.shortened else len(image.places)
+            for image in images
+        ]
         self.spans = [(image.row, size) for image, size in zip(images, sizes, strict=True)]
         self.crops = [(image.row, image.grid) for image in images for _ in range(image.crops)]
         self.prompts, self.width = real.sum(1).tolist(), real.shape[1]
@@ -73,7 +96,9 @@ class Layers(Calls):
             self._record()
         return kwargs
 
-    def _schedule(self, visual: Tensor, real: Tensor, embeddings: Tensor, budgets: list[int]) -> None:
+    def _schedule(
+        self, visual: Tensor, real: Tensor, embeddings: Tensor, budgets: list[int]
+    ) -> None:
         """Ask the pruner for its plan and its queries; both masks are [B, L], the budgets those of the rows."""
         batch, length = visual.shape
         counts = visual.sum(1).tolist()
@@ -123,14 +148,22 @@ class Layers(Calls):
         frame, keep = self.frames[max(self.frames)], self.plan[number]
         tokens = self.captures.tokens(number, frame, hidden, rotary)
         selection = self.pruner.prune(tokens, keep)
-        index, count, passed = selection.indices, tokens.shape[1], self.pruner.passed(tokens.shape[1], keep)
+        index, count, passed = (
+            selection.indices,
+            tokens.shape[1],
+            self.pruner.passed(tokens.shape[1], keep),
+        )
         if selection.counts is not None or index.shape[1] != passed:
-            self.pruner.fail(f"let {index.shape[1]} of {count} tokens pass before layer {number}; its schedule says {passed}")
+            self.pruner.fail(
+                f"let {index.shape[1]} of {count} tokens pass before layer {number}; its schedule says {passed}"
+            )
         order = index.masked_fill(index == EXTRA, count)
         if bool((order[:, 1:] < order[:, :-1]).any()):
             self.pruner.fail("returned tokens that do not ascend, with merged ones behind them")
         if selection.features is not None and selection.space != "hidden":
-            self.pruner.fail(f"returned features for the space {selection.space!r}; inside the language model it is 'hidden'")
+            self.pruner.fail(
+                f"returned features for the space {selection.space!r}; inside the language model it is 'hidden'"
+            )
         self.diagnostics.append(selection.diagnostics)
         self.frames[number], source = frame.cut(index)
         hidden = rows_at(hidden, source)
@@ -155,7 +188,9 @@ class Layers(Calls):
         if self.pruner.positions == "reindex":
             fitting["position_embeddings"] = self.adapter.rotary(hidden, positions)
         elif not self.past:
-            fitting["position_embeddings"] = self.adapter.rotary_rows(kwargs["position_embeddings"], frame.places)
+            fitting["position_embeddings"] = self.adapter.rotary_rows(
+                kwargs["position_embeddings"], frame.places
+            )
         if kwargs.get("cache_position") is not None:
             fitting["cache_position"] = kwargs["cache_position"][:length]
         return fitting
@@ -181,7 +216,11 @@ class Layers(Calls):
         for number in range(len(self.adapter.layers)):
             count = self.frames[number].visual.shape[1] if number in self.frames else count
             layer_tokens.append(count)
-        left = self.frames[max(self.frames)].tokens.tolist() if self.frames else [[] for _ in self.samples]
+        left = (
+            self.frames[max(self.frames)].tokens.tolist()
+            if self.frames
+            else [[] for _ in self.samples]
+        )
         for row, (sample, tokens) in enumerate(zip(self.samples, left, strict=True)):
             record = between_layers(
                 sample.id,
@@ -190,6 +229,9 @@ class Layers(Calls):
                 tuple(grid for owner, grid in self.crops if owner == row),
                 self.prompts[row],
                 tuple(layer_tokens),
-                [{name: float(values[row]) for name, values in notes.items()} for notes in self.diagnostics],
+                [
+                    {name: float(values[row]) for name, values in notes.items()}
+                    for notes in self.diagnostics
+                ],
             )
             self.trace.records.append(record)

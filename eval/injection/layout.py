@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NEWLINE = -1  # a placeholder that holds no token of the image, but the embedding that ends a row of tiles
+NEWLINE = (
+    -1
+)  # a placeholder that holds no token of the image, but the embedding that ends a row of tiles
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def place(images: list[EncodedImage], visual: Tensor) -> list[PlacedImage]:
     for image, row, places in zip(images, rows.split(sizes), positions.split(sizes), strict=True):
         owner = int(row[0])
         if bool((row != owner).any()):
-            raise ValueError("the placeholders of an image are spread over several prompts of the batch")
+            raise ValueError(
+                "the placeholders of an image are spread over several prompts of the batch"
+            )
         number = sum(other.row == owner for other in placed)
         placed.append(PlacedImage(**vars(image), row=owner, places=places, number=number))
     return placed
