@@ -6,7 +6,13 @@ import torch
 from safetensors import SafetensorError
 from secateur.checkpoints import locate, not_loaded
 from secateur.geometry import config_of, random_model, random_processor
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.auto import image_processing_auto
 
 
@@ -36,7 +42,12 @@ def load(
         raise ValueError(f"weights={weights!r} is not one of pretrained, random")
     place = str(locate(pretrained))
     try:
-        processor = AutoProcessor.from_pretrained(place, revision=revision, **_backend(resize))
+        processor = AutoProcessor.from_pretrained(place, revision=revision)
+        if resize is not None:
+            # AutoProcessor hands a backend to Qwen's video processor too, which has no PIL form
+            processor.image_processor = AutoImageProcessor.from_pretrained(
+                place, revision=revision, **_backend(resize)
+            )
         model = AutoModelForImageTextToText.from_pretrained(
             place,
             revision=revision,
@@ -49,12 +60,10 @@ def load(
     return model.eval(), processor
 
 
-def _backend(resize: str | None) -> dict[str, Any]:
-    """What makes transformers take this backend of its image processors; early releases of 5.x have another name for it."""
-    if resize not in (None, "pil", "torchvision"):
+def _backend(resize: str) -> dict[str, Any]:
+    """The keyword of `AutoImageProcessor` for a backend, which early releases of 5.x name otherwise."""
+    if resize not in ("pil", "torchvision"):
         raise ValueError(f"model.resize={resize!r} is not one of pil, torchvision")
-    if resize is None:
-        return {}
     known = hasattr(image_processing_auto, "_resolve_backend")
     return {"backend": resize} if known else {"use_fast": resize == "torchvision"}
 
@@ -67,8 +76,13 @@ def limit_pixels(processor: Any, family: str, least: int | None, most: int | Non
         raise ValueError(
             f"model.min_pixels and model.max_pixels are for Qwen2.5-VL, not for the family {family!r}"
         )
-    size = processor.image_processor.size
-    processor.image_processor.size = {
+    images = processor.image_processor
+    size = images.size
+    images.size = {
         "shortest_edge": size["shortest_edge"] if least is None else least,
         "longest_edge": size["longest_edge"] if most is None else most,
     }
+    if (
+        getattr(images, "min_pixels", None) is not None
+    ):  # the PIL class of early 5.x reads these instead
+        images.min_pixels, images.max_pixels = images.size.values()
