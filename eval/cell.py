@@ -7,7 +7,6 @@ import inspect
 import io
 import os
 import platform
-import subprocess
 import sys
 import time
 from functools import cache
@@ -15,8 +14,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from secateur import source
 from secateur.budget import Budget
-from secateur.checkpoints import ROOT, hub_commit
+from secateur.checkpoints import hub_commit
 from secateur.pruners import InLLMPruner, Pruner
 
 if (
@@ -81,15 +81,12 @@ def environment(device: "torch.device") -> dict[str, Any]:
     """Where a cell ran; does not count for its identity."""
     import torch
 
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "commit": commit.stdout.strip() or "not a checkout",
+        "commit": source.commit(),
     }
 
 

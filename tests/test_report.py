@@ -212,7 +212,14 @@ def test_equal_answers_and_nan_are_marked(tmp_path):
     assert all(row["low"] != row["low"] for row in report.sections[0].rows["gqa"])
 
 
-def test_edited_sources_and_several_commits_are_said(tmp_path):
+@pytest.mark.parametrize(
+    ("commit", "said"),
+    [
+        ("def-dirty", "edited sources that no commit holds: def-dirty"),
+        ("unknown: git is not installed", "not known (unknown: git is not installed)"),
+    ],
+)
+def test_several_edited_and_unknown_commits_are_said(tmp_path, commit, said):
     cells = grid(tasks=("gqa",), scope=0.7)
     store(tmp_path, cells[:1])
     record = {
@@ -221,15 +228,15 @@ def test_edited_sources_and_several_commits_are_said(tmp_path):
         if key not in ("identity", "seal")
     }
     samples = Store.samples(Store(tmp_path).folder(cells[0].record["identity"]))
-    record["environment"] = record["environment"] | {"commit": "def-dirty"}
+    record["environment"] = record["environment"] | {"commit": commit}
     record["metrics"] = cells[1].record["metrics"]
     own = cells[1].rows
     Store(tmp_path).write(
         cells[1].record["identity"], record | {"average_tokens": 16.0}, samples.assign(**own)
     )
     doubts = Report(tmp_path, 200).sections[0].warnings
-    assert any("2 commits, abc, def-dirty" in text for text in doubts)
-    assert any("edited sources that no commit holds: def-dirty" in text for text in doubts)
+    assert any(f"2 commits, abc, {commit}" in text for text in doubts)
+    assert any(said in text for text in doubts)
 
 
 def test_missing_data_sets_leave_the_answers(tmp_path, monkeypatch):

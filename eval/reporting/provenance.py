@@ -82,6 +82,8 @@ def _doubts(cells: Sequence[Cell]) -> list[str]:
         )
     if dirty := [commit for commit in commits if commit.endswith("-dirty")]:
         found.append(f"Cells ran on edited sources that no commit holds: {', '.join(dirty)}.")
+    if unknown := [commit for commit in commits if commit.startswith("unknown")]:
+        found.append(f"The commit of cells is not known ({', '.join(unknown)}).")
     return found
 
 

@@ -1,0 +1,59 @@
+"""The commit of the code that runs."""
+
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from secateur.checkpoints import ROOT
+
+
+@cache
+def commit() -> str:
+    """The commit of this process's code, read once, when first asked for.
+
+    Returns:
+        `<commit>`; `<commit>-dirty` with changes that no commit holds; or `unknown: <reason>`.
+    """
+    return commit_of(ROOT)
+
+
+def commit_of(root: Path) -> str:
+    """The same of the project in the folder `root`. A missing or unwilling git is no error."""
+    try:
+        top = _git(root, "rev-parse", "--show-toplevel")
+        if top.returncode:
+            return f"unknown: {_reason(top.stderr)}"
+        # installed inside a repository of the user's, whose commit says nothing about this code
+        if Path(top.stdout.removesuffix("\n")).resolve() != root.resolve():
+            return "unknown: not a checkout"
+        found = _git(root, "describe", "--always", "--dirty", "--exclude=*")
+    except FileNotFoundError:
+        return "unknown: git is not installed"
+    except OSError as error:
+        return f"unknown: git cannot be run ({error.strerror})"
+    if found.returncode:
+        return f"unknown: {_reason(found.stderr)}"
+    return found.stdout.strip()
+
+
+def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    elsewhere = (
+        "GIT_DIR",
+        "GIT_WORK_TREE",
+        "GIT_INDEX_FILE",
+    )  # set in a hook of another repository
+    env = {name: value for name, value in os.environ.items() if name not in elsewhere}
+    env |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}  # English messages; other processes read too
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
+
+
+def _reason(errors: str) -> str:
+    """What git's message means, without the paths of this machine where it is a known one."""
+    if "not a git repository" in errors:
+        return "not a checkout"
+    if "dubious ownership" in errors:
+        return "git refuses a folder of another owner, see safe.directory"
+    lines = errors.strip().splitlines()
+    return lines[0].removeprefix("fatal: ") if lines else "git failed and said nothing"
