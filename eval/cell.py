@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from secateur import source
+from secateur import lock, source
 from secateur.budget import Budget
 from secateur.checkpoints import hub_commit
 from secateur.pruners import InLLMPruner, Pruner
@@ -87,6 +87,7 @@ def environment(device: "torch.device") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "commit": source.commit(),
+        **lock.state(),
     }
 
 

@@ -22,7 +22,6 @@ from typing import Any
 import pandas as pd
 import torch
 from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.models.chat.llava_hf import LlavaHf
 from rich.progress import track
 from secateur import cell
 from secateur.budget import Budget
@@ -34,6 +33,15 @@ from secateur.paths import ROOT, SHAPES_MODEL
 from secateur.pruners import build
 from secateur.shapes.datasets import build as build_shapes
 from secateur.tasks import TASKS, load_tasks, task_manager
+
+try:
+    from lmms_eval.models.chat.llava_hf import LlavaHf
+except ModuleNotFoundError as error:
+    if error.name != "decord":
+        raise
+    sys.exit(
+        "lmms-eval's own model class, which this compares with, imports decord: pip install decord"
+    )
 
 WEIGHTS = str(SHAPES_MODEL)
 PRUNERS = ("random", "fastervlm", "visionzip", "divprune", "scope", "promprune")

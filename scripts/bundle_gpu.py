@@ -1,7 +1,7 @@
 """Wheels of what a GPU machine without a network lacks, so that the harness runs there: about 29 MB.
 
     python scripts/bundle_gpu.py wheels            here: download into the folder wheels
-    python3 -m pip install --no-index --no-deps --target site wheels/*.whl && PYTHONPATH=site:. python3 scripts/bench.py     there
+    python3 -m pip install --no-index --no-deps --target site wheels/*.whl && PYTHONPATH=site python3 scripts/bench.py     there
 
 For machines that have torch, torchvision, transformers, pandas, scipy, pyarrow, matplotlib, rich, tabulate and what these need.
 Versions are those of the environment the script runs in. Not among them: av, which qwen-vl-utils needs for videos alone.
@@ -13,10 +13,11 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from secateur.paths import ROOT
+
 LMMS_EVAL = [
     "lmms-eval",
     "chardet",
-    "decord",
     "defusedxml",
     "evaluate",
     "loguru",

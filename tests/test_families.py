@@ -6,8 +6,6 @@ import pytest
 import torch
 from conftest import picture
 from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.models.chat.llava_hf import LlavaHf
-from lmms_eval.models.chat.qwen2_5_vl import Qwen2_5_VL
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from secateur.budget import Budget
@@ -254,8 +252,12 @@ def test_prompts_without_and_with_two_images(folders, family, method):
     assert [len(record.visual_tokens) for record in trace.records[-2:]] == [0, 2]
 
 
+@pytest.mark.lmms_classes
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
 def test_the_unpruned_answers_are_those_of_lmms_evals_own_classes(folders, tasks, family):
+    from lmms_eval.models.chat.llava_hf import LlavaHf
+    from lmms_eval.models.chat.qwen2_5_vl import Qwen2_5_VL
+
     options = {
         "pretrained": str(folders[family]),
         "device": "cpu",

@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import picture
-from lmms_eval.models.chat.llava_hf import LlavaHf
 from lmms_eval.protocol import ChatMessages
 from secateur import cell, loaded, models
 from secateur.budget import Budget
@@ -38,7 +37,10 @@ def run(model, tasks, name, limit):
     return cell.run(model, tasks[name], name, limit, 0)
 
 
+@pytest.mark.lmms_classes
 def test_the_unpruned_answers_are_those_of_lmms_evals_own_wrapper(model, tasks):
+    from lmms_eval.models.chat.llava_hf import LlavaHf
+
     theirs = LlavaHf(
         pretrained=str(WEIGHTS),
         dtype="float32",
