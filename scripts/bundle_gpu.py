@@ -72,7 +72,7 @@ def main() -> None:
         [*pip, "download", *common, *there, "--dest", str(options.folder), *ready], check=True
     )
     subprocess.run(
-        [*pip, "wheel", *common, "--wheel-dir", str(options.folder), *source], check=True
+        [*pip, "wheel", *common, "--wheel-dir", str(options.folder), *source, str(ROOT)], check=True
     )
     wheels = list(options.folder.glob("*.whl"))
     print(
