@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from secateur.injection.adapter import Adapter
+from secateur.injection.contract import cache_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ def footprint(adapter: Adapter, request: Callable[[], Any]) -> Footprint:
     def cache(_module: Any, _args: Any, output: Any) -> None:
         if "kv" not in seen:
             seen["kv"] = tuple(
-                layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers
+                layer.keys.nbytes + layer.values.nbytes for layer in cache_of(output).layers
             )
 
     def mask(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+from secateur.injection.contract import require
 from secateur.injection.layout import EncodedImage
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -22,6 +23,21 @@ class Adapter:
 
     # capture a pruner may need -> raw tensors it is made from, which hooks store under these names
     SOURCES: ClassVar[dict[str, tuple[str, ...]]]
+    # attributes of the model that are read by name
+    PARTS: ClassVar[tuple[str, ...]] = (
+        "config.image_token_id",
+        "model.get_image_features",
+        "model.language_model.norm",
+        "model.language_model.rotary_emb",
+        "model.language_model.layers.0.input_layernorm",
+        "model.language_model.layers.0.self_attn.q_proj",
+        "model.language_model.layers.0.self_attn.k_proj",
+        "model.language_model.layers.0.self_attn.head_dim",
+        "model.language_model.layers.0.self_attn.scaling",
+    )
+    IMAGE_ARGUMENTS: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+    )  # of get_image_features, read by name
     POSITIONS: ClassVar[tuple[str, ...]] = (
         "compact",
         "original",
@@ -29,6 +45,7 @@ class Adapter:
     keeps_newlines: bool = True  # False: rows of tiles go on without the embedding that ends them
 
     def __init__(self, model: PreTrainedModel) -> None:
+        require(model, *self.PARTS)
         self.model: Any = model
         self.core: Any = self.model.model
         self.language_model: Any = self.core.language_model

@@ -11,9 +11,9 @@ import torch
 from secateur.budget import Budget
 from secateur.injection.adapter import Adapter
 from secateur.injection.audit import SampleRecord
+from secateur.injection.contract import Arguments, Keywords
 from secateur.injection.encoder import Encoder, ImageCache
 from secateur.injection.layout import PlacedImage, place
-from secateur.injection.shorten import Keywords
 from torch import Tensor, nn
 
 _INJECTED: WeakSet[nn.Module] = WeakSet()  # cores with a block open
@@ -65,9 +65,17 @@ class Calls:
     ) -> None:
         self.adapter, self.budget, self.trace = adapter, budget, trace
         self.encoder = Encoder(adapter, self._encoded(), cache, adapter.core.get_image_features)
+        self.core_arguments = Arguments(adapter.core.forward, "input_ids")
+        self.arguments = Arguments(
+            adapter.language_model.forward,
+            "inputs_embeds",
+            "attention_mask",
+            "position_ids",
+            "cache",
+        )
         self.input_ids: Tensor | None = None
-        self.length: int | None = (
-            None  # positions of the unpruned prompt, padding included; None before the first
+        self.prompt: Tensor | None = (
+            None  # [B, L] ids of the last prompt, padding included; None before the first
         )
 
     @contextlib.contextmanager
@@ -105,20 +113,20 @@ class Calls:
         raise NotImplementedError
 
     def _see_ids(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Keywords) -> None:
-        self.input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
+        self.input_ids = self.core_arguments.read(args, kwargs).get("input_ids")
 
     def _enter(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: Keywords
     ) -> tuple[Any, Keywords]:
-        cache = kwargs.get("past_key_values")
+        kwargs = self.arguments.read(args, kwargs)
+        cache, mask = kwargs.get("cache"), kwargs.get("attention_mask")
         past = cache.get_seq_length() if cache is not None else 0
-        mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise ValueError(
                 "pruning needs the mask of the prompt, [B, L]: generate with a dynamic cache, not with a static one"
             )
         if past:
-            if self.length is None:
+            if self.prompt is None:
                 raise ValueError(
                     "the cache was filled outside this block: start generation inside it"
                 )
@@ -131,19 +139,42 @@ class Calls:
                 raise ValueError(
                     "image placeholders behind a filled cache cannot be pruned: give the prompt in one piece"
                 )
-            return args, self._step(kwargs, past)
+            return (), self.arguments.write(self._step(kwargs, past))
         if self.input_ids is None:
             raise ValueError(
                 "a pruned model needs input_ids: inputs_embeds do not tell which positions are visual"
             )
         visual = self.input_ids == self.adapter.image_token_id
+        self._check_prompt(self.input_ids, visual)
         images, self.encoder.images = (
             place(self.encoder.images, visual),
             [],
         )  # used up: the next prompt must encode its own
         new = self._prompt(kwargs, visual, images)
-        self.length = kwargs["inputs_embeds"].shape[1]
-        return args, new
+        self.prompt = self.input_ids
+        return (), self.arguments.write(new)
+
+    def _check_prompt(self, ids: Tensor, visual: Tensor) -> None:
+        """Refuse what is a step of the prompt before rather than a prompt, though it comes without a filled cache.
+
+        Args:
+            ids: [B, L] of the call.
+            visual: [B, L] True at image placeholders.
+        """
+        if self.prompt is None:  # the first call of a block is a prompt, were it of one position
+            return
+        if ids.shape[1] == 1 and not bool(visual.any()):
+            raise ValueError(
+                "a call of one position without an image came with an empty cache, after a prompt: a decoding step needs the "
+                "cache that the prompt filled; for a prompt of one token open a block of its own"
+            )
+        if ids.shape == (len(self.prompt), self.prompt.shape[1] + 1) and torch.equal(
+            ids[:, :-1], self.prompt
+        ):
+            raise ValueError(
+                "the prompt came again with one token more and an empty cache, as use_cache=False does: it would be pruned "
+                "anew at every step; generate with a cache"
+            )
 
 
 @contextlib.contextmanager

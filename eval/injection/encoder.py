@@ -1,7 +1,6 @@
 """The core's method that encodes images, answered with what a pruner needs of them kept, and from a cache where there is one."""
 
 import contextlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from secateur.cache import EncodeCache, image_key
 from secateur.injection.adapter import Adapter
+from secateur.injection.contract import Arguments
 from secateur.injection.layout import EncodedImage
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -55,11 +55,11 @@ class Encoder:
         encode: Callable[..., Any],
     ) -> None:
         self.adapter, self.needs, self.cache, self.encode = adapter, needs, cache, encode
+        self.arguments = Arguments(encode, *adapter.IMAGE_ARGUMENTS)
         self.images: list[EncodedImage] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = dict(inspect.signature(self.encode).bind(*args, **kwargs).arguments)
-        arguments |= arguments.pop("kwargs", {})
+        arguments = self.arguments.read(args, kwargs)
         if self.cache is None:
             output, self.images = self._run(arguments, self.needs)
             return output

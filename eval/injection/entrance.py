@@ -10,9 +10,10 @@ from secateur.injection.adapter import Adapter
 from secateur.injection.arrange import Kept, arrange
 from secateur.injection.audit import at_the_entrance
 from secateur.injection.calls import Calls, Sample, Trace, real_positions
+from secateur.injection.contract import Keywords
 from secateur.injection.encoder import ImageCache
 from secateur.injection.layout import NEWLINE, PlacedImage
-from secateur.injection.shorten import Keywords, Shortened, shorten
+from secateur.injection.shorten import Shortened, shorten
 from secateur.pruners import Pruner, PrunerError, Selection, VisualTokens
 from torch import Tensor, nn
 

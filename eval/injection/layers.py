@@ -9,11 +9,12 @@ from secateur.budget import Budget
 from secateur.injection.adapter import Adapter, Rotary
 from secateur.injection.audit import between_layers
 from secateur.injection.calls import Calls, Sample, Trace, real_positions
+from secateur.injection.contract import Arguments, Keywords
 from secateur.injection.encoder import ImageCache
 from secateur.injection.frame import Frame, rows_at
 from secateur.injection.layer_captures import LayerCaptures
 from secateur.injection.layout import NEWLINE, PlacedImage
-from secateur.injection.shorten import Edit, Keywords, Shortened, shorten
+from secateur.injection.shorten import Edit, Shortened, shorten
 from secateur.pruners import InLLMPruner
 from secateur.pruners.base import EXTRA
 from torch import Tensor, nn
@@ -36,6 +37,13 @@ class Layers(Calls):
         super().__init__(adapter, budget, trace, cache)
         self.pruner = pruner
         self.captures = LayerCaptures(adapter, pruner)
+        self.layer_arguments = Arguments(
+            adapter.layers[0].forward,
+            "hidden_states",
+            "attention_mask",
+            "position_ids",
+            "position_embeddings",
+        )
         self.past = 0  # positions the first layer's cache holds, 0 during a prompt
         self.samples: list[Sample] = []
         self.prompts: list[int] = []  # real positions of every row
@@ -131,7 +139,8 @@ class Layers(Calls):
     def _before(
         self, number: int, _module: nn.Module, args: tuple[Any, ...], kwargs: Keywords
     ) -> tuple[tuple[Any, ...], Keywords] | None:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        kwargs = self.layer_arguments.read(args, kwargs)
+        hidden = kwargs.pop("hidden_states")
         if number in self.plan:
             if not self.past:
                 hidden = self._cut(number, hidden, (kwargs | self.fitting)["position_embeddings"])
@@ -140,8 +149,7 @@ class Layers(Calls):
                 self._record()
         if not self.fitting:
             return None
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        return (hidden, *args[1:]), rest | self.fitting
+        return (hidden,), self.layer_arguments.write(kwargs | self.fitting)
 
     def _cut(self, number: int, hidden: Tensor, rotary: Rotary) -> Tensor:
         """Ask the pruner, note the new frame, and return the hidden states that go on."""

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from secateur.injection.adapter import Adapter
+from secateur.injection.contract import ContractError, require
 from secateur.injection.layout import NEWLINE, EncodedImage
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -30,6 +31,11 @@ class LlavaAdapter(Adapter):
         "last_keys": ("last_keys",),
         "grid": (),
     }
+    PARTS: ClassVar[tuple[str, ...]] = (
+        *Adapter.PARTS,
+        "model.multi_modal_projector",
+        "model.vision_tower",
+    )
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -44,6 +50,7 @@ class LlavaAdapter(Adapter):
                 "pruning supports one layer and strategy 'default' (CLS dropped)"
             )
         blocks = self._blocks()
+        require(blocks[0], "self_attn.q_proj", "self_attn.k_proj", "self_attn.num_heads")
         # hidden_states has one entry more than there are blocks: entry k is the output of block k - 1
         self.block: Any = blocks[layer if layer < 0 else layer - 1]
         self.last_block: Any = blocks[-1]
@@ -55,7 +62,7 @@ class LlavaAdapter(Adapter):
         for name, module in self.core.vision_tower.named_modules():
             if name.endswith("encoder.layers"):
                 return module
-        raise ValueError(f"no encoder blocks found in {type(self.core.vision_tower).__name__}")
+        raise ContractError(f"no `encoder.layers` in {type(self.core.vision_tower).__name__}")
 
     def hooks(self, needs: frozenset[str], into: dict[str, Tensor]) -> Iterator[RemovableHandle]:
         self.check_known(needs)
@@ -149,6 +156,9 @@ class LlavaNextAdapter(LlavaAdapter):
             `fixed2880`, as the papers' codes do: every token of every crop, no newlines. The latter needs inputs whose image
             sizes are square, so that nothing counts as padding.
     """
+
+    PARTS: ClassVar = (*LlavaAdapter.PARTS, "model.pack_image_features")
+    IMAGE_ARGUMENTS: ClassVar = ("pixel_values", "image_sizes")
 
     def __init__(self, model: PreTrainedModel, layout: str) -> None:
         super().__init__(model)

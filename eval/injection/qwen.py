@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from secateur.injection.adapter import Adapter, Rotary, rotate
+from secateur.injection.contract import Arguments
 from secateur.injection.layout import EncodedImage
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -33,6 +34,18 @@ class Qwen25VLAdapter(Adapter):
         "encoder_keys": ("qkv",),
         "grid": (),
     }
+    PARTS: ClassVar = (
+        *Adapter.PARTS,
+        "model.visual.merger",
+        "model.visual.spatial_merge_size",
+        "model.visual.window_size",
+        "model.visual.patch_size",
+        "model.visual.fullatt_block_indexes",
+        "model.visual.blocks.0.attn.qkv",
+        "model.visual.blocks.0.attn.num_heads",
+        "model.visual.blocks.0.attn.scaling",
+    )
+    IMAGE_ARGUMENTS: ClassVar = ("pixel_values", "image_grid_thw")
     POSITIONS: ClassVar = (
         "original",
     )  # M-RoPE holds rows and columns, which numbering through would lose
@@ -71,8 +84,10 @@ class Qwen25VLAdapter(Adapter):
         def store(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
             into[name] = output.detach()
 
-        def store_rotary(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-            into["cosines"], into["sines"] = kwargs["position_embeddings"]
+        rotary = Arguments(self.attention.forward, "position_embeddings")
+
+        def store_rotary(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            into["cosines"], into["sines"] = rotary.read(args, kwargs)["position_embeddings"]
 
         places = {
             "merged": self.visual.merger,

@@ -1,12 +1,10 @@
 """A shorter prompt for the language model, and the steps behind it: embeddings, mask and positions stay consistent."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from secateur.injection.contract import Keywords
 from torch import Tensor
-
-Keywords = dict[str, Any]
 
 
 @dataclass(frozen=True)
