@@ -11,7 +11,7 @@ from conftest import picture
 from lmms_eval.protocol import ChatMessages
 from secateur import cell, loaded, models
 from secateur.budget import Budget
-from secateur.injection import families
+from secateur.injection import contract, selftest
 from secateur.metrics import image_id
 from secateur.models import PrunedModel
 from secateur.pruners import build
@@ -165,9 +165,10 @@ def test_a_full_disk_is_no_missing_data_set(monkeypatch):
 
 
 def test_an_untested_transformers_is_told_before_the_first_cell(monkeypatch):
-    monkeypatch.setattr(families, "TESTED", ("4.0.0", "4.1.0"))
-    families._warn_untested.cache_clear()
-    with pytest.warns(UserWarning, match=r"outside 4\.0\.0\.\.4\.1\.0"):
+    monkeypatch.setattr(contract, "TESTED", ("4.0.0", "4.1.0"))
+    selftest.check.cache_clear()
+    selftest._warn.cache_clear()
+    with pytest.warns(UserWarning, match=r"tested on \(4\.0, 4\.1\); it passed a self-test"):
         PrunedModel(str(WEIGHTS), dtype="float32", device="cpu")
 
 

@@ -1,30 +1,39 @@
 """Which adapter a model gets."""
 
-import functools
-import warnings
-
 import transformers
-from packaging.version import Version
 from secateur.injection.adapter import Adapter
+from secateur.injection.contract import is_tested
 from secateur.injection.llava import LlavaAdapter, LlavaNextAdapter
 from secateur.injection.qwen import Qwen25VLAdapter
 from transformers import PreTrainedModel
-
-TESTED = (
-    "5.0.0",
-    "5.23.0",
-)  # oldest and newest release of transformers that `make test-matrix` ran on
 
 _FAMILIES: dict[str, type[Adapter]] = {"llava": LlavaAdapter, "qwen2_5_vl": Qwen25VLAdapter}
 
 
 def adapter_for(model: PreTrainedModel, layout: str | None = None) -> Adapter:
-    """The adapter of a model's family; `layout` is for LLaVA-NeXT and defaults to `anyres`.
+    """The adapter of a model's family, once injection into the family is known to work on the installed transformers.
+
+    On a release that is not in `contract.TESTED`, a self-test on a tiny model of the family tells; it warns where it passes.
+
+    Args:
+        layout: for LLaVA-NeXT; the default is `anyres`.
 
     Raises:
-        ValueError: a family that is not supported, or a layout for a family that has none.
+        ValueError: a family that is not supported, a layout for a family that has none, or a release of transformers on which
+            injection does not work.
     """
-    _warn_untested(transformers.__version__)
+    adapter, version = adapter_of(model, layout), transformers.__version__
+    if not is_tested(version):
+        from secateur.injection import (
+            selftest,  # it imports this module, and tested releases do without it
+        )
+
+        selftest.check(model.config.model_type, version)
+    return adapter
+
+
+def adapter_of(model: PreTrainedModel, layout: str | None = None) -> Adapter:
+    """The same without a look at the release of transformers."""
     family = getattr(model.config, "model_type", "?")
     if family == "llava_next":
         return LlavaNextAdapter(model, layout or "anyres")
@@ -37,13 +46,3 @@ def adapter_for(model: PreTrainedModel, layout: str | None = None) -> Adapter:
             f"model type {family!r} is not supported; supported: {', '.join(_FAMILIES)}, llava_next"
         )
     return _FAMILIES[family](model)
-
-
-@functools.cache
-def _warn_untested(version: str) -> None:
-    """Once a process and version."""
-    if not Version(TESTED[0]) <= Version(version) <= Version(TESTED[1]):
-        warnings.warn(
-            f"transformers {version} is outside {TESTED[0]}..{TESTED[1]}, which injection is tested on; run `make test-matrix`",
-            stacklevel=3,
-        )
