@@ -133,7 +133,7 @@ class PrunedModel(lmms):
         )
         adapter_for(
             model, layout
-        )  # warns of releases of transformers; later lmms-eval's output is caught
+        )  # tests untested releases of transformers; later lmms-eval's output is caught
         self.tokenizer = self.inputs.processor.tokenizer
         self._layout, self._clip_name, self._most = layout, clip, max_new_tokens
         self._clip: ClipRelevance | None = None

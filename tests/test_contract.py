@@ -14,6 +14,7 @@ from packaging.version import Version
 from secateur.geometry import random_processor, tiny
 from secateur.injection import Sample, inject
 from secateur.injection import selftest as selftest_module
+from secateur.injection.adapter import Adapter
 from secateur.injection.contract import (
     SPELLINGS,
     TESTED,
@@ -123,8 +124,9 @@ def test_the_cache_is_found_under_every_known_name(model, inputs, monkeypatch, m
 def test_an_unknown_name_of_the_cache_is_an_error(model, monkeypatch):
     renamed(monkeypatch, type(model.model.language_model), "cache", "kv_store", told=True)
     message = (
-        rf"transformers {transformers.__version__} has no argument cache or past_key_values in the signature of .*\.forward, "
-        r"which injection reads: install a tested release \(5\.0, .*\), with pip install 'transformers==5\.24\.\*'"
+        r"\w+\.forward has no argument cache or past_key_values, which injection reads.* transformers "
+        rf"{transformers.__version__} names it otherwise: install a tested release \(5\.0, .*\), with pip install "
+        r"'transformers==5\.24\.\*'"
     )
     with pytest.raises(ContractError, match=message), inject(model, build("uniform"), 0.5):
         pass
@@ -262,6 +264,17 @@ def test_the_bound_of_the_package_and_the_makefile_name_the_tested_releases():
     assert f"transformers {', '.join(others)} and {last}." in (ROOT / "README.md").read_text()
 
 
+def test_parts_of_the_layers_are_for_methods_inside_the_language_model(model, monkeypatch):
+    monkeypatch.setattr(Adapter, "LANGUAGE_PARTS", ("layers.0.self_attn.qkv_proj",))
+    with inject(model, build("uniform"), 0.5):
+        pass
+    with (
+        pytest.raises(ContractError, match=r"has no `layers\.0\.self_attn\.qkv_proj`"),
+        inject(model, build("fastv"), 0.5),
+    ):
+        pass
+
+
 class TestArguments:
     @staticmethod
     def step(hidden, mask=None, *, cache=None, **options):
@@ -283,13 +296,12 @@ class TestArguments:
 
     def test_a_missing_name_and_a_missing_part_are_errors(self, model):
         with pytest.raises(
-            ContractError,
-            match=r"has no argument pixel_values in the signature of TestArguments\.step",
+            ContractError, match=r"TestArguments\.step has no argument pixel_values"
         ):
             Arguments(self.step, "pixel_values")
         with pytest.raises(
             ContractError,
-            match=r"has no `model\.language_model\.layers\.0\.qkv` in .*ForConditionalGeneration",
+            match=r"ForConditionalGeneration has no `model\.language_model\.layers\.0\.qkv`",
         ):
             require(model, "model.language_model.layers.0.qkv")
 

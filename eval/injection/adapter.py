@@ -27,13 +27,16 @@ class Adapter:
     PARTS: ClassVar[tuple[str, ...]] = (
         "config.image_token_id",
         "model.get_image_features",
-        "model.language_model.norm",
-        "model.language_model.rotary_emb",
-        "model.language_model.layers.0.input_layernorm",
-        "model.language_model.layers.0.self_attn.q_proj",
-        "model.language_model.layers.0.self_attn.k_proj",
-        "model.language_model.layers.0.self_attn.head_dim",
-        "model.language_model.layers.0.self_attn.scaling",
+        "model.language_model.layers.0",
+    )
+    LANGUAGE_PARTS: ClassVar[tuple[str, ...]] = (  # of the language model, for methods inside it
+        "norm",
+        "rotary_emb",
+        "layers.0.input_layernorm",
+        "layers.0.self_attn.q_proj",
+        "layers.0.self_attn.k_proj",
+        "layers.0.self_attn.head_dim",
+        "layers.0.self_attn.scaling",
     )
     IMAGE_ARGUMENTS: ClassVar[tuple[str, ...]] = (
         "pixel_values",

@@ -17,18 +17,19 @@ SPELLINGS = {"cache": ("cache", "past_key_values")}  # `cache` since 5.24
 
 
 class ContractError(ValueError):
-    """The installed transformers lacks something that injection reads by name."""
+    """The model, as the installed transformers makes it, lacks something that injection reads by name."""
 
     def __init__(self, lacking: str) -> None:
         super().__init__(
-            f"transformers {transformers.__version__} has {lacking}, which injection reads: {cure()}"
+            f"{lacking}, which injection reads. Pass the model itself, without a wrapper; if it has none, "
+            f"transformers {transformers.__version__} names it otherwise: {cure()}"
         )
 
 
 def is_tested(version: str) -> bool:
     """Whether a release has the minor version of a tested one; development versions never do."""
     release = Version(version)
-    minors = {Version(tested).release[:2] for tested in TESTED}
+    minors = {Version(listed).release[:2] for listed in TESTED}
     return release.release[:2] in minors and not release.is_prerelease
 
 
@@ -68,9 +69,7 @@ class Arguments:
             found = next((spelling for spelling in spellings if spelling in parameters), None)
             if found is None:
                 who = getattr(function, "__qualname__", repr(function))
-                raise ContractError(
-                    f"no argument {' or '.join(spellings)} in the signature of {who}"
-                )
+                raise ContractError(f"{who} has no argument {' or '.join(spellings)}")
             self._theirs[name] = found
             self._ours |= dict.fromkeys(spellings, name)
 
@@ -104,7 +103,7 @@ def require(root: Any, *paths: str) -> None:
         try:
             operator.attrgetter(path)(root)
         except AttributeError as error:
-            raise ContractError(f"no `{path}` in {type(root).__name__} ({error})") from error
+            raise ContractError(f"{type(root).__name__} has no `{path}` ({error})") from error
 
 
 def cache_of(output: Any) -> Any:
@@ -116,4 +115,4 @@ def cache_of(output: Any) -> Any:
     for name in SPELLINGS["cache"]:
         if name in output:
             return output[name]
-    raise ContractError(f"no field {' or '.join(SPELLINGS['cache'])} in {type(output).__name__}")
+    raise ContractError(f"{type(output).__name__} has no field {' or '.join(SPELLINGS['cache'])}")

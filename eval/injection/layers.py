@@ -9,7 +9,7 @@ from secateur.budget import Budget
 from secateur.injection.adapter import Adapter, Rotary
 from secateur.injection.audit import between_layers
 from secateur.injection.calls import Calls, Sample, Trace, real_positions
-from secateur.injection.contract import Arguments, Keywords
+from secateur.injection.contract import Arguments, Keywords, require
 from secateur.injection.encoder import ImageCache
 from secateur.injection.frame import Frame, rows_at
 from secateur.injection.layer_captures import LayerCaptures
@@ -35,6 +35,7 @@ class Layers(Calls):
         cache: ImageCache | None,
     ) -> None:
         super().__init__(adapter, budget, trace, cache)
+        require(adapter.language_model, *adapter.LANGUAGE_PARTS)
         self.pruner = pruner
         self.captures = LayerCaptures(adapter, pruner)
         self.layer_arguments = Arguments(

@@ -62,7 +62,7 @@ class LlavaAdapter(Adapter):
         for name, module in self.core.vision_tower.named_modules():
             if name.endswith("encoder.layers"):
                 return module
-        raise ContractError(f"no `encoder.layers` in {type(self.core.vision_tower).__name__}")
+        raise ContractError(f"{type(self.core.vision_tower).__name__} has no `encoder.layers`")
 
     def hooks(self, needs: frozenset[str], into: dict[str, Tensor]) -> Iterator[RemovableHandle]:
         self.check_known(needs)

@@ -101,7 +101,7 @@ class _Case:
         self.visual = (self.inputs["input_ids"][0] == self.adapter.image_token_id).nonzero()[
             :, 0
         ]  # [P]
-        self.plain = self.model.generate(**self.inputs, **STEPS)
+        self.plain = self._generate()
         fed = self.model(
             **self.inputs, output_hidden_states=True, output_attentions=attention == "eager"
         )
@@ -167,6 +167,9 @@ class _Case:
                 f"attention of the image encoder: {apart:.2g} apart from the encoder's own"
             )
 
+    def _generate(self) -> Any:
+        return self.model.generate(**self.inputs, **STEPS)
+
     def _pruned(
         self, pruner: Pruner | InLLMPruner, budget: float | str
     ) -> tuple[Any, SampleRecord]:
@@ -179,7 +182,7 @@ class _Case:
         else:
             calls = Layers(self.adapter, pruner, parsed, trace, None)
         with calls.attached():
-            output = self.model.generate(**self.inputs, **STEPS)
+            output = self._generate()
         if len(trace.records) != 1:
             raise Differs(
                 f"one prompt and its {STEPS['max_new_tokens']} steps counted as {len(trace.records)} prompts"

@@ -45,8 +45,9 @@ def inject(
         cache: for blocks that meet the same images again; without one every call encodes its own.
 
     Raises:
-        ValueError: a model family, budget or option that is not supported, or a block of this model that is still open. Errors
-            of the pruner reach the caller of the model.
+        ValueError: a model family, budget or option that is not supported, a block of this model that is still open, or a
+            release of transformers on which injection does not work (`secateur.injection.contract`). Errors of the pruner reach the
+            caller of the model.
     """
     if not isinstance(pruner, Pruner | InLLMPruner):
         raise ValueError(f"{pruner!r} is no pruner: pass what secateur.pruners.build(name) gives")
