@@ -329,6 +329,20 @@ class TestWhatIsAPrompt:
             ):
                 model.generate(**prompt, **STEPS, use_cache=False)
 
+    def test_a_prompt_with_one_token_more_is_a_prompt_where_there_is_a_cache(self, model, inputs):
+        longer = {
+            name: torch.cat([value, value[:, -1:]], 1)
+            if value.shape == inputs["input_ids"].shape
+            else value
+            for name, value in inputs.items()
+        }
+        with inject(model, build("uniform"), 0.5):
+            want = model.generate(**longer, **STEPS)
+        with inject(model, build("uniform"), 0.5) as trace:
+            model.generate(**inputs, **STEPS)
+            assert torch.equal(model.generate(**longer, **STEPS).sequences, want.sequences)
+        assert len(trace.records) == 2
+
     def test_one_call_without_a_cache_is_a_prompt(self, model, inputs):
         with inject(model, build("uniform"), 0.5) as trace, torch.no_grad():
             logits = [model(**inputs, use_cache=cached).logits[:, -1] for cached in (False, True)]

@@ -145,7 +145,7 @@ class Calls:
                 "a pruned model needs input_ids: inputs_embeds do not tell which positions are visual"
             )
         visual = self.input_ids == self.adapter.image_token_id
-        self._check_prompt(self.input_ids, visual)
+        self._check_prompt(self.input_ids, visual, cache)
         images, self.encoder.images = (
             place(self.encoder.images, visual),
             [],
@@ -154,12 +154,16 @@ class Calls:
         self.prompt = self.input_ids
         return (), self.arguments.write(new)
 
-    def _check_prompt(self, ids: Tensor, visual: Tensor) -> None:
+    def _check_prompt(self, ids: Tensor, visual: Tensor, cache: Any) -> None:
         """Refuse what is a step of the prompt before rather than a prompt, though it comes without a filled cache.
 
         Args:
             ids: [B, L] of the call.
             visual: [B, L] True at image placeholders.
+            cache: empty, or None.
+
+        Raises:
+            ValueError: it is such a step.
         """
         if self.prompt is None:  # the first call of a block is a prompt, were it of one position
             return
@@ -168,11 +172,13 @@ class Calls:
                 "a call of one position without an image came with an empty cache, after a prompt: a decoding step needs the "
                 "cache that the prompt filled; for a prompt of one token open a block of its own"
             )
-        if ids.shape == (len(self.prompt), self.prompt.shape[1] + 1) and torch.equal(
-            ids[:, :-1], self.prompt
+        if (
+            cache is None
+            and ids.shape[1] == self.prompt.shape[1] + 1
+            and torch.equal(ids[:, :-1], self.prompt)
         ):
             raise ValueError(
-                "the prompt came again with one token more and an empty cache, as use_cache=False does: it would be pruned "
+                "the prompt came again with one token more and no cache, as use_cache=False does: it would be pruned "
                 "anew at every step; generate with a cache"
             )
 
