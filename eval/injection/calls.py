@@ -145,7 +145,10 @@ class Calls:
                 "a pruned model needs input_ids: inputs_embeds do not tell which positions are visual"
             )
         visual = self.input_ids == self.adapter.image_token_id
-        self._check_prompt(self.input_ids, visual, cache)
+        # in transformers 5.0 `generate` gives a prompt no cache, but asks for one
+        self._check_prompt(
+            self.input_ids, visual, cached=cache is not None or bool(kwargs.get("use_cache"))
+        )
         images, self.encoder.images = (
             place(self.encoder.images, visual),
             [],
@@ -154,13 +157,13 @@ class Calls:
         self.prompt = self.input_ids
         return (), self.arguments.write(new)
 
-    def _check_prompt(self, ids: Tensor, visual: Tensor, cache: Any) -> None:
+    def _check_prompt(self, ids: Tensor, visual: Tensor, cached: bool) -> None:
         """Refuse what is a step of the prompt before rather than a prompt, though it comes without a filled cache.
 
         Args:
             ids: [B, L] of the call.
             visual: [B, L] True at image placeholders.
-            cache: empty, or None.
+            cached: an empty cache came with it, or one was asked for.
 
         Raises:
             ValueError: it is such a step.
@@ -173,7 +176,7 @@ class Calls:
                 "cache that the prompt filled; for a prompt of one token open a block of its own"
             )
         if (
-            cache is None
+            not cached
             and ids.shape[1] == self.prompt.shape[1] + 1
             and torch.equal(ids[:, :-1], self.prompt)
         ):
