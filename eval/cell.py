@@ -19,9 +19,8 @@ from secateur.budget import Budget
 from secateur.checkpoints import hub_commit
 from secateur.pruners import InLLMPruner, Pruner
 
-if (
-    TYPE_CHECKING
-):  # importing lmms-eval takes seconds, which a sweep with nothing to do need not spend
+if TYPE_CHECKING:  # these take seconds to import, and a sweep with nothing to do does not need them
+    import pandas as pd
     import torch
     from lmms_eval.api.task import Task
     from secateur.models import PrunedModel
@@ -61,8 +60,14 @@ def identity(
         "task": task,
         "limit": limit,
         "seed": seed,
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": dict(_versions()),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """The installed version of each of `PACKAGES`; `version` parses a file at every call."""
+    return {package: version(package) for package in PACKAGES}
 
 
 @cache
@@ -103,7 +108,7 @@ def sources(model: dict[str, Any], task: "Task") -> dict[str, Any]:
 
 def run(
     model: "PrunedModel", task: "Task", name: str, limit: int | None, seed: int
-) -> tuple[dict[str, Any], pd.DataFrame]:
+) -> "tuple[dict[str, Any], pd.DataFrame]":
     """Answer and score the first `limit` documents of a task with the method `model` is set to.
 
     Returns:
@@ -115,6 +120,7 @@ def run(
         RuntimeError: a metric is not a number.
         Unanswered: the model is set to a shard, and other documents have no answers yet.
     """
+    import pandas as pd
     from lmms_eval.evaluator import simple_evaluate
     from secateur.metrics import named_metrics
     from secateur.tasks import task_manager
@@ -160,8 +166,9 @@ def run(
     return record, rows
 
 
-def _flops(model: "PrunedModel", rows: pd.DataFrame) -> dict[str, float | None]:
+def _flops(model: "PrunedModel", rows: "pd.DataFrame") -> dict[str, float | None]:
     """Mean FLOPs of a document, phase by phase, and by two conventions of the literature; None where a phase is not counted."""
+    import pandas as pd
     from secateur.efficiency.flops import conventions, count_row
 
     method, config, found = model.method.name, model.model.config, []

@@ -36,6 +36,8 @@ def hub_commit(pretrained: str, revision: str) -> str | None:
     """The commit of a hub id's files in the local cache, which a revision like `main` stands for; None for a folder."""
     if isinstance(locate(pretrained), Path):
         return None
+    from huggingface_hub import try_to_load_from_cache  # not for a sweep with nothing to do
+
     place = try_to_load_from_cache(pretrained, "config.json", revision=revision)
     return Path(place).parent.name if isinstance(place, str) else None
 

@@ -9,10 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors of a disk that takes nothing more
 
@@ -148,8 +150,10 @@ class Store:
         return record
 
     @staticmethod
-    def samples(folder: Path) -> pd.DataFrame:
+    def samples(folder: Path) -> "pd.DataFrame":
         """Per-document rows of a cell."""
+        import pandas as pd
+
         return pd.read_parquet(folder / "samples.parquet")
 
     def records(self, damaged: list[str] | None = None) -> list[dict[str, Any]]:
@@ -169,7 +173,7 @@ class Store:
         return records
 
     def write(
-        self, identity: dict[str, Any], record: dict[str, Any], samples: pd.DataFrame
+        self, identity: dict[str, Any], record: dict[str, Any], samples: "pd.DataFrame"
     ) -> Path:
         """Store a finished cell; an earlier failure of it is forgotten, and its file of answers is no longer needed."""
         folder, name = self.folder(identity), digest(identity)[:12]

@@ -5,9 +5,8 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from secateur import cell, loaded
@@ -16,6 +15,9 @@ from secateur.job import Job
 from secateur.progress import KEPT, Bar, Interrupt, complain
 from secateur.pruners import build
 from secateur.store import UNWRITABLE, DamagedRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OUTCOMES = "cells.json"  # what a job leaves in its Hydra folder for the summary
 Outcome = dict[str, Any]
@@ -175,7 +177,7 @@ def _settle(job: Job, task: str, identity: dict[str, Any], part: str) -> Outcome
 
 def _answer(
     job: Job, task: str, model: Any, loaded: Any, own: Path, files: list[Path]
-) -> tuple[dict[str, Any], pd.DataFrame]:
+) -> "tuple[dict[str, Any], pd.DataFrame]":
     """Run a cell from where its files of answers end, this process's own and all others."""
     from secateur.models import Answer
 

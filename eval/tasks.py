@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import datasets
+import lmms_eval.tasks
 from lmms_eval.api.task import Task, _resolve_hf_datasets_cache_dir
 from lmms_eval.tasks import TaskManager
 from secateur.store import UNWRITABLE
@@ -60,8 +61,15 @@ def _inside(folder: Path | None) -> Iterator[None]:
 
 @cache
 def task_manager() -> TaskManager:
-    """lmms-eval's index of task definitions; making it takes seconds."""
-    return TaskManager(verbosity="WARNING")
+    """lmms-eval's index of the folders that define `TASKS`; an index of all its tasks takes seconds."""
+    folders = sorted({str(_definition(name).parent) for name in TASKS})
+    return TaskManager(verbosity="WARNING", include_path=folders, include_defaults=False)
+
+
+def _definition(task: str) -> Path:
+    """The YAML file in lmms-eval that defines a task."""
+    (path,) = Path(lmms_eval.tasks.__file__).parent.glob(f"*/{task}.yaml")
+    return path
 
 
 def load_tasks(names: list[str], data_root: Path | None = None) -> dict[str, Task]:

@@ -1,10 +1,12 @@
 """Write the six data sets of the suite as parquet folders under the names the real tasks load."""
 
+import io
 import itertools
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -113,12 +115,20 @@ def documents(task: str, split: int, count: int) -> Iterator[tuple[tuple[int, ..
             made += 1
 
 
+@lru_cache(maxsize=64)  # documents that share a scene are close together
+def _picture(seed: tuple[int, ...]) -> dict[str, bytes | None]:
+    """A scene's image as `datasets` stores it, encoded once for all documents that show it."""
+    png = io.BytesIO()
+    render(make_scene(*seed)).save(png, format="PNG")
+    return {"bytes": png.getvalue(), "path": None}
+
+
 def _rows(task: str, count: int) -> tuple[list[Doc], list[Doc]]:
     """The first `count` rows of a task and, for GQA, of its images table."""
     rows: list[Doc] = []
     images: dict[str, Doc] = {}
     for seed, doc in documents(task, EVAL, count):
-        name, image = "-".join(map(str, seed)), render(make_scene(*seed))
+        name, image = "-".join(map(str, seed)), _picture(seed)
         if task == "gqa":
             images.setdefault(name, {"id": name, "image": image})
             rows.append(doc | {"imageId": name})

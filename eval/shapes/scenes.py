@@ -83,9 +83,20 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def coverage(thing: Thing) -> np.ndarray:
     """Share of every pixel that the thing covers, [SIZE, SIZE] in 0..1, from 3x3 samples a pixel."""
-    at = (np.arange(SIZE * 3) + 0.5) / 3
-    x, y = np.meshgrid((at - thing.x) / thing.radius, (at - thing.y) / thing.radius)
-    return _inside(thing.shape, x, y).reshape(SIZE, 3, SIZE, 3).mean(axis=(1, 3))
+
+    def span(centre: float) -> slice:
+        """The pixels that the thing can reach along one axis: no shape leaves its radius."""
+        return slice(max(int(centre - thing.radius) - 1, 0), int(centre + thing.radius) + 2)
+
+    at = (np.arange(SIZE * 3) + 0.5).reshape(SIZE, 3) / 3
+    columns, rows = at[span(thing.x)], at[span(thing.y)]
+    x, y = np.meshgrid(
+        (columns.ravel() - thing.x) / thing.radius, (rows.ravel() - thing.y) / thing.radius
+    )
+    share = np.zeros((SIZE, SIZE))
+    inside = _inside(thing.shape, x, y).reshape(len(rows), 3, len(columns), 3)
+    share[span(thing.y), span(thing.x)] = inside.mean(axis=(1, 3))
+    return share
 
 
 def _ground(rng: np.random.Generator) -> np.ndarray:
