@@ -47,6 +47,9 @@ INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry
 test-faults: $(READY)  ## run the long fault tests: kills, full disks, several processes
 	$(PYTHON) -m pytest -n 0 -m faults tests/test_faults.py tests/test_launchers.py tests/test_wandb_log.py
 
+test-thorough: $(READY)  ## run the property tests on three times as many generated inputs
+	$(PYTHON) -m pytest tests/test_properties.py --hypothesis-profile=thorough
+
 tables: $(READY)  ## print every published table beside what was reproduced, from the records in OUT (default: results)
 	$(PYTHON) scripts/tables.py --results $(or $(OUT),results)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import tempfile
+from pathlib import Path
 
 _CACHE = tempfile.TemporaryDirectory(prefix="secateur-tests-")
 # before the libraries read them; one thread a worker, as the golden vectors were made
@@ -10,9 +11,22 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": _CACHE.name, "OMP_NUM
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from secateur.geometry import random_model, random_processor, tiny
 from transformers import PreTrainedModel, ProcessorMixin
+
+settings.register_profile(
+    "quick",
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+settings.register_profile(
+    "thorough", settings.get_profile("quick"), max_examples=80
+)  # `make test-thorough`
+settings.load_profile("quick")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,13 +73,23 @@ def qwen_eager() -> PreTrainedModel:
     return tiny_model("qwen2_5_vl", "eager")
 
 
-@pytest.fixture(scope="module")
-def sweeps(tmp_path_factory: pytest.TempPathFactory):
-    """Sweeps over two small tasks that this module may disturb."""
-    from secateur.shapes.datasets import build
-    from sweeping import Sweeps  # needs `datasets`, which most tests do without
+@pytest.fixture(scope="session")
+def shapes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded data set, made once for all processes of this test run. Read only: copy it to change it."""
+    from secateur.shapes.datasets import build  # needs `datasets`, which most tests do without
 
-    return Sweeps(build(tmp_path_factory.mktemp("data") / "shapes"))
+    own = tmp_path_factory.getbasetemp()
+    return build(
+        (own.parent if hasattr(request.config, "workerinput") else own) / "data" / "shapes"
+    )
+
+
+@pytest.fixture(scope="module")
+def sweeps(shapes: Path):
+    """Sweeps over two small tasks."""
+    from sweeping import Sweeps
+
+    return Sweeps(shapes)
 
 
 def picture(seed: int) -> Image.Image:

@@ -18,6 +18,10 @@ with initialize_config_dir("{copy}/configs", version_base="1.3"):
     job = Job.of(compose("sweep", overrides=["pruner=mine", "pruner.smallest=true", "results={copy}/results"]))
 tokens = VisualTokens(torch.tensor([[[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]]]))
 print(job.pruner, job.pruner.prune(tokens, 2).indices.tolist(), build("mine").prune(tokens, 2).indices.tolist())
+
+import pytest  # in the same process: the libraries are imported once
+tests = ["tests/test_pruner_configs.py", "tests/test_properties.py", "-k", "mine", "-q", "-p", "no:cacheprovider"]
+raise SystemExit(pytest.main(tests))
 """
 
 

@@ -7,7 +7,6 @@ from PIL import Image
 from secateur.reporting import figures, gallery
 from secateur.reporting.comparison import compare, load
 from secateur.reporting.costs import first_token_flops, prefill_times
-from secateur.shapes.datasets import build as build_shapes
 from stored import FULL, SPPRUNER, grid, store
 
 
@@ -264,8 +263,8 @@ def test_the_image_is_cut_as_the_encoder_sees_it():
     assert gallery.as_seen({}, [image], pd.Series({"visual_tokens": 143})) is None
 
 
-def test_images_come_from_the_tasks_own_documents(tmp_path):
-    documents = gallery.Documents("shapes", ["gqa"], build_shapes(tmp_path / "shapes"))
+def test_images_come_from_the_tasks_own_documents(shapes, tmp_path):
+    documents = gallery.Documents("shapes", ["gqa"], shapes)
     row = pd.Series({"doc_id": 3, "prompt": "USER: <image>\nIs there a cross in the image?\nAnswer the question using a single "
                      "word or phrase. ASSISTANT:"})  # fmt: skip
     (image,) = documents.images("gqa", row)

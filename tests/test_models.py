@@ -23,9 +23,8 @@ WEIGHTS = Path(__file__).resolve().parents[1] / "eval" / "shapes" / "model"
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    root = build_shapes(tmp_path_factory.mktemp("data") / "shapes")
-    return load_tasks(list(TASKS), root)
+def tasks(shapes):
+    return load_tasks(list(TASKS), shapes)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from secateur.pruners import (
     REGISTRY,
@@ -37,9 +37,6 @@ EQUIVARIANT = {
 }
 EQUIVARIANT_INSIDE = {"fastv", "pyramiddrop", "sparsevlm"}
 
-generated = settings(
-    max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
 seeds, sides = st.integers(0, 2**31 - 1), st.integers(1, 5)
 
 
@@ -115,7 +112,6 @@ def without_twins(selection: Selection, ahead: int) -> Selection:
 
 
 @pytest.mark.parametrize(("name", "options"), BEFORE, ids=label)
-@generated
 @given(
     data=st.data(),
     seed=seeds,
@@ -139,7 +135,6 @@ def test_contract(
 
 
 @pytest.mark.parametrize(("name", "options"), INSIDE, ids=label)
-@generated
 @given(
     data=st.data(),
     seed=seeds,
@@ -163,7 +158,7 @@ def test_contract_inside(
 @pytest.mark.parametrize(
     ("name", "options"), [*BEFORE, *INSIDE, ("prunesid_dyn", {"mean_phi": 0.9})], ids=label
 )
-@settings(generated, max_examples=15)
+@settings(max_examples=15)
 @given(data=st.data(), seed=seeds, rows=sides, columns=sides)
 def test_a_batch_equals_its_rows(
     name: str, options: dict, data: Any, seed: int, rows: int, columns: int
@@ -193,7 +188,6 @@ def test_a_batch_equals_its_rows(
 
 
 @pytest.mark.parametrize("name", sorted((EQUIVARIANT | EQUIVARIANT_INSIDE) & set(REGISTRY)))
-@settings(generated, max_examples=30)
 @given(data=st.data(), seed=seeds, count=st.integers(2, 24))
 def test_permuted_tokens_give_the_same_choice(name: str, data: Any, seed: int, count: int) -> None:
     pruner = build(name)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -79,9 +78,9 @@ def test_a_record_stands_alone(results, swept):
 
 def test_a_second_sweep_does_nothing_and_says_so(results, swept):
     before = {path: path.stat().st_mtime_ns for path in results.rglob("record.json")}
-    again = sweep(results, "-m", "pruner=none,scope", "budget=16", "limit=12")
-    assert again.returncode == 0
-    assert "0 cells done, 12 cells skipped, 0 cells failed" in again.stderr
+    code, printed = here(results, "-m", "pruner=none,scope", "budget=16", "limit=12")
+    assert code == 0
+    assert "0 cells done, 12 cells skipped, 0 cells failed" in printed
     assert {path: path.stat().st_mtime_ns for path in results.rglob("record.json")} == before
 
 
@@ -110,10 +109,10 @@ def test_an_edited_record_is_refused_by_name(results, swept):
 
 
 def test_an_unknown_method_lists_the_known_ones(results):
-    run = sweep(results, "pruner=nope")
-    assert run.returncode != 0
-    assert "Available options in 'pruner'" in run.stderr
-    assert "Traceback" not in run.stderr
+    code, printed = here(results, "pruner=nope")
+    assert code != 0
+    assert "Available options in 'pruner'" in printed
+    assert "Traceback" not in printed
 
 
 def test_a_missing_model_is_one_paragraph(results):
@@ -133,16 +132,9 @@ def test_a_results_folder_that_cannot_be_written_is_one_paragraph(tmp_path):
 
 
 def test_an_interrupt_keeps_what_is_finished(results, swept, tmp_path):
-    shutil.copytree(results / "data", tmp_path / "data")
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "sweep.py"),
-        f"results={tmp_path}",
-        "pruner=random",
-        "limit=40",
-    ]
+    command = Sweeps(results / "data" / "shapes", ("pruner=random", "limit=40")).command(tmp_path)
     process = subprocess.Popen(
-        command,
+        [sys.executable, *command],
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,

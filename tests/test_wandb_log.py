@@ -15,7 +15,7 @@ from cells import cell, rows
 from secateur.progress import console
 from secateur.reporting.wandb_log import WandbLog
 from secateur.store import Store
-from test_sweep import sweep
+from sweeping import Sweeps
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
 
@@ -105,19 +105,11 @@ def log(folder: Path, **options) -> WandbLog:
     return WandbLog(folder, suite, "fsr_table1", folder=str(folder), **OPTIONS | options)
 
 
-def test_a_sweep_is_a_run_a_cell_and_one_of_tables(tmp_path):
-    pytest.importorskip("lmms_eval")
-    done = sweep(
-        tmp_path,
-        "-m",
-        "pruner=none,scope",
-        "tasks=[pope]",
-        "limit=12",
-        "logger=wandb",
-        "logger.overlays=2",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "wandb, offline: 3 runs logged, 0 were logged before" in " ".join(done.stderr.split())
+def test_a_sweep_is_a_run_a_cell_and_one_of_tables(shapes, tmp_path):
+    sweeps = Sweeps(shapes, ("pruner=none,scope", "budget=16", "tasks=[pope]", "limit=12"))
+    code, printed = sweeps.here(tmp_path, "-m", "logger=wandb", "logger.overlays=2")
+    assert code == 0, printed
+    assert "wandb, offline: 3 runs logged, 0 were logged before" in printed
     found = runs(tmp_path)
     assert [run["exit"] for run in found] == [0] * 3
     assert len({run["run"].run_group for run in found}) == 1
@@ -274,6 +266,12 @@ def test_fields_that_make_no_sense_are_refused_before_the_sweep(
         log(tmp_path, **options)
 
 
-def test_wandb_is_imported_only_when_asked_for():
-    code = "import sys, secateur.summary, secateur.sweep; sys.exit('wandb' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100).returncode == 0
+def test_slow_libraries_are_imported_only_when_needed():
+    code = "import sys, secateur.summary, secateur.sweep; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert not {"wandb", "transformers", "lmms_eval", "datasets", "matplotlib"} & set(
+        done.stdout.split()
+    )
