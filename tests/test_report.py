@@ -14,7 +14,7 @@ from cells import CONFIGS
 from lxml import html as lxml_html
 from PIL import Image
 from secateur.reporting import gallery
-from secateur.reporting.report import DEMONSTRATION, Report
+from secateur.reporting.report import DEMONSTRATION, Report, published
 from secateur.reporting.report_page import page, write
 from secateur.store import Store
 from stored import SPPRUNER, Pictures, grid, store
@@ -33,6 +33,23 @@ def pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gallery, "Documents", Pictures)
         yield
+
+
+@pytest.fixture(scope="module")
+def nothing_run():
+    """The published tables, none of which takes a cell of the shapes suite: made once for all reports of such cells."""
+    return published([], 200)
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    if "written" not in request.fixturenames:  # that report makes its own
+        nothing = request.getfixturevalue("nothing_run")
+        monkeypatch.setattr("secateur.reporting.report.published", lambda cells, resamples: nothing)
+
+
+def test_no_published_table_takes_a_cell_of_the_shapes_suite(written, nothing_run):
+    assert written[0].published == nothing_run
 
 
 def reported(folder, cells, **options):
