@@ -40,7 +40,7 @@ sweep: $(READY)  ## run the grid of EXPERIMENT (default: shapes); Hydra override
 test: $(READY)  ## run the tests
 	$(PYTHON) -m pytest
 
-# the releases of transformers that injection is tested on; eval/injection/families.py, TESTED
+# the releases of transformers that injection is tested on; eval/injection/contract.py, TESTED
 MATRIX := 5.0.0 5.17.0 5.23.0 5.24.0
 INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry.py tests/test_families.py tests/test_bench.py
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TextIO, TypeVar
 
 from pydantic import TypeAdapter
+
 from secateur.store import digest
 
 A = TypeVar("A", bound=Any)  # a dataclass

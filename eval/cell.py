@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+
 from secateur import lock, source
 from secateur.budget import Budget
 from secateur.checkpoints import hub_commit
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # these take seconds to import, and a sweep with nothing to d
     import pandas as pd
     import torch
     from lmms_eval.api.task import Task
+
     from secateur.models import PrunedModel
 
 PACKAGES = ("torch", "transformers", "lmms-eval", "secateur")
@@ -122,6 +124,7 @@ def run(
     """
     import pandas as pd
     from lmms_eval.evaluator import simple_evaluate
+
     from secateur.metrics import named_metrics
     from secateur.tasks import task_manager
 
@@ -169,6 +172,7 @@ def run(
 def _flops(model: "PrunedModel", rows: "pd.DataFrame") -> dict[str, float | None]:
     """Mean FLOPs of a document, phase by phase, and by two conventions of the literature; None where a phase is not counted."""
     import pandas as pd
+
     from secateur.efficiency.flops import conventions, count_row
 
     method, config, found = model.method.name, model.model.config, []

@@ -4,7 +4,6 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
 from secateur.paths import PACKAGE, ROOT
 
 

@@ -7,7 +7,6 @@ import copy
 from typing import Any
 
 import torch
-from secateur.prompts import LLAVA
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForImageTextToText,
@@ -28,6 +27,8 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+
+from secateur.prompts import LLAVA
 
 # Qwen2.5-VL's own: a system turn where the chat has none, images in place
 QWEN = (

@@ -8,11 +8,12 @@ import torch
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from qwen_vl_utils import process_vision_info
-from secateur.prompts import PROMPTS
-from secateur.questions import Scope, question_text
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
+
+from secateur.prompts import PROMPTS
+from secateur.questions import Scope, question_text
 
 Family = Literal["llava", "llava_next", "qwen2_5_vl"]
 

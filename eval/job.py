@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
+
 from secateur import cell
 from secateur.budget import Budget
 from secateur.checkpoints import fingerprint

@@ -10,6 +10,7 @@ from secateur.job import NOT_OF_THE_MODEL
 
 if TYPE_CHECKING:  # importing these takes seconds, which a sweep with nothing to do need not spend
     from lmms_eval.api.task import Task
+
     from secateur.models import PrunedModel
 
 _MODELS: dict[str, "PrunedModel"] = {}  # one at most, by its settings
@@ -18,6 +19,7 @@ _MODELS: dict[str, "PrunedModel"] = {}  # one at most, by its settings
 def model(settings: dict[str, Any], engine: dict[str, Any]) -> "PrunedModel":
     """The model of a job, with its cache; the one before is dropped first, since memory may not hold both."""
     import torch
+
     from secateur.cache import EncodeCache
     from secateur.models import PrunedModel
 

@@ -4,8 +4,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from secateur.checkpoints import locate, not_loaded
-from secateur.geometry import config_of, random_model, random_processor
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
@@ -14,6 +12,9 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.models.auto import image_processing_auto
+
+from secateur.checkpoints import locate, not_loaded
+from secateur.geometry import config_of, random_model, random_processor
 
 
 def load(

@@ -11,6 +11,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
 from secateur.paths import ROOT
 
 LOCK = ROOT / "requirements.lock"

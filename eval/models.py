@@ -11,6 +11,9 @@ import transformers
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
+from torch import Tensor
+from transformers import BatchFeature
+
 from secateur.answers import Unanswered
 from secateur.budget import Budget
 from secateur.cache import EncodeCache
@@ -24,8 +27,6 @@ from secateur.inputs import Family, Inputs
 from secateur.loading import limit_pixels, load
 from secateur.pruners import InLLMPruner, Pruner, build
 from secateur.questions import Scope
-from torch import Tensor
-from transformers import BatchFeature
 
 log = logging.getLogger(__name__)
 VERSION = f"torch {torch.__version__} transformers {transformers.__version__}"  # of what computes the cached tensors

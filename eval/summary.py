@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+
 from secateur.progress import Bar, complain, console
 from secateur.reporting import tables
 from secateur.store import DamagedRecord, Store

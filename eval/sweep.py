@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+
 from secateur import cell, loaded
 from secateur.answers import Answers, Unanswered
 from secateur.job import Job

@@ -11,8 +11,9 @@ import datasets
 import lmms_eval.tasks
 from lmms_eval.api.task import Task, _resolve_hf_datasets_cache_dir
 from lmms_eval.tasks import TaskManager
-from secateur.store import UNWRITABLE
 from tenacity import RetryError
+
+from secateur.store import UNWRITABLE
 
 # task -> data set, as lmms-eval 0.7.3 names it on the hub
 TASKS = {

@@ -12,6 +12,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
+
 from secateur.progress import KEPT, Bar, console
 from secateur.sweep import OUTCOMES, finish
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
-from secateur.pruners.fields import Range, describe, fits
 from torch import Tensor
+
+from secateur.pruners.fields import Range, describe, fits
 
 EXTRA = (
     -1

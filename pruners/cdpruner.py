@@ -2,11 +2,12 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
+
 from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 from secateur.pruners.fields import Range
 from secateur.pruners.linalg import cosine_gram, greedy_map
 from secateur.pruners.relevance import clip_relevance, embedding_relevance, range_over_image
-from torch import Tensor
 
 
 @register("cdpruner")

@@ -2,11 +2,12 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
+
 from secateur.pruners.base import LayerTokens, Selection, register
 from secateur.pruners.fastv import SingleCut
 from secateur.pruners.fields import Range
 from secateur.pruners.linalg import normalize, top_k
-from torch import Tensor
 
 
 @register("dart")

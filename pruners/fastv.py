@@ -2,10 +2,11 @@ from dataclasses import dataclass
 from math import floor
 from typing import Annotated, Literal
 
+from torch import Tensor
+
 from secateur.pruners.base import InLLMPruner, LayerTokens, Selection, register
 from secateur.pruners.fields import Range
 from secateur.pruners.linalg import top_k
-from torch import Tensor
 
 
 @dataclass(frozen=True)

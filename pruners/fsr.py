@@ -3,6 +3,8 @@ from math import floor
 from typing import Annotated, Literal, NamedTuple
 
 import torch
+from torch import Tensor
+
 from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 from secateur.pruners.fields import Range
 from secateur.pruners.linalg import (
@@ -14,7 +16,6 @@ from secateur.pruners.linalg import (
     top_k,
 )
 from secateur.pruners.relevance import clip_relevance
-from torch import Tensor
 
 
 class Stages(NamedTuple):

@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 
 import torch
+
 from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 
 

@@ -1,8 +1,9 @@
 from dataclasses import dataclass
 
 import torch
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 from torch import Tensor
+
+from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 
 
 @register("pooling")

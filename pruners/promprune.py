@@ -3,10 +3,11 @@ from math import log
 from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
+
 from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 from secateur.pruners.fields import Range
 from secateur.pruners.linalg import concatenate_rows, cosine_gram, greedy_map, normalize, top_k
-from torch import Tensor
 
 
 @register("promprune")

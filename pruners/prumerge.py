@@ -2,10 +2,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from torch import Tensor
+
 from secateur.pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
 from secateur.pruners.fields import Range
 from secateur.pruners.linalg import complement, normalize, take, top_k
-from torch import Tensor
 
 
 @register("prumerge")

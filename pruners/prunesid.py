@@ -3,6 +3,8 @@ from math import ceil
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+from torch import Tensor
+
 from secateur.pruners.base import EXTRA, Pruner, Selection, Status, VisualTokens, register
 from secateur.pruners.linalg import (
     cosine_gram,
@@ -13,7 +15,6 @@ from secateur.pruners.linalg import (
     take,
     top_k,
 )
-from torch import Tensor
 
 
 class Allocation(NamedTuple):

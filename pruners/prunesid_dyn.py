@@ -3,12 +3,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
 from secateur.pruners.base import Selection, VisualTokens, register
 from secateur.pruners.fields import Range
 from secateur.pruners.linalg import cosine_gram, mean_similarity
 from secateur.pruners.prunesid import PruneSID
-from torch import Tensor
-from torch.nn.functional import pad
 
 
 @register("prunesid_dyn")

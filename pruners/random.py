@@ -2,6 +2,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+
 from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 
 

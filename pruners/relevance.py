@@ -1,9 +1,10 @@
 """How relevant a token is to the question: the scores that query-aware methods share."""
 
 import torch
+from torch import Tensor
+
 from secateur.pruners.base import VisualTokens
 from secateur.pruners.linalg import normalize
-from torch import Tensor
 
 
 def clip_relevance(tokens: VisualTokens) -> Tensor:

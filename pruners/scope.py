@@ -2,6 +2,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+
 from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 from secateur.pruners.fields import Range
 from secateur.pruners.linalg import cosine_gram, facility_location

@@ -3,10 +3,11 @@ from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
+
 from secateur.pruners.base import EXTRA, InLLMPruner, LayerTokens, Selection, register
 from secateur.pruners.fields import Range
 from secateur.pruners.linalg import complement, take, top_k
-from torch import Tensor
 
 # budget at 576 visual tokens -> tokens kept at each stage, before merging
 _KEPT = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}

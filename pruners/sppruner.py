@@ -3,6 +3,9 @@ from math import floor
 from typing import Annotated, Literal, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
 from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 from secateur.pruners.fields import Range
 from secateur.pruners.linalg import (
@@ -16,8 +19,6 @@ from secateur.pruners.linalg import (
     top_k,
 )
 from secateur.pruners.relevance import clip_relevance, embedding_relevance, range_over_image
-from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 PRODUCT_EXPONENTS = 3, 1  # of relevance and saliency, as in FSR (arXiv 2602.05809)
 

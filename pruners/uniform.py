@@ -3,9 +3,10 @@ from math import ceil, floor, sqrt
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from secateur.pruners.base import Pruner, PrunerError, Selection, VisualTokens, register
 from secateur.pruners.linalg import evenly_spaced
-from torch import Tensor
 
 
 @register("uniform")

@@ -3,10 +3,11 @@ from math import floor
 from typing import Annotated
 
 import torch
+from torch import Tensor
+
 from secateur.pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
 from secateur.pruners.fields import Range
 from secateur.pruners.linalg import complement, normalize, take, top_k
-from torch import Tensor
 
 
 @register("visionzip")

@@ -2,10 +2,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
+
 from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 from secateur.pruners.fields import Range
 from secateur.pruners.linalg import cosine_gram, take, top_k
-from torch import Tensor
 
 
 @register("vispruner")

@@ -4,12 +4,13 @@ from math import floor
 from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
 from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 from secateur.pruners.fields import Range
 from secateur.pruners.linalg import cosine_gram, farthest_point, most_isolated, normalize, top_k
 from secateur.pruners.relevance import embedding_relevance, text_mask
-from torch import Tensor
-from torch.nn.functional import pad
 
 RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "maxmin": torch.minimum,

@@ -30,6 +30,7 @@ def main(config: DictConfig) -> None:
 def report(settings: dict[str, Any]) -> list[str]:
     """Tables and figures of raw samples that are there already."""
     import pandas as pd
+
     from secateur.efficiency.bench_report import write
 
     path = Path(settings["report"])
@@ -42,6 +43,7 @@ def measure(settings: dict[str, Any]) -> list[str]:
     import pandas as pd
     import torch
     from rich.progress import Progress
+
     from secateur.budget import Budget
     from secateur.efficiency.bench import Bench
     from secateur.efficiency.bench_report import write

@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 import pyarrow
 import torch
+
 from secateur import cell
 from secateur.budget import Budget
 from secateur.cache import EncodeCache

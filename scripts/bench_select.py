@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from literal_select import METHODS as LITERAL
 from rich.progress import track
+
 from secateur.efficiency.hardware import describe
 from secateur.pruners import REGISTRY, InLLMPruner, LayerTokens, VisualTokens, build
 from secateur.pruners.linalg import cosine_gram

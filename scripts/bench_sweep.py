@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from lmms_eval.evaluator import simple_evaluate
 from rich.progress import track
+
 from secateur import cell
 from secateur.budget import Budget
 from secateur.cache import EncodeCache

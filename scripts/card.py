@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pandas as pd
+
 from secateur.paths import ROOT, SHAPES_MODEL
 from secateur.reporting.tables import TITLES, label
 from secateur.store import Store

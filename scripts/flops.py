@@ -10,6 +10,7 @@ import pandas as pd
 import yaml
 from rich.console import Console
 from rich.table import Table
+
 from secateur.budget import Budget
 from secateur.efficiency.flops import conventions, count
 from secateur.efficiency.flops_published import (

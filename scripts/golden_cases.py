@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from secateur.injection.arrange import Kept, arrange
 from secateur.injection.layout import PlacedImage
 from secateur.pruners import LayerTokens, Pruner, Selection, VisualTokens, build
 from secateur.pruners.linalg import complement, top_k
-from torch import Tensor
 
 FEATURE_ATOL = 1e-5
 

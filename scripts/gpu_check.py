@@ -15,13 +15,14 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
+from transformers.utils import is_flash_attn_2_available
+
 from secateur.efficiency.bench import Bench, Plan
 from secateur.efficiency.hardware import describe, find_device
 from secateur.geometry import config_of, tiny
 from secateur.injection import inject
 from secateur.pruners import build
-from torch import Tensor
-from transformers.utils import is_flash_attn_2_available
 
 SIDES = {
     "llava_1_5_7b": None,

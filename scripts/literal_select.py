@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from secateur.pruners.base import EXTRA
 from torch import Tensor
+
+from secateur.pruners.base import EXTRA
 
 Image = Any  # VisualTokens of one row with what the method needs
 Literal = Callable[[Image, int], list[int]]

@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 from rich.console import Console
+
 from secateur.reporting.tables import by_setting
 from secateur.store import DamagedRecord, Store, digest
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+
 from secateur.job import Job
 from secateur.paths import CONFIGS, ROOT
 from secateur.store import Store

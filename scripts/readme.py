@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import datasets
+
 from secateur.paths import ROOT
 from secateur.reporting.overlay import kept_tokens
 from secateur.reporting.tables import label

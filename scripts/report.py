@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+
 from secateur.paths import ROOT
 from secateur.reporting.stats import RESAMPLES
 

@@ -6,6 +6,7 @@ import sys
 
 import hydra
 from omegaconf import DictConfig
+
 from secateur.progress import KEPT, Interrupt
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+
 from secateur.paths import ROOT
 from secateur.reporting import comparison, interval_table, paper_tables, render, reported, tables
 from secateur.reporting.layouts import layouts

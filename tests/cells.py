@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+
 from secateur.pruners import build
 from secateur.reporting.comparison import Cell
 from secateur.reporting.stats import METRICS

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from PIL import Image
-from secateur.geometry import random_model, random_processor, tiny
 from transformers import PreTrainedModel, ProcessorMixin
+
+from secateur.geometry import random_model, random_processor, tiny
 
 settings.register_profile(
     "quick",

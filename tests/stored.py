@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 from cells import cell, rows
 from PIL import Image
+
 from secateur.reporting.comparison import Cell
 from secateur.store import Store
 

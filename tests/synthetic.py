@@ -6,6 +6,7 @@ import typing
 from typing import Literal
 
 import torch
+
 from secateur.pruners import REGISTRY, InLLMPruner, LayerTokens, VisualTokens
 
 KINDS = ("gauss", "clusters", "duplicates", "identical", "zero", "no_saliency")

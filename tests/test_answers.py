@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
+
 from secateur.answers import Answers
 
 

@@ -13,6 +13,10 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from test_inject import hooks
+
+from scripts import bench as script
+from scripts import bundle_gpu, gpu_check
 from secateur.budget import Budget
 from secateur.efficiency import hardware, latency
 from secateur.efficiency.bench import Bench, Plan, Setting
@@ -21,10 +25,6 @@ from secateur.efficiency.latency import PHASES, ClockJumped, Timeline, fed, phas
 from secateur.geometry import config_of, tiny
 from secateur.injection import inject
 from secateur.pruners import REGISTRY, build
-from test_inject import hooks
-
-from scripts import bench as script
-from scripts import bundle_gpu, gpu_check
 
 PLAN = Plan(
     torch.device("cpu"),

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from secateur.pruners import build
 from synthetic import visual_tokens
 
 from scripts.literal_select import METHODS
+from secateur.pruners import build
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,4 +1,5 @@
 import pytest
+
 from secateur.budget import Budget
 
 

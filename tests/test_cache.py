@@ -5,9 +5,10 @@ import random
 from pathlib import Path
 
 import pytest
-import secateur.cache as cache_module
 import torch
 from safetensors.torch import save
+
+import secateur.cache as cache_module
 from secateur.cache import EncodeCache, image_key
 
 

@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
 from secateur.injection.clip import ClipRelevance
 from secateur.pruners import VisualTokens, build
 from secateur.pruners.relevance import clip_relevance
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 SEGMENT, WIDTH, JOINT = 77, 48, 24
 LENGTHS = [3, 76, 77, 78, 79, 154, 155, 200]  # of questions in tokens, with start and end

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cells import cell, rows
+
 from secateur.reporting.comparison import compare, load, settings
 from secateur.reporting.interval_table import markdown, write
 from secateur.reporting.stats import Estimates

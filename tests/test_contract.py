@@ -11,6 +11,7 @@ import transformers
 from conftest import picture, tiny_model
 from packaging.requirements import Requirement
 from packaging.version import Version
+
 from secateur.geometry import random_processor, tiny
 from secateur.injection import Sample, inject
 from secateur.injection import selftest as selftest_module

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+
 from secateur.metrics import named_metrics
 from secateur.prompts import PROMPTS
 

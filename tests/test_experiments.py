@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+
 from secateur.budget import Budget
 from secateur.job import Job
 from secateur.pruners import InLLMPruner, PrunerError, build

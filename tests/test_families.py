@@ -8,6 +8,7 @@ from conftest import picture
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
+
 from secateur.budget import Budget
 from secateur.cache import EncodeCache
 from secateur.geometry import config_of, random_model, random_processor, tiny

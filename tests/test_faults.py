@@ -20,13 +20,14 @@ import pandas as pd
 import pytest
 import torch
 from lmms_eval.api.task import ConfigurableTask
+from sweeping import cells, output, tables, wait_for
+from transformers import PreTrainedTokenizerBase
+
 from secateur import sweep as engine
 from secateur.progress import Bar, Interrupt
 from secateur.pruners import REGISTRY
 from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 from secateur.store import Store
-from sweeping import cells, output, tables, wait_for
-from transformers import PreTrainedTokenizerBase
 
 GRID = ("-m", "pruner=none,random")
 

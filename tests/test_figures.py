@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from stored import FULL, SPPRUNER, grid, store
+
 from secateur.reporting import figures, gallery
 from secateur.reporting.comparison import compare, load
 from secateur.reporting.costs import first_token_flops, prefill_times
-from stored import FULL, SPPRUNER, grid, store
 
 
 @pytest.fixture(scope="module")

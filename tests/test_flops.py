@@ -6,13 +6,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import picture
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, DynamicCache
+
 from secateur.efficiency.flops import conventions, count, count_row, head, prefill, projector, tower
 from secateur.efficiency.flops_published import explain
 from secateur.geometry import config_of, random_model, random_processor, reduced, tiny
 from secateur.injection import inject
 from secateur.pruners import build
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, DynamicCache
 
 CLIP = [(24, 24)]
 # crops and visual tokens of a prompt

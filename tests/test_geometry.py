@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import picture
-from secateur.geometry import config_of, random_model, random_processor, reduced, tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from secateur.geometry import config_of, random_model, random_processor, reduced, tiny
 
 # parameters of the hub checkpoints
 SIZES = {

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import picture, tiny_model
+from torch import Tensor
+
 from secateur.injection import Sample, inject
 from secateur.pruners import Pruner, PrunerError, Selection, VisualTokens, build
 from secateur.pruners.base import EXTRA
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 N = 16

@@ -3,16 +3,17 @@
 import pytest
 import torch
 from conftest import tiny_model
-from secateur.cache import EncodeCache
-from secateur.injection import inject
-from secateur.injection.encoder import ImageCache
-from secateur.pruners import build
 from test_inject import STEPS, logits
 from test_inject import encode as encode_llava
 from test_inject_next import encode as encode_next
 from test_inject_next import setting
 from test_inject_qwen import SIZES
 from test_inject_qwen import encode as encode_qwen
+
+from secateur.cache import EncodeCache
+from secateur.injection import inject
+from secateur.injection.encoder import ImageCache
+from secateur.pruners import build
 
 # every method but the last reads something of the encoder that none before it does
 METHODS = ("divprune", "fastervlm", "hiprune", "promprune")

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from conftest import picture, tiny_model
-from secateur.injection import Sample, inject
-from secateur.pruners import InLLMPruner, LayerTokens, PrunerError, Selection, build
-from secateur.pruners.base import EXTRA
 from test_inject import QUESTIONS, STEPS, N, encode, hooks, logits
 from torch import Tensor
 from transformers import DynamicCache
+
+from secateur.injection import Sample, inject
+from secateur.pruners import InLLMPruner, LayerTokens, PrunerError, Selection, build
+from secateur.pruners.base import EXTRA
 
 # every method with schedules for four layers, the budget, and the visual tokens the four layers then process
 METHODS = {

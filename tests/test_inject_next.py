@@ -8,15 +8,16 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
+from test_inject import STEPS, Fixed, logits
+from test_inject_layers import prompts, reference
+from torch import Tensor
+from transformers import BatchFeature
+
 from secateur.geometry import random_model, random_processor, tiny
 from secateur.injection import Sample, inject
 from secateur.inputs import Inputs, Prompt
 from secateur.pruners import Selection, VisualTokens, build
 from secateur.pruners.cdpruner import CDPruner
-from test_inject import STEPS, Fixed, logits
-from test_inject_layers import prompts, reference
-from torch import Tensor
-from transformers import BatchFeature
 
 N, SIDE = 16, 4  # tokens of a crop
 SIZES = [(90, 60), (60, 150), (112, 112)]  # width, height: other numbers of crops each

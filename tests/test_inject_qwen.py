@@ -8,10 +8,11 @@ import torch
 import transformers
 from packaging.version import Version
 from PIL import Image
-from secateur.injection import Sample, inject
-from secateur.pruners import REGISTRY, Pruner, Selection, VisualTokens, build
 from test_inject import QUESTIONS, STEPS, logits
 from torch import Tensor
+
+from secateur.injection import Sample, inject
+from secateur.pruners import REGISTRY, Pruner, Selection, VisualTokens, build
 
 SIZES = [(140, 196), (168, 112), (112, 224)]  # 7 x 5, 4 x 6 and 8 x 4 tokens; windows are 2 x 2
 

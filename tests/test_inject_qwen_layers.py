@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from secateur.injection import inject
-from secateur.pruners import InLLMPruner, LayerTokens, build
-from secateur.pruners.base import EXTRA
 from test_inject import STEPS, logits
 from test_inject_layers import METHODS, Spy, causal
 from test_inject_qwen import SIZES, Row, encode, prompts
 from torch import Tensor
 from transformers import DynamicCache
+
+from secateur.injection import inject
+from secateur.pruners import InLLMPruner, LayerTokens, build
+from secateur.pruners.base import EXTRA
 
 SIXTEEN = [(112, 112), (224, 56)]  # 4 x 4 and 2 x 8
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from secateur.workers import packs
 from sweeping import SCRIPT, cells, tables, wait_for
+
+from secateur.workers import packs
 
 GRID = ("-m", "pruner=none,random", "budget=16,32")
 WORKERS = ("hydra/launcher=gpus", "hydra.launcher.workers=2")

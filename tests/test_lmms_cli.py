@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from secateur.lmms_model import Secateur
 from secateur.shapes.datasets import build as build_shapes
 from secateur.tasks import TASKS

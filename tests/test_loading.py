@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import picture
 from omegaconf import OmegaConf
+from transformers import AutoImageProcessor
+
 from secateur.geometry import random_model, random_processor, tiny
 from secateur.loading import limit_pixels, load
-from transformers import AutoImageProcessor
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "model"
 SHIPPED = {"llava": "llava_1_5_7b", "llava_next": "llava_next_7b", "qwen2_5_vl": "qwen2_5_vl_7b"}

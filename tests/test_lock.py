@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from packaging.specifiers import SpecifierSet
+
 from secateur import lock
 from secateur.paths import ROOT
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from cells import identity, rows
-from secateur.store import Store, digest
 
 from scripts.merge_results import merge, mixtures
+from secateur.store import Store, digest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "merge_results.py"
 

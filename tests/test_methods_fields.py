@@ -5,6 +5,7 @@ import typing
 from typing import Any
 
 import pytest
+
 from secateur.pruners import REGISTRY, PrunerError, build
 from secateur.pruners.fields import Range
 

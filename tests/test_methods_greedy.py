@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
+
 from secateur.pruners import Selection, VisualTokens, build
 from secateur.pruners.linalg import (
     cosine_gram,
@@ -16,7 +18,6 @@ from secateur.pruners.linalg import (
     symmetric_gram,
 )
 from secateur.pruners.prunesid import suppress
-from torch import Tensor
 
 VISUAL = torch.tensor(
     [[1, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.9, 0.2], [0, 0, 1], [0.6, 0.6, 0]]

@@ -1,8 +1,7 @@
 """The generated table of methods is up to date and leaves nobody out."""
 
-from secateur.pruners import REGISTRY
-
 from scripts.methods_table import TABLE, table
+from secateur.pruners import REGISTRY
 
 
 def test_table_is_up_to_date() -> None:

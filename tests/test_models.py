@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from conftest import picture
 from lmms_eval.protocol import ChatMessages
+
 from secateur import cell, loaded, models
 from secateur.budget import Budget
 from secateur.injection import contract, selftest

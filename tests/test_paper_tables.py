@@ -13,6 +13,7 @@ import pytest
 from cells import cell, rows
 from lxml import etree
 from lxml import html as lxml_html
+
 from secateur.reporting import paper_tables, render, reported
 from secateur.reporting.layouts import layouts
 from secateur.reporting.stats import Interval

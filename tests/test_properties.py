@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic import KINDS, in_llm, label, layer_tokens, rows_of, variants, visual_tokens
+from torch import Tensor
+
 from secateur.pruners import (
     REGISTRY,
     InLLMPruner,
@@ -18,8 +21,6 @@ from secateur.pruners import (
     build,
 )
 from secateur.pruners.base import EXTRA
-from synthetic import KINDS, in_llm, label, layer_tokens, rows_of, variants, visual_tokens
-from torch import Tensor
 
 BEFORE, INSIDE = variants(Pruner), variants(InLLMPruner)
 NAMES = sorted(name for name in REGISTRY if not in_llm(name))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+
 from secateur.pruners import REGISTRY
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "pruner"

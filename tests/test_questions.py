@@ -1,6 +1,7 @@
 """Which words of a prompt count as the question."""
 
 import pytest
+
 from secateur.questions import SUFFIX, question_text
 
 PROMPT = f"A chat. USER: \nIs there a cat?{SUFFIX} ASSISTANT:"

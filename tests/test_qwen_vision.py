@@ -6,12 +6,13 @@ from importlib import import_module
 
 import pytest
 import torch
+from test_inject_qwen import SIZES, encode
+from torch import Tensor
+
 from secateur.geometry import random_model, tiny
 from secateur.injection import inject, qwen
 from secateur.injection.families import adapter_for
 from secateur.pruners import Pruner, PrunerError, Selection, VisualTokens, build
-from test_inject_qwen import SIZES, encode
-from torch import Tensor
 
 GRIDS = [(1, 1), (1, 7), (5, 1), (4, 4), (5, 7), (6, 9), (13, 10)]
 

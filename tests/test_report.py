@@ -13,11 +13,12 @@ import pytest
 from cells import CONFIGS
 from lxml import html as lxml_html
 from PIL import Image
+from stored import SPPRUNER, Pictures, grid, store
+
 from secateur.reporting import gallery
 from secateur.reporting.report import DEMONSTRATION, Report, published
 from secateur.reporting.report_page import page, write
 from secateur.store import Store
-from stored import SPPRUNER, Pictures, grid, store
 
 SCRIPT = CONFIGS.parent / "scripts" / "report.py"
 ATTACK = "<script>alert(1)</script>"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+
 from secateur import cell
 from secateur.budget import Budget
 from secateur.checkpoints import fingerprint, hub_commit

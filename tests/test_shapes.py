@@ -4,6 +4,7 @@ import ast
 
 import numpy as np
 import pytest
+
 from secateur.shapes.datasets import EVAL, SIZES, TRAIN, documents
 from secateur.shapes.questions import CLAIMS, CORNERS, DOCUMENTS, ITEMS, POPE_CATEGORIES
 from secateur.shapes.scenes import SIZE, coverage, make_scene, render

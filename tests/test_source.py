@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 import torch
+
 from secateur import cell, source
 from secateur.source import commit_of
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+
 from secateur.reporting import stats, terms
 from secateur.reporting.stats import Estimates, Interval, estimate, flips, holm, resample
 

@@ -7,6 +7,7 @@ import time
 
 import pandas as pd
 import pytest
+
 from secateur.store import DamagedRecord, Store, digest
 
 IDENTITY = {

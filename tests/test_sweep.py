@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from secateur.store import Store
 from sweeping import Sweeps, cells
+
+from secateur.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"COLUMNS": "200"}

@@ -4,6 +4,7 @@ import dataclasses
 
 import pandas as pd
 import pytest
+
 from secateur.pruners import build
 from secateur.reporting import tables
 from secateur.reporting.terms import HEADLINE, METRICS

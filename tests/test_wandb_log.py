@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import wandb
 from cells import cell, rows
-from secateur.progress import console
-from secateur.reporting.wandb_log import WandbLog
-from secateur.store import Store
 from sweeping import Sweeps
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
+
+from secateur.progress import console
+from secateur.reporting.wandb_log import WandbLog
+from secateur.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {"project": "p", "entity": None, "mode": "offline", "samples": 5, "overlays": 0}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
 from secateur.paths import ROOT
 
 EXAMPLE = """

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from secateur.pruners import LayerTokens, PrunerError, Selection, VisualTokens, build
 from secateur.pruners.base import EXTRA
 from secateur.pruners.linalg import top_k

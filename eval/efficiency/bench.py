@@ -13,6 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedConfig
+
 from secateur.budget import Budget
 from secateur.cell import environment
 from secateur.efficiency.flops import Crops, conventions, count
@@ -34,8 +37,6 @@ from secateur.inputs import Inputs, Prompt
 from secateur.pruners import InLLMPruner, Pruner, PrunerError
 from secateur.reporting.tables import label
 from secateur.shapes.scenes import make_scene, render
-from torch import Tensor
-from transformers import BatchFeature, PreTrainedConfig
 
 RECIPE = "scene i of secateur.shapes.scenes (seed of the bench, i); text ids drawn by numpy's default_rng([seed, i])"
 Text = tuple[int, int]  # positions of text before the image and behind it

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap
+
 from secateur.efficiency.latency import PHASES
 from secateur.reporting.reported import load_efficiency
 

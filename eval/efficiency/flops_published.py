@@ -7,11 +7,12 @@ from typing import Any
 
 import pandas as pd
 from scipy.optimize import brentq
+from transformers import AutoConfig, PreTrainedConfig
+
 from secateur.efficiency.flops import Crops, conventions
 from secateur.geometry import config_of
 from secateur.paths import SHAPES_MODEL
 from secateur.pruners import REGISTRY, InLLMPruner, PrunerError, build
-from transformers import AutoConfig, PreTrainedConfig
 
 CROPS: dict[str, Crops] = {  # of one image; Qwen's has 1008 x 1008 pixels, as in PromPrune
     "llava_1_5_7b": [(24, 24)],

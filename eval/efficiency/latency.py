@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from secateur.injection.adapter import Adapter
-from secateur.injection.calls import encoding_by
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.generation.streamers import BaseStreamer
+
+from secateur.injection.adapter import Adapter
+from secateur.injection.calls import encoding_by
 
 PHASES = ("vision", "captures", "selection", "prefill", "rest")
 Marks = list[tuple[str, float]]

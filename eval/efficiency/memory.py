@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from secateur.injection.adapter import Adapter
 from secateur.injection.contract import cache_of
 

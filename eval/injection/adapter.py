@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from secateur.injection.contract import require
-from secateur.injection.layout import EncodedImage
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+
+from secateur.injection.contract import require
+from secateur.injection.layout import EncodedImage
 
 Rotary = tuple[
     Tensor, Tensor

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from secateur.injection.audit import ImageAudit
 from secateur.injection.layout import NEWLINE, PlacedImage
 from secateur.injection.shorten import Edit
 from secateur.pruners.base import EXTRA
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch import Tensor, nn
+
 from secateur.budget import Budget
 from secateur.injection.adapter import Adapter
 from secateur.injection.audit import SampleRecord
 from secateur.injection.contract import Arguments, Keywords
 from secateur.injection.encoder import Encoder, ImageCache
 from secateur.injection.layout import PlacedImage, place
-from torch import Tensor, nn
 
 _INJECTED: WeakSet[nn.Module] = WeakSet()  # cores with a block open
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from secateur.checkpoints import locate, not_loaded
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import CLIPModel, CLIPTokenizer
+
+from secateur.checkpoints import locate, not_loaded
 
 _QUESTIONS = 2**14  # remembered, more than a task has: 3 KB each
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
 from secateur.cache import EncodeCache, image_key
 from secateur.injection.adapter import Adapter
 from secateur.injection.contract import Arguments
 from secateur.injection.layout import EncodedImage
-from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 _CAPTURE = "capture "  # how the names of captures begin in the cache
 

@@ -5,6 +5,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
+
 from secateur.budget import Budget
 from secateur.injection.adapter import Adapter
 from secateur.injection.arrange import Kept, arrange
@@ -15,7 +17,6 @@ from secateur.injection.encoder import ImageCache
 from secateur.injection.layout import NEWLINE, PlacedImage
 from secateur.injection.shorten import Shortened, shorten
 from secateur.pruners import Pruner, PrunerError, Selection, VisualTokens
-from torch import Tensor, nn
 
 if TYPE_CHECKING:  # a pruned model needs no CLIP beside it as a rule
     from secateur.injection.clip import ClipRelevance

@@ -1,11 +1,12 @@
 """Which adapter a model gets."""
 
 import transformers
+from transformers import PreTrainedModel
+
 from secateur.injection.adapter import Adapter
 from secateur.injection.contract import is_tested
 from secateur.injection.llava import LlavaAdapter, LlavaNextAdapter
 from secateur.injection.qwen import Qwen25VLAdapter
-from transformers import PreTrainedModel
 
 _FAMILIES: dict[str, type[Adapter]] = {"llava": LlavaAdapter, "qwen2_5_vl": Qwen25VLAdapter}
 

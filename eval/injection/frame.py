@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from secateur.pruners.base import EXTRA
 from torch import Tensor
+
+from secateur.pruners.base import EXTRA
 
 
 @dataclass(frozen=True)

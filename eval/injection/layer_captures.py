@@ -5,11 +5,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
 from secateur.injection.adapter import Adapter, Rotary
 from secateur.injection.frame import Frame, rows_at
 from secateur.pruners import InLLMPruner, LayerTokens
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 
 class LayerCaptures:

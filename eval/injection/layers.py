@@ -5,6 +5,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from secateur.budget import Budget
 from secateur.injection.adapter import Adapter, Rotary
 from secateur.injection.audit import between_layers
@@ -17,7 +19,6 @@ from secateur.injection.layout import NEWLINE, PlacedImage
 from secateur.injection.shorten import Edit, Shortened, shorten
 from secateur.pruners import InLLMPruner
 from secateur.pruners.base import EXTRA
-from torch import Tensor, nn
 
 
 class Layers(Calls):

@@ -5,13 +5,14 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from secateur.injection.adapter import Adapter
-from secateur.injection.contract import ContractError, require
-from secateur.injection.layout import NEWLINE, EncodedImage
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from secateur.injection.adapter import Adapter
+from secateur.injection.contract import ContractError, require
+from secateur.injection.layout import NEWLINE, EncodedImage
 
 
 class LlavaAdapter(Adapter):

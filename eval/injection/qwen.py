@@ -5,12 +5,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from secateur.injection.adapter import Adapter, Rotary, rotate
-from secateur.injection.contract import Arguments
-from secateur.injection.layout import EncodedImage
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+
+from secateur.injection.adapter import Adapter, Rotary, rotate
+from secateur.injection.contract import Arguments
+from secateur.injection.layout import EncodedImage
 
 _CHUNK = 2**26  # attention weights held at a time: 256 MB in float32
 

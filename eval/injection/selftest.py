@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+
 from secateur.budget import Budget
 from secateur.geometry import random_model, random_processor, tiny
 from secateur.injection.audit import SampleRecord
@@ -23,7 +25,6 @@ from secateur.injection.entrance import Entrance
 from secateur.injection.families import adapter_of
 from secateur.injection.layers import Layers
 from secateur.pruners import InLLMPruner, Pruner, build
-from torch import Tensor
 
 LAYER = 2  # where the methods inside the language model cut, of 4 layers
 SIDE = 4  # a crop of the tiny LLaVA models has 4 x 4 tokens

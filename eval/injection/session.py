@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
+from transformers import PreTrainedModel
+
 from secateur.budget import Budget
 from secateur.injection.calls import Calls, Trace
 from secateur.injection.encoder import ImageCache
@@ -11,7 +13,6 @@ from secateur.injection.entrance import Entrance
 from secateur.injection.families import adapter_for
 from secateur.injection.layers import Layers
 from secateur.pruners import InLLMPruner, Pruner
-from transformers import PreTrainedModel
 
 if TYPE_CHECKING:  # a pruned model needs no CLIP beside it as a rule
     from secateur.injection.clip import ClipRelevance

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from secateur.injection.contract import Keywords
 from torch import Tensor
+
+from secateur.injection.contract import Keywords
 
 
 @dataclass(frozen=True)

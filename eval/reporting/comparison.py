@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+
 from secateur.reporting import stats
 from secateur.reporting.tables import by_setting, label
 from secateur.reporting.terms import HEADLINE

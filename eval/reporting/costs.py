@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+
 from secateur.reporting.comparison import TOKENS, Cell
 
 

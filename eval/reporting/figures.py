@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
+
 from secateur.reporting.comparison import Cell
 from secateur.reporting.tables import TITLES
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from PIL import Image, ImageOps
+
 from secateur.reporting.comparison import Cell
 from secateur.store import Store
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pandas as pd
+
 from secateur.reporting.comparison import Cell, provenance
 from secateur.reporting.stats import LEVEL
 from secateur.reporting.tables import title

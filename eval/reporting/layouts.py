@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from omegaconf import OmegaConf
+
 from secateur.reporting.reported import FOLDER
 
 

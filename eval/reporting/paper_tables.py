@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
+
 from secateur.paths import CONFIGS
 from secateur.reporting import stats
 from secateur.reporting.comparison import Cell, check_one_setting, estimate, provenance

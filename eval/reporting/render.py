@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+
 from secateur.reporting.paper_tables import OVER_RUN, PaperTable
 from secateur.reporting.verdicts import CLOSE, MATCH
 

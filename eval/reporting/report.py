@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
+
 from secateur.reporting import comparison, figures, gallery, interval_table, paper_tables, render
 from secateur.reporting.comparison import Cell
 from secateur.reporting.costs import first_token_flops, prefill_times

@@ -9,6 +9,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
+
 from secateur.reporting.render import LEGEND
 from secateur.reporting.report import DEMONSTRATION, Report, Section
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pandas as pd
+
 from secateur.paths import REPORTED
 
 FOLDER = REPORTED

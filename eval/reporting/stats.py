@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
+
 from secateur.reporting.terms import METRICS, Metric
 
 RESAMPLES = 10_000

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
+
 from secateur.pruners import REGISTRY
 from secateur.reporting.terms import HEADLINE, METRICS
 

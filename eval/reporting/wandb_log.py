@@ -13,6 +13,7 @@ import pandas as pd
 import wandb
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
+
 from secateur.progress import complain, console
 from secateur.reporting import comparison, figures, gallery, interval_table, tables
 from secateur.reporting.comparison import Cell

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import numpy as np
 from datasets import Dataset, Features, Image, Sequence, Value
 from filelock import FileLock
+
 from secateur.shapes.questions import DOCUMENTS, Doc
 from secateur.shapes.scenes import make_scene, render
 

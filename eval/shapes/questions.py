@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from secateur.shapes.scenes import COLORS, KIND_ODDS, KINDS, SHAPES, SIZE, Scene, Thing
 
 Rng = np.random.Generator

@@ -20,10 +20,6 @@ import numpy as np
 import torch
 from lmms_eval.api.task import Task
 from PIL import Image
-from secateur.prompts import LLAVA
-from secateur.shapes.datasets import TRAIN
-from secateur.shapes.questions import DOCUMENTS, TRAINED, Doc
-from secateur.shapes.scenes import KINDS, SIZE, Scene, coverage, make_scene, render
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,6 +33,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     get_cosine_schedule_with_warmup,
 )
+
+from secateur.prompts import LLAVA
+from secateur.shapes.datasets import TRAIN
+from secateur.shapes.questions import DOCUMENTS, TRAINED, Doc
+from secateur.shapes.scenes import KINDS, SIZE, Scene, coverage, make_scene, render
 
 log = logging.getLogger(__name__)
 

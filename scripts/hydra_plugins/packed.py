@@ -10,6 +10,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
 from secateur.progress import console
 from secateur.workers import Worker, packs, wait
 
