@@ -42,7 +42,8 @@ def make() -> None:
         _run(*pip, "--upgrade", "--target", tools, f"uv=={UV}")
     uv = [tools / "bin" / "uv", "pip"]
     here = ["--quiet", "--python", python]
-    _run(*uv, "sync", *here, "--require-hashes", "requirements.lock")
+    # compiled once here, instead of in every process that may not write beside the modules
+    _run(*uv, "sync", *here, "--compile-bytecode", "--require-hashes", "requirements.lock")
     _run(*uv, "install", *here, "--no-deps", "--no-build-isolation", "--editable", ".")
     READY.touch()
 
