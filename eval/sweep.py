@@ -1,5 +1,6 @@
 """A sweep: the cells of every Hydra job, run where missing, each on its own: what fails is recorded, the others go on."""
 
+import gc
 import json
 import sys
 import time
@@ -145,6 +146,7 @@ def _settle(job: Job, task: str, identity: dict[str, Any], part: str) -> Outcome
             "message": f"failed earlier ({cause}); set retry_failed=true to run it again",
         }
 
+    gc.enable()  # see scripts/sweep.py
     model = loaded.model(job.model, job.engine)
     try:
         documents = loaded.task(task, job.suite)
