@@ -13,7 +13,6 @@ from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-
 from secateur import lock, source
 from secateur.budget import Budget
 from secateur.checkpoints import hub_commit
