@@ -103,8 +103,8 @@ def main() -> None:
         if options.moved:
             from secateur.lock import differences
 
-            for name, versions in differences().items():
-                print(f"{name}: {versions}")
+            moved = [f"{name}: {versions}" for name, versions in differences().items()]
+            print("\n".join(moved or ["nothing"]))
         elif options.check:
             check()
         else:
