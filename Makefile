@@ -95,8 +95,8 @@ lint: $(READY)  ## check style and types
 	ln -s $(abspath $(wildcard eval/*) pruners) build/links/secateur
 	$(PYTHON) -m mypy
 
-train-shapes: $(READY)  ## train the embedded model from nothing (about an hour on two cores) into OUT
-	$(PYTHON) scripts/train_shapes.py $(or $(OUT),results/shapes_llava)
+train-shapes: $(READY)  ## train the embedded model into the folder OUT (about an hour on two cores)
+	$(PYTHON) scripts/training/train_shapes.py $(or $(OUT),results/shapes_llava)
 
 golden: $(READY)  ## compare every selection with the outputs of the official code in tests/golden
 	$(PYTHON) scripts/check_golden.py tests/golden

@@ -16,7 +16,7 @@ from secateur.reporting.overlay import kept_tokens
 from secateur.reporting.tables import label
 from secateur.shapes.datasets import EVAL, SCHEMAS, documents
 from secateur.shapes.scenes import make_scene
-from secateur.shapes.training import SIDE
+
 from secateur.store import Store
 
 
@@ -55,14 +55,14 @@ def main() -> None:
     figures = ROOT / "results" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     smallest = {name: kept[name]["16"] for name in ("random", "scope")}
-    kept_tokens(image, smallest, (SIDE, SIDE)).savefig(figures / "kept_tokens.png", dpi=110)
+    kept_tokens(image, smallest, (12, 12)).savefig(figures / "kept_tokens.png", dpi=110)
     for name, budgets in kept.items():
         by_size = dict(sorted(budgets.items(), key=lambda item: -len(item[1])))
         patches = {
             f"{name} {budget}": tuple(i for i in indices if i >= 0)
             for budget, indices in by_size.items()
         }
-        kept_tokens(image, patches, (SIDE, SIDE)).savefig(
+        kept_tokens(image, patches, (12, 12)).savefig(
             figures / f"{re.sub('[^a-z0-9]+', '_', name).strip('_')}.png", dpi=80
         )
     print(f"{figures}: {len(kept) + 1} pictures")

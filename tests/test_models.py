@@ -10,6 +10,7 @@ import pytest
 from conftest import picture
 from lmms_eval.protocol import ChatMessages
 
+from scripts.training.train_shapes import Recipe, train
 from secateur import cell, loaded, models
 from secateur.budget import Budget
 from secateur.injection import contract, selftest
@@ -17,7 +18,6 @@ from secateur.metrics import image_id
 from secateur.models import PrunedModel
 from secateur.pruners import build
 from secateur.shapes.datasets import build as build_shapes
-from secateur.shapes.training import Recipe, train
 from secateur.tasks import TASKS, load_tasks, task_manager
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "eval" / "shapes" / "model"

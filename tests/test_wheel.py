@@ -84,6 +84,7 @@ def test_the_wheel_holds_configs_reported_numbers_and_templates(wheel):
     assert "secateur/reporting/templates/report.html" in held
     assert "secateur/shapes/model/model.safetensors" in held
     assert "hydra_plugins/packed.py" in held
+    assert not [name for name in held if "train" in name]
     assert not [name for name in held if name.startswith(("eval/", "pruners/", "configs/"))]
 
 

@@ -1,24 +1,31 @@
-"""Train the embedded model: a LLaVA of about two million parameters, from nothing, on generated scenes, on a CPU.
+"""Train the embedded model, a LLaVA of about two million parameters, on a CPU.
 
-Stage 1 teaches the tower alone: every patch its object and place, the CLS row which objects are there (so that CLS attention
-means something). Stage 2 freezes the tower and aligns the projector with the words' embeddings. Stage 3 teaches projector and
-Llama to answer; one sequence holds a scene and several questions, each of which sees the scene and itself only, exactly as at
-test time. It begins with the data sets whose prompts are short.
+    python scripts/training/train_shapes.py FOLDER    (`make train-shapes`; an hour on two cores)
+
+Training starts from random weights and uses generated scenes:
+
+1. The tower alone learns which object and place each patch shows, and its CLS token learns which
+   objects are in the scene, so that CLS attention means something.
+2. The tower is frozen; the projector learns to map patches to the embeddings of words.
+3. Projector and Llama learn to answer. One sequence holds a scene and several questions. Each
+   question sees the scene and itself only, as at test time. The first steps use the data sets with
+   short prompts.
 """
 
+import argparse
 import json
 import logging
+import os
 import platform
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lmms_eval.api.task import Task
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -35,22 +42,26 @@ from transformers import (
 )
 
 from secateur.prompts import LLAVA
-from secateur.shapes.datasets import TRAIN
+from secateur.shapes.datasets import TRAIN, build
 from secateur.shapes.questions import DOCUMENTS, TRAINED, Doc
 from secateur.shapes.scenes import KINDS, SIZE, Scene, coverage, make_scene, render
 
+if TYPE_CHECKING:  # slow to import
+    from lmms_eval.api.task import Task
+
 log = logging.getLogger(__name__)
 
-PATCH = 8
-SIDE = SIZE // PATCH
-# calls of each data set's builder per scene and visit; POPE, MME give two questions a call
+PATCH = 8  # pixels
+SIDE = SIZE // PATCH  # patches along one side of the image
+# How often a visit to a scene calls each data set's builder. A call for POPE or MME gives two
+# questions, a call for the others one.
 SHORT_TURNS = {"pope": 2, "gqa": 5, "mme": 2}
 TURNS = {"pope": 1, "gqa": 2, "scienceqa_img": 2, "mme": 1, "mmmu_val": 2, "mmstar": 2}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, besides library versions."""
+    """Everything that decides the weights, apart from library versions and the machine."""
 
     seed: int = 0
     scenes: int = 12_000
@@ -59,10 +70,11 @@ class Recipe:
     tower_lr: float = 1e-3
     align_steps: int = 800
     short_steps: int = 350
-    steps: int = 1500  # of stage 3, the short ones included
+    steps: int = 1500  # all of stage 3, including short_steps
     batch: int = 32
     lr: float = 2e-3
-    muon_lr: float = 0.02  # of the Llama's matrices: with AdamW alone questions stay at chance several times as long
+    # For the Llama's matrices. With AdamW alone, answers stay at chance several times as long.
+    muon_lr: float = 0.02
     warmup: int = 30
     vocabulary: int = 2048  # an upper limit: merging ends when every word is one token
 
@@ -71,7 +83,7 @@ class Recipe:
 
 
 def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: whole words of the suite are single tokens, any other text still encodes."""
+    """A byte-level BPE tokenizer. Each word of the suite is one token; other text encodes too."""
     specials = ["<s>", "</s>", "<pad>", "<image>"]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -115,7 +127,11 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Fresh weights. At this width Transformers' default initialisation leaves the loss on a plateau: draw wider."""
+    """A LLaVA with random weights.
+
+    At this width the loss stays on a plateau with the default initialisation of transformers, so
+    embeddings and projector get larger random weights.
+    """
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=512,
@@ -169,7 +185,7 @@ def _picture(scene: Scene) -> np.ndarray:
 
 
 def _labels(scene: Scene) -> np.ndarray:
-    """Per patch: 0 for ground, 1 + kind where one thing covers at least a quarter of it."""
+    """[patches] 0 for ground, 1 + kind where one thing covers at least a quarter of the patch."""
     shares = np.stack(
         [
             coverage(thing).reshape(SIDE, PATCH, SIDE, PATCH).mean(axis=(1, 3))
@@ -181,9 +197,9 @@ def _labels(scene: Scene) -> np.ndarray:
 
 
 class Conversation:
-    """Turns documents into token ids through the tasks' own messages and the processor's own template."""
+    """Turns documents into token ids, with the tasks' messages and the processor's template."""
 
-    def __init__(self, tasks: dict[str, Task], processor: LlavaProcessor) -> None:
+    def __init__(self, tasks: "dict[str, Task]", processor: LlavaProcessor) -> None:
         self.tasks, self.processor = tasks, processor
         self._blank = Image.new("RGB", (1, 1))
 
@@ -199,7 +215,7 @@ class Conversation:
         return " " + ("ABCDE"[doc["answer"]] if task == "scienceqa_img" else doc["answer"])
 
     def ids(self, task: str, doc: Doc) -> tuple[list[int], list[int], list[int]]:
-        """(before the image, after it up to the answer, answer with end token)."""
+        """Three lists of ids: before the image, between image and answer, answer and end token."""
         tokenizer = self.processor.tokenizer
         prompt = tokenizer(self.prompt(task, doc))["input_ids"]
         at = prompt.index(tokenizer.convert_tokens_to_ids("<image>"))
@@ -288,7 +304,7 @@ def _step(
 
 @torch.no_grad()
 def encode(model: Any, pixels: Tensor) -> Tensor:
-    """Encoder features [scenes, N, C] as the projector receives them."""
+    """Encoder features [scenes, N, C], the projector's input."""
     tower, layer = model.model.vision_tower, model.config.vision_feature_layer
     return torch.cat(
         [
@@ -298,7 +314,7 @@ def encode(model: Any, pixels: Tensor) -> Tensor:
     )
 
 
-# --- stage 2: the projector speaks in words
+# --- stage 2: the projector
 
 
 def align_projector(
@@ -308,7 +324,10 @@ def align_projector(
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
 ) -> None:
-    """Map an object's patches to the sum of its words' embeddings, and every patch to a code of its place besides."""
+    """Map the patches of an object to the sum of its words' embeddings.
+
+    Every patch, ground included, also gets a code of its place.
+    """
     projector, embed = (
         model.model.multi_modal_projector,
         model.get_input_embeddings().weight.detach(),
@@ -348,17 +367,18 @@ def align_projector(
 
 @dataclass
 class Packed:
-    """A batch of scenes with their turns: token ids, positions, who sees whom, and where answers are predicted."""
+    """A batch of scenes, each with all its turns (question and answer) in one sequence."""
 
-    before: Tensor  # [P] ids ahead of the image
-    ids: Tensor  # [B, T] ids behind the image
+    before: Tensor  # [P] ids before the image
+    ids: Tensor  # [B, T] ids after the image
     positions: Tensor  # [B, P+N+T]
-    mask: Tensor  # [B, 1, P+N+T, P+N+T] additive
-    targets: Tensor  # [B, T] next token of an answer position, else -100
+    mask: Tensor  # [B, 1, P+N+T, P+N+T] additive; a turn sees the scene and itself
+    targets: Tensor  # [B, T] the next token where an answer is predicted, else -100
     turn: Tensor  # [B, T] number of the turn, -1 for padding
 
 
 def pack(items: list[list[tuple[list[int], list[int], list[int]]]], visual: int) -> Packed:
+    """Pack the turns of each scene, as `Conversation.ids` gives them, after `visual` tokens."""
     before = items[0][0][0]
     start = len(before) + visual
     longest = max(
@@ -383,7 +403,7 @@ def pack(items: list[list[tuple[list[int], list[int], list[int]]]], visual: int)
             at = end
     length = start + longest
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    owner = torch.cat([torch.full((len(items), start), -2), turn], 1)  # -2: the scene, seen by all
+    owner = torch.cat([torch.full((len(items), start), -2), turn], 1)  # -2: the scene
     seen = causal & ((owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == -2))
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
     positions = torch.cat([torch.arange(start).expand(len(items), -1), position], 1)
@@ -391,7 +411,7 @@ def pack(items: list[list[tuple[list[int], list[int], list[int]]]], visual: int)
 
 
 def answer_logits(model: Any, features: Tensor, packed: Packed) -> Tensor:
-    """Logits of the answer positions, in the order of `packed.targets[packed.targets >= 0]`."""
+    """Logits at the answer positions, in the order of `packed.targets[packed.targets >= 0]`."""
     embed = model.get_input_embeddings()
     images = model.model.multi_modal_projector(features)
     before = embed(packed.before).expand(len(features), -1, -1)
@@ -437,20 +457,20 @@ def train_language(
         losses.append(loss.item())
         if step % 50 == 49 or step == recipe.steps - 1:
             log.info(
-                "language %d: loss %.3f, %.2f s a step",
+                "language %d: loss %.3f, %.2f s per step",
                 step + 1,
                 np.mean(losses[-50:]),
                 (time.time() - started) / (step + 1),
             )
         if step % 250 == 249 or step == recipe.steps - 1:
-            log.info("answered right: %s", validate(model, features, scenes, talk, held_out))
+            log.info("right answers: %s", validate(model, features, scenes, talk, held_out))
 
 
 @torch.no_grad()
 def validate(
     model: Any, features: Tensor, scenes: list[Scene], talk: Conversation, held_out: range
 ) -> dict:
-    """Share of turns whose whole answer is the argmax, per data set, on scenes that were not trained on."""
+    """Share of turns, per data set, in which every token of the answer has the largest logit."""
     rng = np.random.default_rng(5)
     right = defaultdict(list)
     for chunk in (held_out[i : i + 16] for i in range(0, len(held_out), 16)):
@@ -470,8 +490,8 @@ def validate(
 # --- the whole
 
 
-def train(recipe: Recipe, tasks: dict[str, Task], out: Path) -> None:
-    """Train from nothing and save model, processor and recipe to `out` (weights in float16)."""
+def train(recipe: Recipe, tasks: "dict[str, Task]", out: Path) -> None:
+    """Train from random weights; save model (float16), processor and recipe.json to `out`."""
     started = time.time()
     torch.manual_seed(recipe.seed)
     scenes = [make_scene(TRAIN, recipe.seed, i) for i in range(recipe.scenes)]
@@ -510,3 +530,25 @@ def train(recipe: Recipe, tasks: dict[str, Task], out: Path) -> None:
     (out / "recipe.json").write_text(
         json.dumps(facts | {"minutes": round((time.time() - started) / 60, 1)}, indent=2) + "\n"
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="new folder for model, processor and recipe.json")
+    folder = parser.parse_args().folder
+    if folder.exists():
+        parser.error(f"{folder} exists; name a new folder")
+    # before lmms-eval is imported, which reads them
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("LOGURU_LEVEL", "WARNING")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+
+    from secateur.tasks import TASKS, load_tasks
+
+    train(Recipe(), load_tasks(list(TASKS), build(Path("results/data/shapes"))), folder)
+
+
+if __name__ == "__main__":
+    main()
