@@ -1,4 +1,5 @@
-"""The embedded suite: generated scenes, six data sets in the schemas of the real ones, a tiny LLaVA trained on them.
+"""The embedded suite: generated scenes, six data sets, and a tiny LLaVA trained on such scenes.
 
-A demonstration and a test bed. Its scores say nothing about any published model.
+The data sets have the schemas of the real ones. The suite is a demonstration and a test bed; its
+scores say nothing about any published model.
 """

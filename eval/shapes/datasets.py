@@ -1,4 +1,4 @@
-"""Write the six data sets of the suite as parquet folders under the names the real tasks load."""
+"""Write the six data sets of the suite as parquet folders, under the names that the tasks load."""
 
 import io
 import itertools
@@ -18,8 +18,10 @@ from secateur.shapes.questions import DOCUMENTS, Doc
 from secateur.shapes.scenes import make_scene, render
 
 VERSION = 1  # part of the data's identity: raise it with any change to scenes or questions
-TRAIN, EVAL = 0, 1  # first number of every scene's seed: evaluation scenes are never trained on
-# documents a task, and calls of its builder a scene: POPE asks six questions of an image, GQA five, MME two, the others one
+# The first number of every scene's seed: no evaluation scene is a training scene.
+TRAIN, EVAL = 0, 1
+# Documents per task, and calls of its builder per scene. So POPE asks six questions per image, GQA
+# five, MME two, the others one.
 SIZES = {
     "pope": (300, 3),
     "gqa": (300, 5),
@@ -38,7 +40,7 @@ def _columns(names: str) -> dict:
 
 _SCIENCE = "question hint task grade subject topic category skill lecture solution"
 _MMMU = "id question options answer question_type explanation img_type topic_difficulty subfield"
-# task -> (hub name of the data set, configuration, split, columns besides those of the images table)
+# task -> (name of the data set on the hub, configuration, split, columns)
 SCHEMAS: dict[str, tuple[str, str, str, Features]] = {
     "pope": (
         "lmms-lab-encoder/POPE",
@@ -95,15 +97,16 @@ SCHEMAS: dict[str, tuple[str, str, str, Features]] = {
         ),
     ),
 }
+# GQA keeps its images in a table of their own: (configuration, columns)
 GQA_IMAGES = ("testdev_balanced_images", Features({"id": _text, "image": _image}))
 
 
 def documents(task: str, split: int, count: int) -> Iterator[tuple[tuple[int, ...], Doc]]:
-    """(scene seed, document without image) for the first `count` documents of a task."""
+    """The first `count` documents of a task, as (seed of the scene, document without its image)."""
     task_number, keys_per_scene = list(SIZES).index(task), SIZES[task][1]
     made = 0
     for key in itertools.count():
-        # a scene that cannot carry the question is passed over for the next one, so the category order stays
+        # if a scene does not allow the question, try the next scene: the order of categories stays
         for attempt in itertools.count():
             seed = (split, task_number, key // keys_per_scene, attempt)
             docs = DOCUMENTS[task](make_scene(*seed), np.random.default_rng([*seed, 2, key]), key)
@@ -116,16 +119,16 @@ def documents(task: str, split: int, count: int) -> Iterator[tuple[tuple[int, ..
             made += 1
 
 
-@lru_cache(maxsize=64)  # documents that share a scene are close together
+@lru_cache(maxsize=64)  # documents of one scene follow one another
 def _picture(seed: tuple[int, ...]) -> dict[str, bytes | None]:
-    """A scene's image as `datasets` stores it, encoded once for all documents that show it."""
+    """A scene's image as `datasets` stores it; encoded once for all documents of the scene."""
     png = io.BytesIO()
     render(make_scene(*seed)).save(png, format="PNG")
     return {"bytes": png.getvalue(), "path": None}
 
 
 def _rows(task: str, count: int) -> tuple[list[Doc], list[Doc]]:
-    """The first `count` rows of a task and, for GQA, of its images table."""
+    """The first `count` rows of a task, and for GQA the rows of its images table."""
     rows: list[Doc] = []
     images: dict[str, Doc] = {}
     for seed, doc in documents(task, EVAL, count):
@@ -149,7 +152,7 @@ def _rows(task: str, count: int) -> tuple[list[Doc], list[Doc]]:
 
 
 def _write(folder: Path, tables: dict[str, tuple[str, Dataset]]) -> None:
-    """Parquet files and the card by which `load_dataset` finds configurations and splits."""
+    """Write parquet files, and the card that tells `load_dataset` configurations and splits."""
     lines = ["---", "configs:"]
     for name, (split, table) in tables.items():
         path = f"{name}/{split}-00000-of-00001.parquet"
@@ -165,12 +168,13 @@ def _write(folder: Path, tables: dict[str, tuple[str, Dataset]]) -> None:
 
 
 def build(root: Path, counts: Mapping[str, int] = MappingProxyType({})) -> Path:
-    """Generate the suite under `root` unless this version of it is already there; returns `root`.
+    """Generate the suite in the folder `root`, unless this version of it is there; return `root`.
+
+    The folder is built under another name and then renamed, by one process at a time, so that no
+    process reads a part of it.
 
     Args:
-        counts: documents of some tasks, where not those of SIZES.
-
-    The folder appears whole or not at all: it is built beside its place and renamed, by one process at a time.
+        counts: task -> number of documents, instead of the number in SIZES.
     """
     sizes = {task: (counts.get(task, count), keys) for task, (count, keys) in SIZES.items()}
     stamp = json.dumps({"version": VERSION, "sizes": sizes})

@@ -1,7 +1,8 @@
-"""Questions about a scene, and the six data sets' schemas that carry them.
+"""Questions about a scene, in the schemas of six data sets.
 
-`ITEMS` ask for a word and know wrong ones, `CLAIMS` are true or false; each returns None where the scene cannot carry the
-question without ambiguity. `DOCUMENTS` puts them into rows of POPE, GQA, ScienceQA-IMG, MME, MMMU and MMStar, images aside.
+`ITEMS` ask for a word and also give wrong answers; `CLAIMS` are true or false. Both return None
+where the question would be ambiguous in the scene. `DOCUMENTS` builds rows of POPE, GQA,
+ScienceQA-IMG, MME, MMMU and MMStar from them, without images.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from secateur.shapes.scenes import COLORS, KIND_ODDS, KINDS, SHAPES, SIZE, Scene
 
 Rng = np.random.Generator
 Item = tuple[str, str, list[str]]  # question, answer, wrong answers
-Claim = tuple[str, str]  # the same question once answered yes, once no
+Claim = tuple[str, str]  # a question whose answer is yes, and a like one whose answer is no
 Doc = dict[str, Any]
 
-MARGIN = 10.0  # pixels two positions must differ by to be called left, right, above or below
+MARGIN = 10.0  # pixels by which positions must differ to be called left, right, above or below
 CORNERS = {"circle": 0, "triangle": 3, "square": 4, "cross": 12}
 
 
@@ -30,7 +31,7 @@ def _pick(rng: Rng, options: list) -> Any:
 
 
 def _unique(scene: Scene, attribute: str) -> list[Thing]:
-    """Things whose colour (or shape) no other thing shares."""
+    """Things whose `attribute` (color or shape) no other thing of the scene has."""
     values = [getattr(thing, attribute) for thing in scene.things]
     return [thing for thing in scene.things if values.count(getattr(thing, attribute)) == 1]
 
@@ -42,7 +43,7 @@ def _side(thing: Thing) -> str | None:
 
 
 def _direction(thing: Thing, other: Thing) -> str | None:
-    """Where `thing` stands seen from `other`, if one axis clearly dominates."""
+    """Where `thing` is, seen from `other`; None where no axis clearly dominates."""
     dx, dy = thing.x - other.x, thing.y - other.y
     if abs(abs(dx) - abs(dy)) < MARGIN:
         return None
@@ -52,7 +53,11 @@ def _direction(thing: Thing, other: Thing) -> str | None:
 
 
 def _absent(scene: Scene, rng: Rng, category: str) -> str:
-    """A kind not in the scene: any, a frequent one, or one that shares colour or shape with what is there."""
+    """A kind that is not in the scene.
+
+    By category: any (random), a frequent one (popular), or one that shares colour or shape with a
+    thing of the scene (adversarial).
+    """
     absent = [i for i, (color, shape) in enumerate(KINDS) if f"{color} {shape}" not in scene.names]
     if category == "popular":
         absent = sorted(absent, key=lambda i: -KIND_ODDS[i])[:6]
@@ -256,14 +261,15 @@ CLAIMS: dict[str, Callable[[Scene, Rng], Claim | None]] = {
 }
 
 
-# --- rows of the six data sets; `key` makes identifiers unique and picks the category, so that any prefix is balanced
+# --- rows of the six data sets
+# `key` makes identifiers unique and chooses the category, so that the first n rows are balanced.
 
 POPE_CATEGORIES = ("random", "popular", "adversarial")
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Which questions each data set asks: names of ITEMS and CLAIMS, for MME, MMMU and MMStar by category."""
+    """Which ITEMS and CLAIMS each data set asks; for MME, MMMU and MMStar by category."""
 
     gqa_items: tuple[str, ...]
     gqa_claims: tuple[str, ...]
@@ -302,7 +308,8 @@ TRAINED = Mix(
         ("math", "geometry", "corners_of"),
     ),
 )
-# The embedded model never learned to say where a thing is (its card has the numbers): the suite does not ask that.
+# The embedded model did not learn where things are (its card has the numbers), so the suite does
+# not ask for places.
 ASKED = Mix(
     gqa_items=("color_of", "shape_of", "count", "corners_of"),
     gqa_claims=("has_shape", "has_color", "color_is"),
@@ -324,7 +331,7 @@ HINTS = {
 
 
 def _options(rng: Rng, item: Item, most: int = 4) -> tuple[list[str], int]:
-    """Shuffled options (the answer and up to `most` - 1 wrong ones) and the answer's index."""
+    """Shuffled options (the answer and at most `most` - 1 wrong ones), and the answer's index."""
     _, answer, wrong = item
     options = [answer, *(wrong[i] for i in rng.permutation(len(wrong))[: most - 1])]
     options = [options[i] for i in rng.permutation(len(options))]

@@ -1,12 +1,15 @@
-"""Scenes of one to four coloured shapes on textured, cluttered ground. Pure numpy, the same pixels from the same seed."""
+"""Scenes of one to four coloured shapes on textured, cluttered ground.
+
+Drawn with numpy alone: the same seed gives the same pixels.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-SIZE = 96  # pixels a side
-GRID = 4  # objects stand in distinct cells of a GRID x GRID layout
+SIZE = 96  # pixels, width and height
+GRID = 4  # each object has a cell of its own in a grid of GRID x GRID cells
 COLORS = {
     "red": (214, 40, 40),
     "orange": (247, 140, 20),
@@ -16,7 +19,7 @@ COLORS = {
     "purple": (150, 50, 180),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-# Uneven on purpose: POPE's "popular" negatives need objects that are seen more often than others.
+# Uneven, because POPE's category "popular" asks for absent objects that are frequent elsewhere.
 _COLOR_ODDS = np.array([0.24, 0.12, 0.14, 0.16, 0.22, 0.12])
 _SHAPE_ODDS = np.array([0.32, 0.28, 0.22, 0.18])
 KINDS = tuple((color, shape) for color in COLORS for shape in SHAPES)
@@ -25,7 +28,7 @@ KIND_ODDS = np.outer(_COLOR_ODDS, _SHAPE_ODDS).ravel()
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: centre and radius in pixels."""
+    """One object; centre and radius are in pixels."""
 
     color: str
     shape: str
@@ -40,7 +43,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in the picture, and the seed that draws it."""
+    """The objects of a picture, and the seed that draws it."""
 
     seed: tuple[int, ...]
     things: tuple[Thing, ...]
@@ -51,7 +54,7 @@ class Scene:
 
 
 def make_scene(*seed: int) -> Scene:
-    """Draw the contents of a scene: 1-4 things, distinct in (colour, shape), in distinct cells."""
+    """Choose 1 to 4 things for a scene, all of different kinds and in different cells."""
     rng = np.random.default_rng([*seed, 0])
     count = int(rng.integers(1, 5))
     kinds = rng.choice(len(KINDS), size=count, replace=False, p=KIND_ODDS)
@@ -69,7 +72,7 @@ def make_scene(*seed: int) -> Scene:
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Membership of points, in units of the radius, y pointing down."""
+    """Whether points are inside the shape; x and y are in units of its radius, y points down."""
     if shape == "circle":
         return x**2 + y**2 <= 1
     if shape == "square":
@@ -82,10 +85,10 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def coverage(thing: Thing) -> np.ndarray:
-    """Share of every pixel that the thing covers, [SIZE, SIZE] in 0..1, from 3x3 samples a pixel."""
+    """[SIZE, SIZE] share of each pixel that the thing covers, from 3 x 3 samples per pixel."""
 
     def span(centre: float) -> slice:
-        """The pixels that the thing can reach along one axis: no shape leaves its radius."""
+        """Pixels within the radius along one axis; no shape reaches further."""
         return slice(max(int(centre - thing.radius) - 1, 0), int(centre + thing.radius) + 2)
 
     at = (np.arange(SIZE * 3) + 0.5).reshape(SIZE, 3) / 3
@@ -100,7 +103,7 @@ def coverage(thing: Thing) -> np.ndarray:
 
 
 def _ground(rng: np.random.Generator) -> np.ndarray:
-    """Grey texture (coarse patches and fine noise) with short strokes and specks of clutter."""
+    """Grey texture (coarse patches and fine noise) with short strokes as clutter."""
     coarse = np.kron(rng.normal(0, 14, (12, 12)), np.ones((8, 8)))
     grey = rng.uniform(95, 160) + coarse + rng.normal(0, 9, (SIZE, SIZE))
     for _ in range(int(rng.integers(6, 14))):
