@@ -1,1 +1,1 @@
-"""What pruning saves: FLOPs by every convention, latency phase by phase, memory."""
+"""What pruning saves: FLOPs by every convention, latency of each phase, memory."""

@@ -1,4 +1,4 @@
-"""The bench: every setting of a model on the same prompts, in turns, batch 1, random weights."""
+"""The benchmark: all settings of a model on the same prompts, in turn; batch 1, random weights."""
 
 import contextlib
 import dataclasses
@@ -38,13 +38,19 @@ from secateur.pruners import InLLMPruner, Pruner, PrunerError
 from secateur.reporting.tables import label
 from secateur.shapes.scenes import make_scene, render
 
-RECIPE = "scene i of secateur.shapes.scenes (seed of the bench, i); text ids drawn by numpy's default_rng([seed, i])"
-Text = tuple[int, int]  # positions of text before the image and behind it
+RECIPE = (
+    "scene i of secateur.shapes.scenes (seed of the bench, i); text ids drawn by numpy's "
+    "default_rng([seed, i])"
+)
+Text = tuple[int, int]  # positions of text before the image and after it
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing to measure. `unpruned` and `ceiling` have no pruner: the model fed `tokens` visual tokens."""
+    """One thing to measure.
+
+    `unpruned` and `ceiling` have no pruner: the model receives `tokens` visual tokens.
+    """
 
     kind: Literal["unpruned", "ceiling", "pruned"]
     tokens: int
@@ -54,20 +60,19 @@ class Setting:
     def method(self) -> str:
         if self.pruner is None:
             return self.kind
-        fields = json.loads(
-            json.dumps(dataclasses.asdict(self.pruner))
-        )  # tuples as the lists of a record
+        # through JSON, so that tuples become lists as in a record
+        fields = json.loads(json.dumps(dataclasses.asdict(self.pruner)))
         return label({"name": self.pruner.name, "status": self.pruner.status, **fields})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a bench goes. `layers` and `shrink` are of `secateur.geometry.reduced`; they name the geometry in results."""
+    """What a benchmark does: the same for all settings of a model."""
 
     device: torch.device
     dtype: str
     attn_implementation: str
-    geometry: str
+    geometry: str  # its name in results: "true", or how the model was reduced
     prompts: int
     text: Text
     new_tokens: int
@@ -82,7 +87,7 @@ class Plan:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {low}")
         if len(self.text) != 2 or min(self.text) < 1:
             raise ValueError(
-                f"text_tokens={self.text}: positions before the image and behind it, at least 1 each"
+                f"text_tokens={self.text}: positions before the image and after it, at least 1 each"
             )
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype={self.dtype!r} is no dtype of torch, such as bfloat16")
@@ -97,7 +102,7 @@ class Bench:
         layout, image_side: as in secateur.inputs.
 
     Raises:
-        ValueError: an attention kernel that is not installed, or that the model did not take.
+        ValueError: the attention kernel is not installed, or the model does not support it.
     """
 
     def __init__(
@@ -115,7 +120,8 @@ class Bench:
             )
         except (ImportError, ValueError) as error:
             raise ValueError(
-                f"attn_implementation={plan.attn_implementation} is not possible here: {error}. sdpa always is"
+                f"attn_implementation={plan.attn_implementation} is not possible here: {error}. "
+                "sdpa always is"
             ) from error
         self.config: Any = self.model.config
         inputs = Inputs(
@@ -128,10 +134,10 @@ class Bench:
         self.timeline = Timeline(plan.device)
 
     def settings(self, pruners: list[Pruner | InLLMPruner], budgets: list[Budget]) -> list[Setting]:
-        """Unpruned, and of every budget its ceiling and all methods.
+        """The unpruned model, and for each budget its ceiling and all methods.
 
         Raises:
-            ValueError: a budget above the tokens of the image.
+            ValueError: a budget exceeds the tokens of the image.
         """
         planned = [Setting("unpruned", self.tokens)]
         for budget in budgets:
@@ -145,17 +151,19 @@ class Bench:
     def run(
         self, settings: list[Setting], deadline: float, tick: Callable[[], None]
     ) -> tuple[pd.DataFrame, dict[str, str], dict[str, str]]:
-        """Warm up and measure, all settings once a round, in an order drawn for each.
+        """Warm up and measure. Each round runs every setting once, in a random order.
 
         Args:
-            deadline: of `time.monotonic`; the round it falls into is the last.
-            tick: called behind every request.
+            deadline: by `time.monotonic`; no round begins after it.
+            tick: called after each request.
 
         Returns:
-            One row a timed request; why settings were left out, whose schedules cannot average the budget; and why others failed,
-            with a traceback on stderr.
+            One row per timed request; the settings that were left out because no schedule has the
+            budget as its mean, with the reason; and the settings that failed, with the reason (the
+            traceback goes to stderr).
         """
-        before, able, left_out, failed, rows = snapshot(self.plan.device), [], {}, {}, []
+        before = snapshot(self.plan.device)
+        able, left_out, failed, rows = [], {}, {}, []
         for setting in settings:
             try:
                 able.append((setting, self._facts(setting)))
@@ -188,7 +196,7 @@ class Bench:
 
     @contextlib.contextmanager
     def _ready(self, setting: Setting, number: int) -> Iterator[tuple[BatchFeature, Trace | None]]:
-        """The model in a setting, with marks, and the inputs of a prompt for it."""
+        """Yields the inputs of a prompt, for the model in this setting and with marks."""
         inputs, sample = self.prompts[number % len(self.prompts)]
         core, pruner, trace = self.adapter.core, setting.pruner, None
         cuts: tuple[int, ...] = ()
@@ -210,7 +218,7 @@ class Bench:
             yield inputs, trace
 
     def _facts(self, setting: Setting) -> dict[str, Any]:
-        """What is the same in all samples of a setting: tokens, FLOPs and memory, of a request that is not timed."""
+        """Tokens, FLOPs and memory of a setting, from a request that is not timed."""
         with self._ready(setting, 0) as (inputs, trace):
             held = footprint(
                 self.adapter,
@@ -264,13 +272,13 @@ class Bench:
                 if name != "device"
             },
             "state_before": str(before),
-            "state_behind": str(snapshot(plan.device)),
+            "state_after": str(snapshot(plan.device)),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
 
 def _prompt(inputs: Inputs, plan: Plan, number: int) -> tuple[BatchFeature, Sample]:
-    """An image between drawn text, on the device. The same lengths in all prompts, so that all run the same shapes."""
+    """A prompt on the device: an image between random text. All prompts have the same length."""
     processor, config = inputs.processor, inputs.config
     image = render(make_scene(plan.seed, number))
     text = processor.image_token
@@ -285,7 +293,7 @@ def _prompt(inputs: Inputs, plan: Plan, number: int) -> tuple[BatchFeature, Samp
         config.image_token_id,
     ]
     rng = np.random.default_rng([plan.seed, number])
-    before, behind = (
+    before, after = (
         torch.tensor(rng.integers(3, min(i for i in named if i > 2), size=(1, size)))
         for size in plan.text
     )
@@ -295,17 +303,18 @@ def _prompt(inputs: Inputs, plan: Plan, number: int) -> tuple[BatchFeature, Samp
         if value.shape[1:] != (length,):
             return value
         if name == "input_ids":
-            return torch.cat([before, value, behind], 1)
+            return torch.cat([before, value, after], 1)
         fill = int(name == "attention_mask")
         return torch.nn.functional.pad(value, plan.text, value=fill)
 
     whole = BatchFeature({name: widened(name, value) for name, value in made.items()})
-    sample = Sample(str(number), tuple(behind[0].tolist()), " ".join(map(str, behind[0].tolist())))
+    question = after[0].tolist()
+    sample = Sample(str(number), tuple(question), " ".join(map(str, question)))
     return whole.to(plan.device, getattr(torch, plan.dtype)), sample
 
 
 def _crops(config: Any, inputs: BatchFeature) -> Crops:
-    """(rows, columns) of tokens of every crop of the image."""
+    """(rows, columns) of tokens of each crop of the image."""
     vision = config.vision_config
     if (grid := inputs.get("image_grid_thw")) is not None:
         _, rows, columns = (

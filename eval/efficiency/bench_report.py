@@ -1,4 +1,4 @@
-"""From raw samples of the bench to statistics, tables beside published numbers, and figures."""
+"""Statistics, tables beside published numbers, and figures from raw samples of the benchmark."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from secateur.efficiency.latency import PHASES
 from secateur.reporting.reported import load_efficiency
 
 SETTING = ["model", "kind", "method", "pruner", "budget"]
-# what may not differ between samples that are compared
+# columns that must be equal in samples that are compared
 SAME = [
     "geometry",
     "weights",
@@ -39,22 +39,26 @@ COLOURS = {
 
 
 def summarise(samples: pd.DataFrame) -> pd.DataFrame:
-    """One row a setting: facts, the median, quartiles and p95 of every time, and comparisons.
+    """One row per setting: facts, median, quartiles and p95 of every time, and comparisons.
 
-    `speed_up` is the unpruned model's median first token over the setting's, `of_ceiling` the ceiling's, both with intervals by
-    resampling rounds, of which every setting has the same; `ceiling_speed_up` is the unpruned model's over the ceiling's.
-    `prefill_to_ceiling` compares medians of the prefill; `pruner_share` is captures and selection in percent of that
-    of the unpruned model.
+    `speed_up`: median first token of the unpruned model over that of the setting.
+    `of_ceiling`: the same for the ceiling over the setting. Both have intervals by resampling of
+    rounds; all settings have the same rounds.
+    `ceiling_speed_up`: the same for the unpruned model over the ceiling.
+    `prefill_to_ceiling`: median prefill of the setting over that of the ceiling.
+    `pruner_share`: captures and selection, in percent of the unpruned model's prefill.
 
     Raises:
-        ValueError: samples of a model that differ in kernel, dtype, device or the like, or settings with other rounds.
+        ValueError: samples of a model differ in kernel, dtype, device or the like, or settings have
+            other rounds.
     """
     tables = []
     for model, rows in samples.groupby("model", sort=False):
         for column in SAME:
             if len(values := rows[column].unique()) > 1:
                 raise ValueError(
-                    f"{model}: samples of {column} {' and '.join(map(str, values))} cannot be compared; one run, one {column}"
+                    f"{model}: samples of {column} {' and '.join(map(str, values))} cannot be "
+                    f"compared; all must have one {column}"
                 )
         tables.append(_summarise(str(model), rows))
     return pd.concat(tables, ignore_index=True)
@@ -66,14 +70,16 @@ def _summarise(model: str, rows: pd.DataFrame) -> pd.DataFrame:
     for key, group in groups.items():
         if len(group) != rounds or group["round"].nunique() != rounds:
             raise ValueError(
-                f"{model}: {key[2]} {key[4]} has {len(group)} samples of {rounds} rounds; every round measures all once"
+                f"{model}: {key[2]} {key[4]} has {len(group)} samples of {rounds} rounds; every "
+                "round measures all once"
             )
     kinds = ["unpruned", "ceiling", "pruned"]
     unpruned = next((group for key, group in groups.items() if key[1] == "unpruned"), None)
     ceilings = {key[4]: group for key, group in groups.items() if key[1] == "ceiling"}
     if unpruned is None or not {key[4] for key in groups if key[1] == "pruned"} <= ceilings.keys():
         raise ValueError(
-            f"{model}: no samples of the unpruned model, or of the ceiling of a budget: nothing to compare with"
+            f"{model}: no samples of the unpruned model, or of the ceiling of a budget: nothing to "
+            "compare with"
         )
     found: list[dict[str, Any]] = []
     for key, group in groups.items():
@@ -113,7 +119,7 @@ def _summarise(model: str, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ratio(above: pd.Series, below: pd.Series) -> tuple[float, float, float]:
-    """Ratio of medians with its interval; both are ordered by round."""
+    """Ratio of medians with its interval; both series are in the order of rounds."""
 
     def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
         return np.median(a, axis=axis) / np.median(b, axis=axis)
@@ -136,9 +142,10 @@ def _gb(size: Any) -> float:
 
 
 def published(summary: pd.DataFrame) -> pd.DataFrame:
-    """Printed times and sizes of the models here, with their hardware, beside ours of the same method and tokens.
+    """Published times and sizes, with their hardware, beside ours of the same method and tokens.
 
-    Ours only at true geometry, and not beside budgets of the layers behind a cut.
+    Ours are given at true geometry only, and not where the published budget counts the layers after
+    a cut.
     """
     printed = load_efficiency()
     quantities = [
@@ -181,22 +188,25 @@ def published(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(summary: pd.DataFrame, samples: pd.DataFrame) -> str:
-    """One table a model, the settings in `samples.attrs["left_out"]` with their causes, and the published numbers."""
+    """One table per model, the settings that were left out and why, and the published numbers."""
     first = samples.iloc[0]
     lines = ["# Latency and memory", ""]
     lines += [f"{_where(first)}; batch 1, random weights."]
     lines += [
-        f"torch {first['torch']}, transformers {first['transformers']}, commit {first['commit']}, {first['finished']}."
+        f"torch {first['torch']}, transformers {first['transformers']}, commit {first['commit']}, "
+        f"{first['finished']}."
     ]
     lines += [
-        f"{first['prompts']}; {first['warm_up']} rounds of warm-up. Generated by `scripts/bench.py`.",
+        f"{first['prompts']}; {first['warm_up']} rounds of warm-up. Generated by "
+        "`scripts/bench.py`.",
         "",
         LEGEND,
         "",
     ]
     if first["geometry"] != "true":
         lines += [
-            "**Reduced geometry: these times prove the path and say nothing about the full models.**",
+            "**Reduced geometry: these times show that the benchmark runs, and say nothing about "
+            "the full models.**",
             "",
         ]
     for model, rows in summary.groupby("model", sort=False):
@@ -204,22 +214,22 @@ def markdown(summary: pd.DataFrame, samples: pd.DataFrame) -> str:
         short = (
             ""
             if done >= asked
-            else f" **Only {done} of the {asked} rounds asked for: the time was over.**"
+            else f" **Only {done} of the {asked} rounds asked for: the time limit was reached.**"
         )
-        state = samples.loc[samples["model"] == model, ["state_before", "state_behind"]].iloc[0]
+        state = samples.loc[samples["model"] == model, ["state_before", "state_after"]].iloc[0]
         lines += [
             f"## {model}",
             "",
             f"{done} rounds, {rows['text_tokens'].iloc[0]} text tokens.{short}",
         ]
         lines += [
-            f"The device before: {state['state_before']}; behind: {state['state_behind']}.",
+            f"The device before: {state['state_before']}; after: {state['state_after']}.",
             "",
         ]
         if rows["masked"].nunique() > 1:
             names = ", ".join(rows.loc[rows["masked"], "method"].unique())
             lines += [
-                f"**Attention got a mask, and with it perhaps another kernel, for {names} only.**",
+                f"**Attention got a mask, which may select another kernel, for {names} only.**",
                 "",
             ]
         lines += [
@@ -240,21 +250,24 @@ def markdown(summary: pd.DataFrame, samples: pd.DataFrame) -> str:
 
 
 LEGEND = (
-    "Medians in ms, of the first token with quartiles and p95. `pruner`: captures, selection, shortening and audit, of methods "
-    "inside the LLM their cuts, which `prefill` leaves out; in percent of the unpruned prefill. `ceiling`: the unpruned model "
-    "fed that many tokens. Speed-ups are of the first token, with 95 % intervals, and the ceiling's; "
-    "`prefill / ceiling` is of the LLM. MACs: of the visual tokens in the LLM, as papers count; FLOPs: everything up to the "
-    "first token; both 10^12."
+    "Medians in ms; the first token also with quartiles and p95. `pruner`: captures, selection, "
+    "pruned prompt and audit, for methods inside the LLM also their cuts, which `prefill` leaves "
+    "out; `pruner %` is its share of the unpruned prefill. `ceiling`: the unpruned model that "
+    "receives that many tokens. Speed-ups are of the first token, with 95 % intervals; "
+    "`prefill / ceiling` compares the LLM's prefill. MACs: of the visual tokens in the LLM, as "
+    "papers count; FLOPs: everything up to the first token; both in 10^12."
 )
 
 PAPERS = (
-    "On their hardware and by definitions of their own, which few of them state: caches are of the visual tokens alone, some "
-    "prefills hold the tower. `ours`: at true geometry only, caches with the text."
+    "These are on the papers' hardware and by the papers' own definitions, which few of them "
+    "state: caches hold the visual tokens alone, some prefills include the tower. `ours`: at true "
+    "geometry only, caches with the text."
 )
 
 
 def _where(row: pd.Series) -> str:
-    return f"{row['device']}, {row['dtype']}, {row['attn_implementation']}, geometry: {row['geometry']}"
+    parts = row["device"], row["dtype"], row["attn_implementation"], f"geometry: {row['geometry']}"
+    return ", ".join(parts)
 
 
 def _shown(rows: pd.DataFrame) -> pd.DataFrame:
@@ -292,7 +305,7 @@ def _shown(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(summary: pd.DataFrame) -> Figure:
-    """One model: stacked phases of every setting, and latency against tokens with the ceiling as a line."""
+    """One model: the phases of each setting, and latency against tokens with the ceiling."""
     drawn, (left, right) = plt.subplots(
         1, 2, figsize=(16, 1.5 + 0.24 * len(summary)), layout="constrained"
     )
@@ -309,11 +322,9 @@ def figure(summary: pd.DataFrame) -> Figure:
     left.tick_params(axis="y", labelsize=7)
     left.legend(fontsize=8)
     line = summary[summary["kind"] != "pruned"].sort_values("tokens")
-    step = (
-        0.003 * line["tokens"].max()
-    )  # a little apart, so that bars at one number of tokens can be told from another
+    step = 0.003 * line["tokens"].max()  # bars at the same number of tokens stand side by side
     right.plot(
-        line["tokens"], line["first_token"], "k.--", label="ceiling: unpruned model fed as many"
+        line["tokens"], line["first_token"], "k.--", label="ceiling: unpruned model with as many"
     )
     for number, (name, rows) in enumerate(
         summary[summary["kind"] == "pruned"].groupby("method", sort=False)
@@ -338,16 +349,18 @@ def figure(summary: pd.DataFrame) -> Figure:
         ylim=(0, None),
     )
     right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    same = summary.iloc[0]
-    drawn.suptitle(
-        f"{same['model']}, {same['device']}, {same['dtype']}, {same['attn_implementation']}, geometry: {same['geometry']}",
-        fontsize=9,
-    )
+    first = summary.iloc[0]
+    drawn.suptitle(f"{first['model']}, {_where(first)}", fontsize=9)
     return drawn
 
 
 def write(samples: pd.DataFrame, stem: Path, figures: Path) -> None:
-    """Raw samples (.parquet), statistics (.csv), tables (.md) under `stem`, and a figure a model; files whole or not at all."""
+    """Write raw samples (.parquet), statistics (.csv), tables (.md) and one figure per model.
+
+    Args:
+        stem: path of the first three files without suffix; each is written whole and then renamed.
+        figures: folder of the figures.
+    """
     summary = summarise(samples)
     stem.parent.mkdir(parents=True, exist_ok=True)
     figures.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""FLOPs of an answer by phase, from a configuration and token counts alone.
+"""FLOPs of the phases of an answer, from a configuration and token counts alone.
 
-A multiply-add is two FLOPs. Matrix products only, and attention over every pair of positions although a causal mask forbids half,
-both as torch.utils.flop_counter counts: the tests demand equality. `conventions` has the other habits of the literature by name.
+A multiply-add is two FLOPs. Only matrix products count, and attention counts every pair of
+positions although a causal mask forbids half of them. Both are as in torch.utils.flop_counter, and
+the tests require equality with it. `conventions` gives the other counts of the literature.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,14 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-Crops = Sequence[
-    tuple[int, int]
-]  # (rows, columns) of tokens behind the projector, one entry each time the tower runs
+# (rows, columns) of tokens after the projector, one entry for each run of the tower
+Crops = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of products with weights, and of activations with one another: attention scores and weighted values."""
+    """FLOPs of products with weights (`linear`), and of attention: scores and weighted values."""
 
     linear: float = 0
     attention: float = 0
@@ -35,8 +35,9 @@ class Work:
 class Flops:
     """FLOPs of one answer.
 
-    `layers` has an entry for each layer of the LLM at prefill; `head` makes the first token of the last position; `step` is the
-    first decoding step with its head, `decode` all of them. `pruner` is None where its cost is not counted.
+    `layers` has one entry per layer of the LLM, for the prefill. `head` computes the logits of the
+    last position. `step` is the first decoding step with its head, `decode` is all steps. `pruner`
+    is None if its cost is not counted.
     """
 
     tower: Work
@@ -53,7 +54,7 @@ class Flops:
 
     @property
     def first_token(self) -> float:
-        """Everything until the first token is there; a pruner that is not counted adds nothing."""
+        """Everything up to the first token; a pruner that is not counted adds nothing."""
         return (
             self.tower.total + self.projector.total + (self.pruner or 0) + self.prefill + self.head
         )
@@ -64,7 +65,7 @@ class Flops:
         return self.first_token + self.decode
 
     def record(self) -> dict[str, float | None]:
-        """The phases by name, and both sums."""
+        """The phases and both sums, by name."""
         return {
             "tower": self.tower.total,
             "projector": self.projector.total,
@@ -90,14 +91,17 @@ def count(
 
     Args:
         config: of a LLaVA-1.5, LLaVA-NeXT or Qwen2.5-VL model.
-        layer_tokens: visual tokens that each layer of the LLM processes at prefill.
-        text_tokens: all other positions of the prompt, newlines of LLaVA-NeXT among them.
-        crops: an image of LLaVA-1.5 is one 24 x 24, one of LLaVA-NeXT several; one of Qwen2.5-VL its grid of merged tokens.
-        new_tokens: of the answer, the first of which comes of the prompt.
-        method: name of the pruner, for its own cost. Methods before the LLM: as if each crop kept an equal share.
+        layer_tokens: visual tokens that each layer of the LLM processes in the prefill.
+        text_tokens: all other positions of the prompt, LLaVA-NeXT's newlines included.
+        crops: one (24, 24) per image of LLaVA-1.5, several for LLaVA-NeXT; for Qwen2.5-VL the grid
+            of merged tokens of each image.
+        new_tokens: length of the answer; the prefill gives its first token.
+        method: name of the pruner, whose own cost counts. For methods before the LLM it is
+            computed as if each crop kept an equal share.
 
     Raises:
-        ValueError: a family that is not supported, or as many counts as there are no layers.
+        ValueError: the family is not supported, or `layer_tokens` has another length than the LLM
+            has layers.
     """
     text = config.get_text_config()
     if len(layer_tokens) != text.num_hidden_layers:
@@ -106,7 +110,7 @@ def count(
         )
 
     def step(number: int) -> float:
-        """The decoding step that feeds new token `number`: every layer sees what it kept of the prompt, and the new tokens."""
+        """The step that feeds new token `number`; each layer sees its prompt and the new tokens."""
         return sum(
             _layer(text, 1, tokens + text_tokens + number).total for tokens in layer_tokens
         ) + head(config)
@@ -123,18 +127,21 @@ def count(
 
 
 def count_row(config: PreTrainedConfig, row: dict[str, Any], method: str) -> Flops:
-    """FLOPs of one row of a sweep: its columns `layer_tokens`, `prompt_tokens`, `new_tokens` and `crops`.
+    """FLOPs of one row of a sweep.
 
-    `crops` may be missing for LLaVA-1.5, where `visual_tokens` tells the number of images.
+    Args:
+        row: its columns `layer_tokens`, `prompt_tokens`, `new_tokens` and `crops`. LLaVA-1.5 needs
+            no `crops`: `visual_tokens` gives the number of images.
 
     Raises:
-        ValueError: no `crops` for another family.
+        ValueError: another family has no `crops`.
     """
     crops = row.get("crops")
     if crops is None:
         if config.model_type != "llava":
             raise ValueError(
-                f"rows of {config.model_type} models need a column `crops`: (rows, columns) of every crop"
+                f"rows of {config.model_type} models need a column `crops`: (rows, columns) of "
+                "every crop"
             )
         side = config.vision_config.image_size // config.vision_config.patch_size
         crops = [(side, side)] * (row["visual_tokens"] // side**2)
@@ -169,7 +176,7 @@ def projector(config: PreTrainedConfig, crops: Crops) -> Work:
 def prefill(
     config: PreTrainedConfig, layer_tokens: Sequence[int], text_tokens: float
 ) -> tuple[Work, ...]:
-    """Every layer of the LLM over its visual tokens and the text: gated MLP, keys and values of fewer heads."""
+    """Every layer of the LLM over its visual tokens and the text."""
     text = config.get_text_config()
     return tuple(
         _layer(text, tokens + text_tokens, tokens + text_tokens) for tokens in layer_tokens
@@ -183,14 +190,17 @@ def head(config: PreTrainedConfig) -> int:
 
 
 def _layer(text: Any, positions: float, seen: float) -> Work:
-    """One decoder layer over `positions` new ones that attend to `seen`."""
+    """One decoder layer with `positions` new positions, each of which attends to `seen`.
+
+    Its MLP is gated; keys and values may have fewer heads than queries.
+    """
     d, queries, keys = _widths(text)
     weights = 2 * d * queries + 2 * d * keys + 3 * d * text.intermediate_size
     return Work(2 * positions * weights, 4 * positions * seen * queries)
 
 
 def _widths(text: Any) -> tuple[int, int, int]:
-    """Width of the states, of all queries, and of all keys."""
+    """Width of the hidden states, of all queries together, and of all keys together."""
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return text.hidden_size, text.num_attention_heads * size, text.num_key_value_heads * size
 
@@ -296,22 +306,25 @@ def _pruner(
     )
 
 
-# --- the habits of the literature
+# --- conventions of the literature
 
 
 def conventions(
     config: PreTrainedConfig, layer_tokens: Sequence[int], text_tokens: float, crops: Crops
 ) -> dict[str, float]:
-    """What is printed as "FLOPs", by name; the pruner in none of them.
+    """What papers print as "FLOPs", by the name of the convention. None of them counts the pruner.
 
-    macs_visual: multiply-adds of the LLM's layers over the visual tokens alone (PyramidDrop, SparseVLM).
-    macs_visual_fastv: the same as FastV and DivPrune write it, 4nd^2 + 2n^2d + 2ndm: two matrices in the MLP, full keys.
+    macs_visual: multiply-adds of the LLM's layers over the visual tokens alone (PyramidDrop,
+        SparseVLM).
+    macs_visual_fastv: the same by the formula of FastV and DivPrune, 4nd^2 + 2n^2d + 2ndm: two
+        matrices in the MLP, as many keys as queries.
     flops_visual: twice macs_visual.
     macs_prompt, flops_prompt: the layers over the whole prompt.
-    flops_prompt_causal: pairs of positions that a causal mask allows, about half.
-    flops_first_token, flops_first_token_causal: with tower, projector and the head at the last position.
-    flops_linear: products with weights alone, of tower, projector, layers, and a head at every position: what profilers see
-        that count modules, where attention runs in a fused kernel.
+    flops_prompt_causal: the same, with the pairs of positions that a causal mask allows (half).
+    flops_first_token, flops_first_token_causal: tower, projector and the head at the last position
+        included.
+    flops_linear: products with weights alone: tower, projector, layers, and a head at every
+        position. Profilers that count modules give this where attention runs in a fused kernel.
     """
     text = config.get_text_config()
     d, m = text.hidden_size, text.intermediate_size

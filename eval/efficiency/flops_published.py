@@ -14,7 +14,8 @@ from secateur.geometry import config_of
 from secateur.paths import SHAPES_MODEL
 from secateur.pruners import REGISTRY, InLLMPruner, PrunerError, build
 
-CROPS: dict[str, Crops] = {  # of one image; Qwen's has 1008 x 1008 pixels, as in PromPrune
+# crops of one image; an image of Qwen2.5-VL has 1008 x 1008 pixels, as in PromPrune
+CROPS: dict[str, Crops] = {
     "llava_1_5_7b": [(24, 24)],
     "llava_1_5_13b": [(24, 24)],
     "llava_next_7b": [(24, 24)] * 5,
@@ -22,8 +23,8 @@ CROPS: dict[str, Crops] = {  # of one image; Qwen's has 1008 x 1008 pixels, as i
     "qwen2_5_vl_3b": [(36, 36)],
     "shapes_llava": [(12, 12)],
 }
-LONGEST = 400  # text tokens a prompt of a paper may have had
-Span = tuple[float, float]
+LONGEST = 400  # most text tokens that a paper's prompt may have had
+Span = tuple[float, float]  # the fewest and the most text tokens
 
 
 def model_config(model: str) -> PreTrainedConfig:
@@ -32,15 +33,17 @@ def model_config(model: str) -> PreTrainedConfig:
 
 
 def visual_tokens(model: str) -> int:
-    """Of one image, unpruned."""
+    """Visual tokens of one unpruned image."""
     return sum(rows * columns for rows, columns in CROPS[model])
 
 
 def layer_tokens(method: str, model: str, keep: int) -> list[int]:
-    """Visual tokens that each layer of the LLM processes; methods this project does not have act before the LLM.
+    """Visual tokens that each layer of the LLM processes.
+
+    A method that this project does not have is taken to act before the LLM.
 
     Raises:
-        PrunerError: the schedule of the method cannot average this budget.
+        PrunerError: no schedule of the method has this budget as its mean.
     """
     layers, tokens = model_config(model).get_text_config().num_hidden_layers, visual_tokens(model)
     if not issubclass(REGISTRY.get(method, object), InLLMPruner):
@@ -49,16 +52,18 @@ def layer_tokens(method: str, model: str, keep: int) -> list[int]:
 
 
 def explain(reported: pd.DataFrame) -> pd.DataFrame:
-    """Published FLOPs and MACs with the conventions that give most budgets of their table as rounded, all with the same text.
+    """Find the conventions that explain published FLOPs and MACs.
 
-    The lengths of a paper's prompts are not known: a convention with text counts only where one number of text tokens, which as a
-    mean need not be whole, gives rows of different token counts. A single number would fit any convention.
+    A convention explains a table if it gives the printed numbers, as rounded, for the most budgets
+    of the table, with one number of text tokens. The lengths of a paper's prompts are not known.
+    So a convention with text counts only if one number of text tokens (a mean, which need not be
+    whole) fits rows of several budgets: a single row would fit any convention.
 
     Args:
         reported: rows of results/reported/efficiency.csv.
 
     Returns:
-        The rows of FLOPs and MACs, with a column `explained by`, empty where nothing does.
+        The rows of FLOPs and MACs with a column `explained by`, empty if no convention explains it.
     """
     frame = reported[reported["quantity"].isin(["flops", "macs"]) & (reported["unit"] == "T")]
     tables: dict[tuple[str, ...], list[dict[Hashable, Any]]] = defaultdict(list)
@@ -83,11 +88,11 @@ def explain(reported: pd.DataFrame) -> pd.DataFrame:
 
 
 def _explain(model: str, factor: int, rows: list[dict[Hashable, Any]]) -> None:
-    """Fill in `explained by` in the rows of one table, whose numbers times `factor` are 10^12 FLOPs."""
+    """Fill in `explained by` for one table; its numbers times `factor` are in 10^12 FLOPs."""
     config, plans = model_config(model), {}
     for number, row in enumerate(rows):
         if pd.notna(row["budget_tokens"]):
-            with contextlib.suppress(PrunerError):  # no such schedule: nothing to compare with
+            with contextlib.suppress(PrunerError):  # no such schedule, nothing to compare
                 plans[number] = layer_tokens(row["method"], model, int(row["budget_tokens"]))
     found: dict[str, list[int]] = {}
     for convention in conventions(
@@ -125,7 +130,7 @@ def _text(
     low: float,
     high: float,
 ) -> Span | None:
-    """Between which numbers of text tokens a convention gives `low` to `high` FLOPs, if any."""
+    """The numbers of text tokens with which a convention gives `low` to `high` FLOPs, if any."""
 
     def excess(text: float, target: float) -> float:
         return conventions(config, plan, text, crops)[convention] - target
@@ -143,7 +148,7 @@ def _text(
 
 
 def _together(spans: dict[int, Span], plans: dict[int, list[int]]) -> list[int]:
-    """The rows of most budgets, and of these most rows, whose spans have a number of text tokens in common."""
+    """The rows that one number of text tokens fits: most budgets first, then most rows."""
     candidates = [
         [row for row, (low, high) in spans.items() if low <= start <= high]
         for start, _ in spans.values()
@@ -152,5 +157,5 @@ def _together(spans: dict[int, Span], plans: dict[int, list[int]]) -> list[int]:
 
 
 def _budgets(rows: list[int], plans: dict[int, list[int]]) -> int:
-    """How many different numbers of tokens the rows have."""
+    """Number of different budgets among the rows."""
     return len({tuple(plans[row]) for row in rows})

@@ -1,4 +1,4 @@
-"""The device a bench runs on: what it is, how it stands, and whether it is ours alone."""
+"""The device of a benchmark: its name, its state, and whether other processes use it."""
 
 import os
 import platform
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-IDLE_GB = 2.0  # what a driver holds on a GPU that nobody uses stays below
+IDLE_GB = 2.0  # on a GPU that nobody uses, the driver holds less memory than this
 
 
 class SharedGPU(RuntimeError):
-    """Others use the GPU, or nobody can tell."""
+    """Other processes use the GPU, or it cannot be determined whether they do."""
 
 
 def find_device(name: str) -> torch.device:
@@ -23,24 +23,26 @@ def find_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"device={name}, but torch {torch.__version__} finds no CUDA device; the bench of a CPU at reduced geometry is "
-            "`make bench`"
+            f"device={name}, but torch {torch.__version__} finds no CUDA device; `make bench` is "
+            "the benchmark for a CPU, at reduced geometry"
         )
     return device
 
 
 def check_alone(device: torch.device) -> None:
-    """Refuse a GPU that others use. To be called before this process has anything there.
+    """Refuse a GPU that others use. Call this before this process uses the GPU.
 
     Raises:
-        SharedGPU: another process, memory that one holds unseen, or no NVML to tell.
+        SharedGPU: another process is there, memory is held by a process that cannot be seen, or
+            NVML is missing.
     """
     if device.type != "cuda":
         return
     state = snapshot(device)
     if "missing" in state:
         raise SharedGPU(
-            f"whether other processes use the GPU cannot be told: {state['missing']}. Or set shared=true"
+            "it cannot be determined whether other processes use the GPU: "
+            f"{state['missing']}. Mend that, or set shared=true to measure all the same"
         )
     others = [pid for pid in state["processes"] if pid != os.getpid()]
     if others or state["memory_used_gb"] > IDLE_GB:
@@ -50,15 +52,17 @@ def check_alone(device: torch.device) -> None:
             else "processes that are not visible from here"
         )
         raise SharedGPU(
-            f"{who} use the GPU ({state['memory_used_gb']:.1f} GB held): times would be theirs too. Wait, choose another with "
-            "CUDA_VISIBLE_DEVICES, or set shared=true to measure nevertheless"
+            f"{who} use the GPU ({state['memory_used_gb']:.1f} GB held) and would change the "
+            "times. Wait, choose another GPU with CUDA_VISIBLE_DEVICES, or set shared=true to "
+            "measure all the same"
         )
 
 
 def snapshot(device: torch.device) -> dict[str, Any]:
-    """How the device stands now: on a GPU clocks, power, temperature, memory and processes by NVML, on a CPU threads and load.
+    """The state of the device now.
 
-    `missing` says why there is no more.
+    For a GPU: clocks, power, temperature, memory and processes, from NVML; if NVML does not answer,
+    only `missing`, which says why. For a CPU: threads and load.
     """
     if device.type != "cuda":
         return {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2)}
@@ -84,7 +88,7 @@ def snapshot(device: torch.device) -> dict[str, Any]:
 
 
 def _handle(nvml: Any, device: torch.device) -> Any:
-    """NVML counts all GPUs, torch those of CUDA_VISIBLE_DEVICES."""
+    """NVML's handle. NVML numbers all GPUs; torch numbers those of CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     name = str(device.index or 0) if not visible else visible.split(",")[device.index or 0].strip()
     return (
@@ -95,7 +99,7 @@ def _handle(nvml: Any, device: torch.device) -> Any:
 
 
 def describe(device: torch.device) -> str:
-    """The device by name."""
+    """The name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = []
@@ -105,4 +109,5 @@ def describe(device: torch.device) -> str:
             for line in info.read_text().splitlines()
             if line.startswith("model name")
         ]
-    return f"CPU {names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"CPU {name}, {torch.get_num_threads()} threads"

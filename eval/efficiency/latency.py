@@ -1,15 +1,16 @@
-"""What one request takes, phase by phase. Hooks set marks on the device's own timeline; nothing that runs is changed.
+"""Latency of one request, phase by phase.
 
-The phases add up to the first token:
+Hooks set marks on the device's own timeline; they change nothing that runs. The phases add up to
+the time of the first token:
 
-vision      the core's `get_image_features`: tower and projector
-captures    what is made of it for the pruner
-selection   between the language model's door and its first layer: choosing, shortening, the audit; of methods inside the language
-            model also their cuts
-prefill     the language model over the prompt, cuts left out
-rest        what `generate` does around them, with the head
+vision      `get_image_features` of the model: tower and projector
+captures    what the pruner needs, computed from it
+selection   from the call of the language model to its first layer: selection, pruned prompt, audit;
+            for methods inside the language model also their cuts
+prefill     the language model over the prompt, without the cuts
+rest        what `generate` does around these, and the head
 
-Behind it `decode`, the mean of a step.
+After the first token, `decode` is the mean time of a step.
 """
 
 import contextlib
@@ -32,18 +33,21 @@ Marks = list[tuple[str, float]]
 
 
 class ClockJumped(RuntimeError):
-    """Times that cannot be: the sample is worth nothing."""
+    """Times that are impossible; the sample is of no use."""
 
 
 class Timeline:
-    """Marks in the order in which the device reaches them: CUDA events, on a CPU the process's monotonic clock."""
+    """Marks in the order in which the device reaches them.
+
+    They are CUDA events; on a CPU they are times of the monotonic clock.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.cuda = device, device.type == "cuda"
-        self._marks: list[tuple[str, float, Any]] = []  # name, host's clock, event
+        self._marks: list[tuple[str, float, Any]] = []  # name, the host's clock, event
 
     def start(self) -> None:
-        """Forget the marks; the first, `call`, is set when the device has nothing left to do."""
+        """Forget all marks and set the first one, `call`, when the device is idle."""
         self._marks.clear()
         if self.cuda:
             torch.cuda.synchronize(self.device)
@@ -57,10 +61,11 @@ class Timeline:
         self._marks.append((name, time.perf_counter(), event))
 
     def read(self) -> Marks:
-        """Milliseconds since the call. The last mark must be one at which the host had waited for the device.
+        """The marks in milliseconds since `call`. The host must have waited for the last one.
 
         Raises:
-            ClockJumped: a time is not finite or runs backwards, or the device's clock and the host's differ at the end.
+            ClockJumped: a time is not finite or less than the one before, or at the end the clocks
+                of device and host differ.
         """
         _, start, first = self._marks[0]
         host = [1e3 * (at - start) for _, at, _ in self._marks]
@@ -74,23 +79,25 @@ class Timeline:
 
 
 def _checked(marks: Marks, host: float) -> Marks:
-    """`host` is where the host's clock has the last mark."""
+    """Check times; `host` is the last mark by the host's clock."""
     before = 0.0
     for name, at in marks:
         if not math.isfinite(at) or at < before:
             raise ClockJumped(
-                f"the clock jumped: mark {name!r} at {at:.3f} ms, behind one at {before:.3f} ms; run the bench again"
+                f"the clock jumped: mark {name!r} at {at:.3f} ms, after one at {before:.3f} ms; "
+                "run the benchmark again"
             )
         before = at
     if abs(before - host) > 1 + 0.05 * host:
         raise ClockJumped(
-            f"the device says {before:.3f} ms and the host {host:.3f} ms for one request; run the bench again"
+            f"the device says {before:.3f} ms and the host {host:.3f} ms for one request; run the "
+            "benchmark again"
         )
     return marks
 
 
 def phases(marks: Marks) -> dict[str, float]:
-    """Milliseconds of every phase, of `first_token`, and of `decode` (NaN with a single token)."""
+    """Milliseconds of every phase, of `first_token` and of `decode` (NaN with a single token)."""
     first: dict[str, float] = {}
     for name, at in marks:
         first.setdefault(name, at)
@@ -113,7 +120,7 @@ def phases(marks: Marks) -> dict[str, float]:
 
 
 class _Tokens(BaseStreamer):
-    """Marks every token when the host has it; `generate` hands the prompt over first."""
+    """Marks each token when the host has it. The first call of `put` brings the prompt."""
 
     def __init__(self, timeline: Timeline) -> None:
         self.timeline, self.prompt = timeline, True
@@ -128,7 +135,7 @@ class _Tokens(BaseStreamer):
 
 
 def generate(model: Any, inputs: BatchFeature, new_tokens: int, timeline: Timeline) -> None:
-    """Exactly `new_tokens` tokens of one prompt, greedily."""
+    """Generate exactly `new_tokens` tokens for one prompt, greedily."""
     tokens = _Tokens(timeline)
     timeline.start()
     model.generate(
@@ -142,7 +149,7 @@ def generate(model: Any, inputs: BatchFeature, new_tokens: int, timeline: Timeli
 
 @contextlib.contextmanager
 def marked_images(core: Any, timeline: Timeline, name: str) -> Iterator[None]:
-    """Marks around the `get_image_features` that the core has now, be it its own or an injection's."""
+    """Marks around the current `get_image_features` of the core, its own or an injection's."""
     inner = core.get_image_features
 
     def encode(*args: Any, **kwargs: Any) -> Any:
@@ -157,43 +164,45 @@ def marked_images(core: Any, timeline: Timeline, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def marked_prompt(adapter: Adapter, timeline: Timeline, cuts: Iterable[int]) -> Iterator[None]:
-    """Marks where the language model is entered, begins and ends, and around the hooks of the layers `cuts`.
+    """Marks around the language model, and around the hooks of the layers `cuts`.
 
-    To be opened inside the block of an injection, whose hooks then lie between `door` and `prefill`.
+    Enter it inside the block of an injection: its hooks are then between `door` and `prefill`.
     """
 
     def at(name: str) -> Callable[..., None]:
         return lambda *_: timeline.mark(name)
 
     with contextlib.ExitStack() as stack:
-        for module, before, behind in (
+        for module, before, after in (
             (adapter.language_model, "door", "prefill"),
             *((adapter.layers[number], "cut", "cut end") for number in cuts),
         ):
             stack.callback(module.register_forward_pre_hook(at(before), prepend=True).remove)
-            stack.callback(module.register_forward_pre_hook(at(behind)).remove)
+            stack.callback(module.register_forward_pre_hook(at(after)).remove)
         stack.callback(adapter.language_model.register_forward_hook(at("prefill end")).remove)
         yield
 
 
 @contextlib.contextmanager
 def fed(adapter: Adapter, inputs: BatchFeature, tokens: int) -> Iterator[BatchFeature]:
-    """The ceiling of a budget: the same image and text, but a prompt with `tokens` visual places that were never more.
+    """The ceiling of a budget: image and text as before, but a prompt with `tokens` visual tokens.
 
-    Within the block the model takes the inputs handed out. The image is encoded as ever, its first features fill the places; with
-    M-RoPE these form a single row, at other coordinates, which costs the same.
+    Yields the inputs for the model within the block. The image is encoded as always, and its first
+    features become the visual tokens. With M-RoPE they form a single row; these other coordinates
+    cost the same.
 
     Args:
-        inputs: of one prompt with one image.
+        inputs: one prompt with one image.
 
     Raises:
-        ValueError: more tokens than the prompt has places.
+        ValueError: the prompt has fewer visual tokens.
     """
     visual = inputs["input_ids"][0] == adapter.image_token_id
     places = int(visual.sum())
     if tokens > places:
         raise ValueError(
-            f"{tokens} visual tokens do not fit into the {places} places of the prompt; lower the budget"
+            f"{tokens} visual tokens do not fit into the {places} places of the prompt; lower the "
+            "budget"
         )
     if tokens == places:
         yield inputs

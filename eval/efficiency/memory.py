@@ -1,4 +1,4 @@
-"""What one request holds in memory: the caches of the layers, and the allocator's peak."""
+"""Memory of one request: the KV caches of the layers, and the allocator's peak."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from secateur.injection.contract import cache_of
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes behind and during one request; peaks are None on a CPU, whose allocations torch does not count."""
+    """Bytes of one request. Peaks are None on a CPU, where torch does not count allocations."""
 
-    kv_bytes: tuple[int, ...]  # keys and values of each layer, behind the prefill
-    peak_bytes: int | None  # most that was allocated, weights included
-    peak_delta_bytes: int | None  # the same without what was allocated before
-    masked: bool  # the last layer's attention got a mask, for which sdpa takes another kernel than without
+    kv_bytes: tuple[int, ...]  # keys and values of each layer, after the prefill
+    peak_bytes: int | None  # the most that was allocated, weights included
+    peak_delta_bytes: int | None  # the same, without what was allocated before the request
+    masked: bool  # the last layer's attention got a mask; sdpa then uses another kernel
 
 
 def footprint(adapter: Adapter, request: Callable[[], Any]) -> Footprint:
-    """Watch one request, the caches as they really are; not to be timed."""
+    """Run one request and measure its caches and peak. The hooks cost time: do not time it."""
     seen: dict[str, Any] = {}
 
     def cache(_module: Any, _args: Any, output: Any) -> None:
