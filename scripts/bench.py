@@ -1,4 +1,8 @@
-"""Time every method phase by phase, beside the unpruned model and each budget's ceiling: `python scripts/bench.py`."""
+"""Time every method phase by phase, beside the unpruned model and the ceiling of each budget.
+
+python scripts/bench.py                            on a GPU (`make bench-gpu`)
+python scripts/bench.py --config-name bench_cpu    on a CPU (`make bench`)
+"""
 
 import functools
 import gc
@@ -21,14 +25,14 @@ def main(config: DictConfig) -> None:
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     try:
         missing = report(settings) if settings["report"] else measure(settings)
-    except (ValueError, OSError, SharedGPU, ClockJumped) as error:  # ours name the fix
+    except (ValueError, OSError, SharedGPU, ClockJumped) as error:  # their messages name the fix
         sys.exit(str(error))
     if missing:
-        sys.exit("\n".join(["The bench is not complete:", *missing]))
+        sys.exit("\n".join(["The benchmark is not complete:", *missing]))
 
 
 def report(settings: dict[str, Any]) -> list[str]:
-    """Tables and figures of raw samples that are there already."""
+    """Write tables and figures of raw samples that were measured before; nothing is missing."""
     import pandas as pd
 
     from secateur.efficiency.bench_report import write
@@ -39,7 +43,7 @@ def report(settings: dict[str, Any]) -> list[str]:
 
 
 def measure(settings: dict[str, Any]) -> list[str]:
-    """Every model in turn, results written behind each; returns what is missing."""
+    """Measure the models one after the other; write results after each. Returns what is missing."""
     import pandas as pd
     import torch
     from rich.progress import Progress
@@ -81,7 +85,8 @@ def measure(settings: dict[str, Any]) -> list[str]:
         missing += [f"{name} failed: {why}" for name, why in failed.items()]
         if (rounds := 0 if samples.empty else samples["round"].nunique()) < plan.timed:
             missing.append(
-                f"{model['name']}: {rounds} of {plan.timed} rounds, the {settings['minutes']} minutes were over"
+                f"{model['name']}: {rounds} of {plan.timed} rounds, "
+                f"the {settings['minutes']} minutes were over"
             )
         if rounds > 1:
             frames.append(samples)
@@ -109,7 +114,7 @@ def _plan(settings: dict[str, Any], device: Any) -> Any:
 
 
 def _composed(model: str, settings: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """The model's layout and a pruner for every method, as a sweep would compose them."""
+    """The model's layout and a pruner for each method, from the configs that a sweep uses."""
     from secateur.pruners import build
 
     fields = [

@@ -1,10 +1,15 @@
-"""Wheels of what a GPU machine without a network lacks, so that the harness runs there: about 29 MB.
+"""Download the wheels that a GPU machine without a network lacks: about 29 MB.
 
-    python scripts/bundle_gpu.py wheels            here: download into the folder wheels
-    python3 -m pip install --no-index --no-deps --target site wheels/*.whl && PYTHONPATH=site python3 scripts/bench.py     there
+    python scripts/bundle_gpu.py wheels        here: into the folder wheels
 
-For machines that have torch, torchvision, transformers, pandas, scipy, pyarrow, matplotlib, rich, tabulate and what these need.
-Versions are those of the environment the script runs in. Not among them: av, which qwen-vl-utils needs for videos alone.
+and there:
+
+    python3 -m pip install --no-index --no-deps --target site wheels/*.whl
+    PYTHONPATH=site python3 scripts/bench.py
+
+That machine must have torch, torchvision, transformers, pandas, scipy, pyarrow, matplotlib, rich,
+tabulate and what these need. The wheels have the versions of the environment that runs this script.
+They leave out av, which qwen-vl-utils needs for videos alone.
 """
 
 import argparse
@@ -54,9 +59,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--python", default="3.12", help="version of Python there (default: 3.12)")
-    parser.add_argument("--machine", default="x86_64", help="its processor (default: x86_64)")
+    parser.add_argument("folder", type=Path, help="where the wheels go")
+    parser.add_argument("--python", default="3.12", help="Python of that machine (default: 3.12)")
+    parser.add_argument(
+        "--machine", default="x86_64", help="processor of that machine (default: x86_64)"
+    )
     options = parser.parse_args()
 
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -75,9 +82,8 @@ def main() -> None:
         [*pip, "wheel", *common, "--wheel-dir", str(options.folder), *source, str(ROOT)], check=True
     )
     wheels = list(options.folder.glob("*.whl"))
-    print(
-        f"{options.folder}: {len(wheels)} wheels, {sum(wheel.stat().st_size for wheel in wheels) / 1e6:.0f} MB"
-    )
+    size = sum(wheel.stat().st_size for wheel in wheels) / 1e6
+    print(f"{options.folder}: {len(wheels)} wheels, {size:.0f} MB")
 
 
 if __name__ == "__main__":

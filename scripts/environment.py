@@ -1,10 +1,10 @@
-"""The project's own environment, .venv: exactly what requirements.lock names. `make` calls it.
+"""The project's environment .venv, exactly as requirements.lock names it. `make` calls this.
 
-    python3 scripts/environment.py             make or renew .venv, with any Python that is supported
+    python3 scripts/environment.py                    create or renew .venv
     .venv/bin/python scripts/environment.py --check   is .venv still what the lock names?
-    .venv/bin/python scripts/environment.py --moved   versions of this environment that are not the lock's
+    .venv/bin/python scripts/environment.py --moved   versions that differ from the lock
 
-Without an option only the standard library is used: nothing is installed yet.
+Without an option only the standard library is used, because nothing is installed yet.
 """
 
 import argparse
@@ -14,17 +14,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
-READY = VENV / "ready"  # what make looks at
+READY = VENV / "ready"  # the file whose date make compares
 UV = "0.13.9"  # the installer; the lock is made with the same one
 OLDEST, NEWEST = (3, 11), (3, 14)
 
 
 class Unusable(Exception):
-    """The environment cannot be made or used; the message says why and what to do."""
+    """The environment cannot be created or used; the message says why and what to do."""
 
 
 def make() -> None:
-    """Create .venv where it is missing or broken, and install the lock and the project into it.
+    """Create .venv if it is missing or broken, and install the lock and the project into it.
 
     Raises:
         Unusable: this Python is not supported, or an installation failed.
@@ -35,7 +35,7 @@ def make() -> None:
     pip_works = [str(python), "-m", "pip", "--version"]
     if not python.exists() or subprocess.run(pip_works, capture_output=True).returncode:
         _run(sys.executable, "-m", "venv", "--clear", VENV)
-    # uv lives beside the packages, since it removes from them what the lock does not name
+    # uv has a folder of its own, because it removes packages that the lock does not name
     tools = VENV / "tools"
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if not (tools / f"uv-{UV}.dist-info").exists():
@@ -52,7 +52,7 @@ def require_supported(version: "tuple[int, int]") -> None:
     """Raise Unusable for a Python that is too old or untested."""
     if not OLDEST <= version <= NEWEST:
         raise Unusable(
-            "Secateur is tested on Python {}.{} to {}.{}, and this is Python {}.{}. Name another "
+            "Secateur is tested on Python {}.{} to {}.{}, and this is Python {}.{}. Choose another "
             "one: make sweep PYTHON3=python3.12".format(*OLDEST, *NEWEST, *version)
         )
 
@@ -61,8 +61,8 @@ def check() -> None:
     """Compare .venv with the lock.
 
     Raises:
-        Unusable: a package is missing, has another version, or was edited; or pyproject.toml asks
-            for something that the lock does not hold.
+        Unusable: a package is missing, has another version or was edited; or the lock does not
+            meet a requirement of pyproject.toml.
     """
     import tomllib
 
@@ -70,16 +70,16 @@ def check() -> None:
         from secateur.lock import problems, unmet
     except ModuleNotFoundError as error:
         raise Unusable(
-            f".venv is half made ({error}). Delete the folder and run make again."
+            f".venv is not complete ({error}). Delete the folder and run make again."
         ) from error
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     if lines := unmet(pyproject):
         raise Unusable(f"{'; '.join(lines)}. Run make lock, which renews the lock and tests it.")
     if found := problems():
         raise Unusable(
-            f".venv is no longer what requirements.lock names: {'; '.join(found)}. Run make clean "
-            "and the command again; for other versions use an environment of your own with "
-            "PYTHON=..., whose records name them."
+            f".venv is no longer what requirements.lock names: {'; '.join(found)}. Delete .venv "
+            "and run the command again. For other versions use an environment of your own with "
+            "PYTHON=...; its records name them."
         )
 
 
@@ -88,8 +88,8 @@ def _run(*command: object) -> None:
     if subprocess.run(words, cwd=ROOT).returncode:
         raise Unusable(
             f"the environment could not be finished: {' '.join(words)} failed, and the lines above "
-            "say why. Nothing needs to be deleted: once the cause is gone (offline? disk full?), "
-            "the same make command goes on from here."
+            "say why. Remove the cause (no network? disk full?) and run the same make command "
+            "again; nothing needs to be deleted."
         )
 
 
@@ -97,7 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="compare .venv with the lock")
-    what.add_argument("--moved", action="store_true", help="print what differs from the lock")
+    what.add_argument(
+        "--moved", action="store_true", help="print versions that differ from the lock"
+    )
     options = parser.parse_args()
     try:
         if options.moved:

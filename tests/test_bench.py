@@ -1,4 +1,4 @@
-"""The bench: what it times, feeds and weighs, what it refuses, and that its marks change nothing."""
+"""The benchmark: what it measures and refuses, and that its marks change nothing."""
 
 import contextlib
 import dataclasses
@@ -62,7 +62,7 @@ def samples(llava):
 
 
 class TestSamples:
-    def test_every_setting_runs_once_a_round_in_changing_order(self, samples):
+    def test_every_setting_runs_once_per_round_in_changing_order(self, samples):
         assert (
             samples.groupby(["method", "budget"])["round"].agg(list).map(sorted).tolist()
             == [[0, 1, 2, 3]] * 6
@@ -81,15 +81,15 @@ class TestSamples:
             > 10 * samples.loc[samples["kind"] != "pruned", "selection"].max()
         ).all()
 
-    def test_what_a_schedule_cannot_do_is_left_out_by_name(self, samples):
+    def test_a_budget_that_no_schedule_has_is_left_out_by_name(self, samples):
         (name, cause), *others = samples.attrs["left_out"].items()
         assert (name, others) == ("llava_1_5_7b fastv layer=1 2", [])
         assert "cannot average 2 tokens" in cause
         assert name not in set(samples["method"])
 
-    def test_caches_are_weighed_layer_by_layer(self, samples):
+    def test_caches_are_measured_layer_by_layer(self, samples):
         position = 2 * 4 * 16 * 4  # keys and values, heads, their width, float32
-        text = 6 + 5 + 1  # and the token that begins a prompt
+        text = 6 + 5 + 1  # with the token that begins a prompt
         held = samples.groupby(["method", "budget"])["kv_bytes"].first()
         assert list(held["unpruned", 16]) == [position * (text + 16)] * 4
         assert list(held["ceiling", 8]) == list(held["divprune", 8]) == [position * (text + 8)] * 4
@@ -97,7 +97,7 @@ class TestSamples:
             position * (text + tokens) for tokens in (16, 5, 5, 5)
         ]
 
-    def test_flops_are_of_the_tokens_that_were_there(self, samples):
+    def test_flops_are_of_the_tokens_that_were_processed(self, samples):
         tokens = samples.groupby(["method", "budget"])[
             ["tokens_in", "tokens", "text_tokens", "macs_visual"]
         ].first()
@@ -111,7 +111,7 @@ class TestSamples:
         )
 
     def test_a_method_that_fails_does_not_stop_the_others(self, llava, capsys):
-        broken = Setting("pruned", 8, build("cdpruner"))  # asks for a CLIP that is not there
+        broken = Setting("pruned", 8, build("cdpruner"))  # needs a CLIP, which is missing
         whole = Setting("unpruned", 16)
         found, _, failed = llava.run([broken, whole], time.monotonic() + 100, lambda: None)
         assert set(found["method"]) == {"unpruned"}
@@ -120,14 +120,14 @@ class TestSamples:
         )
         assert "Traceback" in capsys.readouterr().err
 
-    def test_no_round_begins_behind_the_deadline(self, llava):
+    def test_no_round_begins_after_the_deadline(self, llava):
         found, _, _ = llava.run(llava.settings([], [Budget(8)]), time.monotonic() - 1, lambda: None)
         assert found.empty
 
 
 class TestMarks:
     @pytest.mark.parametrize("pruner", [None, *METHODS], ids=["unpruned", "divprune", "fastv"])
-    def test_nothing_that_runs_is_changed_or_stays_behind(self, bench, pruner):
+    def test_marks_change_nothing_and_leave_nothing(self, bench, pruner):
         inputs, _ = bench.prompts[0]
         steps = {
             "do_sample": False,
@@ -202,13 +202,13 @@ class TestCeiling:
         assert int(stays.sum()) == int((~visual).sum()) + keep
         assert torch.equal(seen[1], seen[0][stays])
 
-    def test_all_places_are_the_model_as_it_is(self, llava):
+    def test_all_places_are_the_unpruned_model(self, llava):
         inputs, _ = llava.prompts[0]
         with fed(llava.adapter, inputs, 16) as same:
             assert same is inputs
             assert "get_image_features" not in vars(llava.adapter.core)
 
-    def test_more_than_the_places_are_refused(self, llava):
+    def test_more_tokens_than_places_are_refused(self, llava):
         with (
             pytest.raises(ValueError, match="17 visual tokens do not fit into the 16 places"),
             fed(llava.adapter, llava.prompts[0][0], 17),
@@ -367,7 +367,7 @@ class TestSharedGPU:
         with pytest.raises(hardware.SharedGPU, match=r"processes 4242 use the GPU.*shared=true"):
             hardware.check_alone(self.cuda)
 
-    def test_with_memory_that_somebody_holds(self, gpu):
+    def test_with_memory_that_another_process_holds(self, gpu):
         gpu.used = 30e9
         with pytest.raises(
             hardware.SharedGPU, match=r"not visible from here use the GPU \(30.0 GB held\)"
@@ -412,7 +412,7 @@ class TestReport:
             ["fastv layer=1", 8],
         ]
 
-    def test_published_numbers_stand_beside_ours_at_true_geometry_only(self, samples):
+    def test_published_numbers_are_beside_ours_at_true_geometry_only(self, samples):
         reduced = summarise(samples)
         assert published(reduced)["ours"].isna().all()
         true = reduced.assign(geometry="true", budget=64, kv_mb=32.5)
@@ -462,7 +462,7 @@ class TestScripts:
             )
             yield dict(composed) | {"results": str(tmp_path)}
 
-    def test_bench_writes_everything(self, settings, tmp_path):
+    def test_the_benchmark_writes_everything(self, settings, tmp_path):
         assert script.measure(settings) == []
         stored = pd.read_parquet(tmp_path / "bench/bench-cpu.parquet")
         assert set(stored["method"]) == {
@@ -479,12 +479,12 @@ class TestScripts:
         assert (tmp_path / "bench/bench-cpu.md").exists()
         assert (tmp_path / "figures/bench_cpu_llava_1_5_7b.png").exists()
 
-    def test_bench_says_what_it_had_no_time_for(self, settings):
+    def test_the_benchmark_says_what_it_had_no_time_for(self, settings):
         assert script.measure(settings | {"minutes": -1}) == [
             "llava_1_5_7b: not begun, the -1 minutes were over"
         ]
 
-    def test_methods_are_set_as_in_a_sweep_but_for_clip(self):
+    def test_methods_have_the_fields_of_a_sweep_except_clip(self):
         with initialize_config_dir(
             str(Path(script.__file__).parents[1] / "configs"), version_base="1.3"
         ):

@@ -1,4 +1,4 @@
-"""The formula against torch's counter: at true geometry on the meta device, and with hooks in on tiny models."""
+"""The formulas against torch's counter: on the meta device, and on tiny models with hooks."""
 
 from pathlib import Path
 
@@ -31,7 +31,10 @@ def plan(name: str, tokens: int) -> list[int]:
 
 
 def measured(call) -> int:
-    """All but the angles of the rotary embedding, which older releases of transformers multiply as matrices."""
+    """FLOPs of a call, without the angles of the rotary embedding.
+
+    Older releases of transformers compute these as a product of matrices.
+    """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     angles = [
@@ -120,7 +123,7 @@ def test_the_projector_at_true_geometry(name):
     assert seen == projector(config, crops).total
 
 
-# method -> visual tokens of the four layers; the counter sees what `pruner` counts, and nothing else
+# method -> (fields, visual tokens of the four layers); the counter sees the pruner's products too
 METHODS = {
     "none": ({}, (16, 16, 16, 16)),
     "random": ({}, (8, 8, 8, 8)),
@@ -136,7 +139,7 @@ METHODS = {
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pruned_model_with_its_hooks(method, attention):
-    """In-LLM methods cost their score rows: FastV 2 L d for one query over the L positions ahead of the cut."""
+    """FastV, for example, costs 2 L d: one query over the L positions before the cut."""
     config, (options, layer_tokens) = tiny("llava"), METHODS[method]
     model = random_model(config, std=0.2, attn_implementation=attention)
     text = "USER: <image>\nwhat is this, and why? ASSISTANT:"
@@ -189,7 +192,7 @@ def test_published_numbers_by_their_convention(convention, model, text, printed)
 
 
 def test_pyramiddrops_own_number():
-    """arXiv 2410.17247, ablation of stages: 1.78 T with half of the tokens dropped before layers 8, 16 and 24."""
+    """arXiv 2410.17247, ablation: 1.78 T with half of the tokens dropped before 8, 16 and 24."""
     layer_tokens = [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
     assert (
         round(
@@ -216,7 +219,7 @@ def test_a_method_without_a_count_says_so():
     assert unknown.first_token == counted.first_token
 
 
-def test_errors_name_the_way_out():
+def test_errors_name_the_fix():
     config = config_of("llava_next_7b")
     row = {"visual_tokens": 2880, "layer_tokens": [64] * 32, "prompt_tokens": 100, "new_tokens": 1}
     with pytest.raises(ValueError, match="need a column `crops`"):
@@ -228,8 +231,8 @@ def test_errors_name_the_way_out():
         tower(AutoConfig.for_model("clip"), CLIP)
 
 
-def test_a_table_is_explained_only_by_one_text_for_several_budgets():
-    """HiPrune's Table 5 in small, a number no text fits, one that could be anything, and one without text."""
+def test_one_length_of_text_must_explain_several_budgets():
+    """Part of HiPrune's Table 5; a number that no text fits, one that any fits, one without text."""
     rows = [
         ("a", "none", 576, "flops", 8.63),
         ("a", "hiprune", 192, "flops", 3.56),

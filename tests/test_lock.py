@@ -1,4 +1,4 @@
-"""The lock meets pyproject.toml, names no host, and says how an environment differs from it."""
+"""The lock meets pyproject.toml, names no host, and shows how an environment differs from it."""
 
 import runpy
 import shutil

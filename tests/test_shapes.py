@@ -1,4 +1,4 @@
-"""The generator: deterministic, answers that are true of the picture, the schemas of the real data sets."""
+"""The generator: the same seed gives the same data, and answers are true of the picture."""
 
 import ast
 
@@ -30,7 +30,7 @@ def test_things_are_distinct_visible_and_inside():
 
 
 def truth(scene, question: str) -> str:
-    """Answer a question by reading it, apart from how it was made."""
+    """Answer a question from its words and the scene, independently of the generator."""
     things = scene.things
     words = question.rstrip("?").split()
     if question.startswith("Is there a"):

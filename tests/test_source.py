@@ -1,4 +1,4 @@
-"""The commit of the code that runs: a checkout in any state, no checkout, no git."""
+"""The commit of the code: in a checkout of any state, without a checkout, without git."""
 
 import subprocess
 
@@ -36,7 +36,7 @@ def test_a_clean_checkout_is_its_commit(checkout):
     assert commit_of(checkout) == git(checkout, "rev-parse", "--short", "HEAD")
 
 
-def test_a_tag_does_not_take_its_place(checkout):
+def test_a_tag_does_not_replace_the_commit(checkout):
     git(checkout, "tag", "--annotate", "v1", "--message", "One")
     assert commit_of(checkout) == git(checkout, "rev-parse", "--short", "HEAD")
 

@@ -1,4 +1,4 @@
-"""The wheel: complete, and light enough for someone who wants `inject` alone."""
+"""The wheel: it is complete, and `inject` needs none of the extras."""
 
 import shutil
 import subprocess
@@ -47,7 +47,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def required(wheel: Path) -> set[str]:
-    """Distributions that the wheel brings without an extra, all the way down, of those here."""
+    """Installed distributions that the wheel requires without an extra, directly or not."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode().splitlines()
@@ -89,7 +89,7 @@ def test_the_wheel_holds_configs_reported_numbers_and_templates(wheel):
 
 
 def test_the_library_example_runs_without_the_extras(wheel, tmp_path):
-    """An empty environment that holds the wheel and what it requires, nothing of lmms-eval."""
+    """The environment holds the wheel and what it requires, and nothing of lmms-eval."""
     names = required(wheel)
     assert not names & {"lmms-eval", "datasets", "wandb", "pandas", "hydra-core", "decord"}
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
