@@ -138,12 +138,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = build_shapes(Path(folder) / "shapes")
         tasks = load_tasks(list(TASKS), root)
-        fields = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}
+        fields: dict[str, Any] = {
+            "dtype": "float32",
+            "device": "cpu",
+            "attn_implementation": "sdpa",
+        }
         sides: dict[str, Any] = {
             "sweep": PrunedModel(
                 WEIGHTS, **fields, batch_tokens=options.batch_tokens, cache=EncodeCache(2**30)
-            ),  # type: ignore[arg-type]
-            "one at a time": PrunedModel(WEIGHTS, **fields),  # type: ignore[arg-type]
+            ),
+            "one at a time": PrunedModel(WEIGHTS, **fields),
             "lmms-eval": Theirs(pretrained=WEIGHTS, device_map="cpu", **fields),
         }
         clocks = {side: Clock(model.model) for side, model in sides.items()}

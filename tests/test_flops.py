@@ -232,7 +232,7 @@ def test_errors_name_the_fix():
 
 
 def test_one_length_of_text_must_explain_several_budgets():
-    """Part of HiPrune's Table 5; a number that no text fits, one that any fits, one without text."""
+    """Part of HiPrune's Table 5; a number no text fits, one that any fits, one without text."""
     rows = [
         ("a", "none", 576, "flops", 8.63),
         ("a", "hiprune", 192, "flops", 3.56),
