@@ -21,7 +21,7 @@ from secateur.budget import Budget
 from secateur.efficiency import hardware, latency
 from secateur.efficiency.bench import Bench, Plan, Setting
 from secateur.efficiency.bench_report import figure, markdown, published, summarise, write
-from secateur.efficiency.latency import PHASES, ClockJumped, Timeline, fed, phases
+from secateur.efficiency.latency import PHASES, ClockJumped, Timeline, ceiling_prompt, phases
 from secateur.geometry import config_of, tiny
 from secateur.injection import inject
 from secateur.pruners import REGISTRY, build
@@ -138,7 +138,7 @@ class TestMarks:
         }
         keep = bench.tokens if pruner is None else bench.tokens // 2
         plain = (
-            fed(bench.adapter, inputs, keep)
+            ceiling_prompt(bench.adapter, inputs, keep)
             if pruner is None
             else inject(bench.model, pruner, keep, layout=bench.layout)
         )
@@ -160,7 +160,7 @@ class TestMarks:
             ("vision end", 11),
             ("images", 0.5),
             ("images end", 12),
-            ("door", 15),
+            ("entry", 15),
             ("prefill", 17),
         ]
         inside = [
@@ -171,7 +171,7 @@ class TestMarks:
             ("prefill end", 50),
             ("token", 55),
         ]
-        step = [("door", 60), ("prefill", 61), ("cut", 62), ("cut end", 63), ("prefill end", 64)]
+        step = [("entry", 60), ("prefill", 61), ("cut", 62), ("cut end", 63), ("prefill end", 64)]
         found = phases([*prompt, *inside, *step, ("token", 65), *step, ("token", 85)])
         assert found == {
             "vision": 10,
@@ -194,7 +194,7 @@ class TestCeiling:
         inputs, _ = bench.prompts[0]
         keep = bench.tokens // 2
         bench.model(**inputs)
-        with fed(bench.adapter, inputs, keep) as fewer:
+        with ceiling_prompt(bench.adapter, inputs, keep) as fewer:
             bench.model(**fewer)
         hook.remove()
         visual = inputs["input_ids"][0] == bench.adapter.image_token_id
@@ -204,14 +204,14 @@ class TestCeiling:
 
     def test_all_places_are_the_unpruned_model(self, llava):
         inputs, _ = llava.prompts[0]
-        with fed(llava.adapter, inputs, 16) as same:
+        with ceiling_prompt(llava.adapter, inputs, 16) as same:
             assert same is inputs
             assert "get_image_features" not in vars(llava.adapter.core)
 
     def test_more_tokens_than_places_are_refused(self, llava):
         with (
             pytest.raises(ValueError, match="17 visual tokens do not fit into the 16 places"),
-            fed(llava.adapter, llava.prompts[0][0], 17),
+            ceiling_prompt(llava.adapter, llava.prompts[0][0], 17),
         ):
             pass
 
@@ -546,7 +546,7 @@ class TestScripts:
                 str(tmp_path),
             ],
         )
-        with pytest.raises(SystemExit, match="further from what it has to compute"):
+        with pytest.raises(SystemExit, match="further from what it must compute"):
             gpu_check.main()
 
     def test_the_bundle_holds_what_is_installed_here(self):

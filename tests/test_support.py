@@ -69,6 +69,19 @@ class TestDecoding:
     def test_sampling(self, model, processor):
         check_generate(model, encode(processor, 2), do_sample=True, temperature=0.7, top_k=20)
 
+    @pytest.mark.parametrize("pruner", [build("uniform"), build("scope")])
+    def test_assisted_decoding(self, model, processor, pruner):
+        """The assistant is not pruned, so that some of the tokens it proposes are rejected."""
+        inputs, assistant = encode(processor, 1), copy.deepcopy(model)
+        options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        with inject(model, pruner, 5):
+            expected = model.generate(**inputs, **STEPS, **options)
+            found = model.generate(**inputs, **STEPS, **options, assistant_model=assistant)
+        proposed = assistant.generate(**inputs, **STEPS, **options)
+        assert not torch.equal(proposed.sequences, expected.sequences)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert (torch.cat(found.logits) - torch.cat(expected.logits)).abs().max() < 1e-4
+
     @pytest.mark.parametrize(
         "options",
         [

@@ -22,7 +22,7 @@ from secateur.efficiency.flops import Crops, conventions, count
 from secateur.efficiency.hardware import describe, snapshot
 from secateur.efficiency.latency import (
     Timeline,
-    fed,
+    ceiling_prompt,
     generate,
     marked_images,
     marked_prompt,
@@ -163,10 +163,10 @@ class Bench:
             traceback goes to stderr).
         """
         before = snapshot(self.plan.device)
-        able, left_out, failed, rows = [], {}, {}, []
+        runnable, left_out, failed, rows = [], {}, {}, []
         for setting in settings:
             try:
-                able.append((setting, self._facts(setting)))
+                runnable.append((setting, self._facts(setting)))
             except PrunerError as error:
                 left_out[f"{self.name} {setting.method} {setting.tokens}"] = str(error)
             except Exception as error:  # the other settings go on
@@ -179,8 +179,8 @@ class Bench:
         for number in range(self.plan.warm_up + self.plan.timed):
             if time.monotonic() > deadline:
                 break
-            for place, index in enumerate(rng.permutation(len(able))):
-                setting, facts = able[index]
+            for place, index in enumerate(rng.permutation(len(runnable))):
+                setting, facts = runnable[index]
                 with self._ready(setting, number) as (inputs, _):
                     generate(self.model, inputs, self.plan.new_tokens, self.timeline)
                 times = phases(self.timeline.read())
@@ -203,7 +203,7 @@ class Bench:
         with contextlib.ExitStack() as stack:
             stack.enter_context(marked_images(core, self.timeline, "vision"))
             if pruner is None:
-                inputs = stack.enter_context(fed(self.adapter, inputs, setting.tokens))
+                inputs = stack.enter_context(ceiling_prompt(self.adapter, inputs, setting.tokens))
             else:
                 trace = stack.enter_context(
                     inject(self.model, pruner, setting.tokens, layout=self.layout)

@@ -103,26 +103,26 @@ def _explain(model: str, factor: int, rows: list[dict[Hashable, Any]]) -> None:
             printed = rows[number]["value"]
             half = 0.5 * 10.0 ** -len(f"{printed:g}".partition(".")[2])
             low, high = ((printed + side) * factor * 1e12 for side in (-half, half))
-            if (span := _text(config, convention, plan, CROPS[model], low, high)) is not None:
+            if (span := _text_span(config, convention, plan, CROPS[model], low, high)) is not None:
                 spans[number] = span
-        members = _together(spans, plans)
+        members = _rows_of_one_text(spans, plans)
         if "visual" in convention:
             found[convention] = members
-        elif _budgets(members, plans) > 1:
+        elif _budget_count(members, plans) > 1:
             low, high = (
                 max(spans[number][0] for number in members),
                 min(spans[number][1] for number in members),
             )
             text = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
             found[f"{convention} with {text} text tokens"] = members
-    most = max((_budgets(members, plans) for members in found.values()), default=0)
+    most = max((_budget_count(members, plans) for members in found.values()), default=0)
     for words, members in found.items():
-        if _budgets(members, plans) == most:
+        if _budget_count(members, plans) == most:
             for number in members:
                 rows[number]["explained by"] += "; " * bool(rows[number]["explained by"]) + words
 
 
-def _text(
+def _text_span(
     config: PreTrainedConfig,
     convention: str,
     plan: list[int],
@@ -147,15 +147,15 @@ def _text(
     return at(low), at(high)
 
 
-def _together(spans: dict[int, Span], plans: dict[int, list[int]]) -> list[int]:
+def _rows_of_one_text(spans: dict[int, Span], plans: dict[int, list[int]]) -> list[int]:
     """The rows that one number of text tokens fits: most budgets first, then most rows."""
     candidates = [
         [row for row, (low, high) in spans.items() if low <= start <= high]
         for start, _ in spans.values()
     ]
-    return max(candidates, key=lambda rows: (_budgets(rows, plans), len(rows)), default=[])
+    return max(candidates, key=lambda rows: (_budget_count(rows, plans), len(rows)), default=[])
 
 
-def _budgets(rows: list[int], plans: dict[int, list[int]]) -> int:
+def _budget_count(rows: list[int], plans: dict[int, list[int]]) -> int:
     """Number of different budgets among the rows."""
     return len({tuple(plans[row]) for row in rows})

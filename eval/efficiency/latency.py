@@ -110,7 +110,7 @@ def phases(marks: Marks) -> dict[str, float]:
     tokens = [at for name, at in marks if name == "token"]
     found = {
         "vision": first["vision end"] - first["vision"],
-        "selection": first["prefill"] - first["door"] + inside,
+        "selection": first["prefill"] - first["entry"] + inside,
         "prefill": first["prefill end"] - first["prefill"] - inside,
     }
     found["captures"] = first["images end"] - first["images"] - found["vision"]
@@ -166,7 +166,7 @@ def marked_images(core: Any, timeline: Timeline, name: str) -> Iterator[None]:
 def marked_prompt(adapter: Adapter, timeline: Timeline, cuts: Iterable[int]) -> Iterator[None]:
     """Marks around the language model, and around the hooks of the layers `cuts`.
 
-    Enter it inside the block of an injection: its hooks are then between `door` and `prefill`.
+    Enter it inside the block of an injection: its hooks are then between `entry` and `prefill`.
     """
 
     def at(name: str) -> Callable[..., None]:
@@ -174,7 +174,7 @@ def marked_prompt(adapter: Adapter, timeline: Timeline, cuts: Iterable[int]) -> 
 
     with contextlib.ExitStack() as stack:
         for module, before, after in (
-            (adapter.language_model, "door", "prefill"),
+            (adapter.language_model, "entry", "prefill"),
             *((adapter.layers[number], "cut", "cut end") for number in cuts),
         ):
             stack.callback(module.register_forward_pre_hook(at(before), prepend=True).remove)
@@ -184,7 +184,7 @@ def marked_prompt(adapter: Adapter, timeline: Timeline, cuts: Iterable[int]) -> 
 
 
 @contextlib.contextmanager
-def fed(adapter: Adapter, inputs: BatchFeature, tokens: int) -> Iterator[BatchFeature]:
+def ceiling_prompt(adapter: Adapter, inputs: BatchFeature, tokens: int) -> Iterator[BatchFeature]:
     """The ceiling of a budget: image and text as before, but a prompt with `tokens` visual tokens.
 
     Yields the inputs for the model within the block. The image is encoded as always, and its first
