@@ -17,6 +17,7 @@ from secateur import lock, source
 from secateur.budget import Budget
 from secateur.checkpoints import hub_commit
 from secateur.pruners import InLLMPruner, Pruner
+from secateur.tasks import TASKS, find_task
 
 if TYPE_CHECKING:  # these take seconds to import, and a sweep with nothing to do does not need them
     import pandas as pd
@@ -123,10 +124,9 @@ def run(
     import pandas as pd
     from lmms_eval.evaluator import simple_evaluate
 
-    from secateur.metrics import named_metrics
-    from secateur.tasks import task_manager
+    from secateur.tasks.load import task_manager
 
-    check_limit(name, limit)
+    find_task(name).check_limit(limit)
     started = time.time()
     printed = io.StringIO()  # some tasks print tables and bars of their own
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -141,7 +141,7 @@ def run(
             numpy_random_seed=seed,
             torch_random_seed=seed,
         )
-    metrics = named_metrics(name, results["results"][name])
+    metrics = TASKS[name].named_metrics(results["results"][name])
     rows = pd.DataFrame(
         [_row(name, sample, model) for sample in results["samples"][name]]
     ).sort_values("doc_id", ignore_index=True)
@@ -185,27 +185,16 @@ def _flops(model: "PrunedModel", rows: "pd.DataFrame") -> dict[str, float | None
     return {str(name): None if value != value else value for name, value in means.items()}
 
 
-def check_limit(task: str, limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: at least 1 document, or limit=null for all")
-    if task == "mme" and limit is not None and limit % 2:
-        raise ValueError(
-            f"limit={limit} is odd, and MME scores pairs of questions; use limit={limit + 1}"
-        )
-
-
 def _row(task: str, sample: dict[str, Any], model: "PrunedModel") -> dict[str, Any]:
-    from secateur.metrics import category, document_score, image_id
-
-    answer = model.answers[task, sample["doc_id"]]
+    entry, answer = TASKS[task], model.answers[task, sample["doc_id"]]
     return {
         "doc_id": sample["doc_id"],
-        "image_id": image_id(task, sample),
-        "category": category(task, sample),
+        "image_id": entry.image_id(sample),
+        "category": entry.category(sample),
         "prompt": answer.prompt,
         "target": str(sample["target"]),
         "answer": answer.text,
-        "score": document_score(task, sample),
+        "score": entry.score(sample),
         "images": len(answer.audit.visual_tokens),
         "visual_tokens": sum(answer.audit.visual_tokens),
         "kept_tokens": sum(answer.audit.kept_tokens),

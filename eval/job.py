@@ -13,6 +13,7 @@ from secateur.checkpoints import fingerprint
 from secateur.pruners import InLLMPruner, Pruner, build
 from secateur.pruners.fields import Range, describe, fits
 from secateur.store import Store
+from secateur.tasks import find_task
 
 _FIELDS: dict[str, Any] = {  # what a setting may hold
     "limit": Annotated[int, Range(1)] | None,
@@ -81,7 +82,7 @@ class Job:
                 f"tasks={tasks}: {', '.join(unknown)} is not in suite {suite!r}; it has {known}"
             )
         for task in tasks:
-            cell.check_limit(task, limit)
+            find_task(task).check_limit(limit)
         return cls(
             model=settings["model"],
             pruner=build(**settings["pruner"]),

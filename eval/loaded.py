@@ -45,7 +45,7 @@ def task(name: str, suite: dict[str, Any]) -> "Task":
 
 @lru_cache
 def _task(name: str, suite: str, data_root: str | None) -> "Task":
-    from secateur.tasks import load_tasks
+    from secateur.tasks.load import load_tasks
 
     root = Path(data_root) if data_root else None
     if suite == "shapes":

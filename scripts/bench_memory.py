@@ -29,7 +29,7 @@ from secateur.models import PrunedModel
 from secateur.paths import ROOT, SHAPES_MODEL
 from secateur.pruners import build
 from secateur.shapes.datasets import build as build_shapes
-from secateur.tasks import load_tasks
+from secateur.tasks.load import load_tasks
 
 TASK, WARM_UP = "pope", 500
 

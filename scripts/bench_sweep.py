@@ -34,7 +34,8 @@ from secateur.models import PrunedModel
 from secateur.paths import ROOT, SHAPES_MODEL
 from secateur.pruners import build
 from secateur.shapes.datasets import build as build_shapes
-from secateur.tasks import TASKS, load_tasks, task_manager
+from secateur.tasks import TASKS
+from secateur.tasks.load import load_tasks, task_manager
 
 try:
     from lmms_eval.models.chat.llava_hf import LlavaHf

@@ -11,8 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from secateur.paths import ROOT, SHAPES_MODEL
-from secateur.reporting.tables import TITLES, label
+from secateur.reporting.tables import label
 from secateur.store import Store
+from secateur.tasks import TASKS
 
 CARD = SHAPES_MODEL / "README.md"
 
@@ -44,10 +45,10 @@ def main() -> None:
                 "score"
             ].mean()
             floor[identity["task"]] = chance(rows)
-    table = pd.DataFrame(scores).T[list(TITLES)]
+    table = pd.DataFrame(scores).T[list(TASKS)]
     table.loc["chance"] = pd.Series(floor)
     table["mean"] = table.mean(axis=1)
-    corrected = ((table - table.loc["chance"]) / (1 - table.loc["chance"]))[list(TITLES)].mean(
+    corrected = ((table - table.loc["chance"]) / (1 - table.loc["chance"]))[list(TASKS)].mean(
         axis=1
     )
     table["mean, chance-corrected"] = corrected

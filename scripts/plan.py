@@ -20,16 +20,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from secateur.job import Job
 from secateur.paths import CONFIGS, ROOT
 from secateur.store import Store
+from secateur.tasks import TASKS
 
-# documents of the real data sets as lmms-eval 0.7.3 loads them
-DOCUMENTS = {
-    "pope": 9000,
-    "scienceqa_img": 2017,
-    "gqa": 12578,
-    "mme": 2374,
-    "mmmu_val": 900,
-    "mmstar": 1500,
-}
 DEVICES = (1, 8, 64)
 
 
@@ -125,7 +117,7 @@ def main() -> None:
             for task in job.tasks:
                 identity = job.identity(task)
                 if not job.store.has(identity):
-                    documents = min(job.limit or DOCUMENTS[task], DOCUMENTS[task])
+                    documents = min(job.limit or TASKS[task].documents, TASKS[task].documents)
                     cells[job.store.folder(identity)] = (job.model["name"], documents)
     table = (
         pd.DataFrame(cells.values(), columns=["model", "documents"])

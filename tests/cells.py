@@ -11,7 +11,7 @@ import yaml
 
 from secateur.pruners import build
 from secateur.reporting.comparison import Cell
-from secateur.reporting.stats import METRICS
+from secateur.tasks import TASKS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CATEGORIES = ["OCR", "count", "color", "code_reasoning", "text_translation"]
@@ -94,7 +94,7 @@ def cell(
         "average_tokens": tokens * images,
         "environment": {"commit": "abc"},
     }
-    for metric in METRICS[task].values():
+    for metric in TASKS[task].metrics.values():
         named = (
             samples.assign(category=samples["image_id"].str.split("/").str[0])
             if task == "mme"

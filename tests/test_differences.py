@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from secateur.metrics import named_metrics
 from secateur.prompts import PROMPTS
+from secateur.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -46,7 +46,7 @@ def test_it_names_every_field_that_decides_what_a_model_sees():
 
 def test_names_it_quotes_exist():
     assert all(f"`{prompt}`" in PAGE for prompt in PROMPTS)
-    assert named_metrics("mme", {"mme_perception_score,none": 1.0}).keys() <= set(
+    assert TASKS["mme"].named_metrics({"mme_perception_score,none": 1.0}).keys() <= set(
         re.findall(r"`(\w+)`", PAGE)
     )
     assert all((ROOT / "docs" / link).exists() for link in re.findall(r"\]\(([^)#]+)\)", PAGE))

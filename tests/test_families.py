@@ -17,7 +17,8 @@ from secateur.models import PrunedModel
 from secateur.pruners import InLLMPruner, build
 from secateur.pruners.base import REGISTRY
 from secateur.shapes.datasets import build as build_shapes
-from secateur.tasks import TASKS, load_tasks, task_manager
+from secateur.tasks import TASKS
+from secateur.tasks.load import load_tasks, task_manager
 
 FAMILIES = {"llava": {}, "llava_next": {"layout": "fixed2880"}, "qwen2_5_vl": {}}
 # fields that a tiny model needs, and those that a family without CLS and CLIP needs

@@ -14,11 +14,11 @@ from scripts.training.train_shapes import Recipe, train
 from secateur import cell, loaded, models
 from secateur.budget import Budget
 from secateur.injection import contract, selftest
-from secateur.metrics import image_id
 from secateur.models import PrunedModel
 from secateur.pruners import build
 from secateur.shapes.datasets import build as build_shapes
-from secateur.tasks import TASKS, load_tasks, task_manager
+from secateur.tasks import TASKS
+from secateur.tasks.load import load_tasks, task_manager
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "eval" / "shapes" / "model"
 
@@ -208,5 +208,5 @@ def test_another_folder_of_the_same_data_sets_is_read_anew(tmp_path):
 
 
 def test_documents_of_one_image_share_an_id():
-    assert image_id("pope", {"doc": {"image_source": "x"}, "doc_id": 3}) == "x"
-    assert image_id("mmstar", {"doc": {}, "doc_id": 3}) == "3"
+    assert TASKS["pope"].image_id({"doc": {"image_source": "x"}, "doc_id": 3}) == "x"
+    assert TASKS["mmstar"].image_id({"doc": {}, "doc_id": 3}) == "3"

@@ -86,11 +86,11 @@ def test_rows_and_columns_stand_in_the_order_of_the_paper():
     assert text.header == [
         *(
             "Method",
-            "MME (perception)",
-            "POPE (F1)",
+            "MME perception",
+            "POPE F1",
             "MMBench",
             "TextVQA",
-            "SQA-IMG",
+            "SQA",
             "GQA",
             "VQAv2",
             "VizWiz",

@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from secateur.reporting import stats, terms
+from secateur.reporting import stats
 from secateur.reporting.stats import Estimates, Interval, estimate, flips, holm, resample
+from secateur.tasks import TASKS
+from secateur.tasks.metrics import PERCEPTION
 
 SIMULATIONS = 1000
 
@@ -75,12 +77,12 @@ def test_mme_is_summed_as_in_lmms_eval():
         for image, score in rows[["image_id", "score"]].itertuples(index=False)
     ]
     mme = official("mme")
-    assert set(mme.eval_type_dict["Perception"]) == terms.PERCEPTION
+    assert set(mme.eval_type_dict["Perception"]) == PERCEPTION
     assert estimate("mme", "mme_total", {"a": rows}, 20).values["a"] == pytest.approx(
         mme.mme_aggregate_results(results)
     )
     perception = mme.mme_aggregate_results(
-        [result for result in results if result["category"] in terms.PERCEPTION]
+        [result for result in results if result["category"] in PERCEPTION]
     )
     assert estimate("mme", "mme_perception", {"a": rows}, 20).values["a"] == pytest.approx(
         perception
@@ -151,7 +153,7 @@ def test_intervals_of_f1_cover_the_truth():
         .transpose(1, 0, 2)
     )
     images = pd.Series(np.arange(600) // 6)
-    f1 = stats.METRICS["pope"]["pope_f1"].value
+    f1 = TASKS["pope"].metrics["pope_f1"].value
     draws = f1(resample(counted, images, pd.Series("", index=images.index), 1000, 0))
     assert (
         0.93 <= covered(65.0, f1(counted.sum(axis=0)), draws) <= 0.97

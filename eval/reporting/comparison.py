@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from secateur.reporting import stats
 from secateur.reporting.tables import by_setting, label
-from secateur.reporting.terms import HEADLINE
 from secateur.store import Store
+from secateur.tasks import TASKS
 
 FEW_IMAGES = 30  # below, percentile intervals are too short
 TOKENS = 0.01  # methods whose mean tokens differ by more are not compared
@@ -71,7 +71,7 @@ class Cell(NamedTuple):
 
     def stored(self, metric: str) -> float:
         """A metric as lmms-eval aggregated it, in the units tables print."""
-        definition = stats.METRICS[self.task][metric]
+        definition = TASKS[self.task].metrics[metric]
         return definition.factor * self.record["metrics"][definition.stored]
 
 
@@ -150,7 +150,7 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
     check_one_setting(cells)
     rows: list[dict[str, Any]] = []
     estimates: list[stats.Estimates | None] = []
-    for task in (task for task in stats.METRICS if any(cell.task == task for cell in cells)):
+    for task in (task for task in TASKS if any(cell.task == task for cell in cells)):
         own: dict[str, Cell] = {}
         for cell in (cell for cell in cells if cell.task == task):
             if cell.key in own:
@@ -165,7 +165,7 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
             )
         facts = {key: _facts(cell, own[unpruned]) for key, cell in own.items()}
         try:
-            found = estimate(HEADLINE[task], own, resamples)
+            found = estimate(TASKS[task].headline, own, resamples)
         except ValueError as error:
             estimates.append(None)
             for fact in facts.values():
@@ -188,7 +188,7 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
 
 def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
     """A row, as far as it needs no resampling."""
-    metric = HEADLINE[cell.task]
+    metric = TASKS[cell.task].headline
     images, answers, mark = (
         cell.rows["image_id"].nunique(),
         cell.rows["answer"].str.strip().str.lower(),

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
 from secateur.reporting.comparison import Cell
-from secateur.reporting.tables import TITLES
+from secateur.tasks import TASKS
 
 UNPRUNED = "none"
 _MARKERS = "osDv^<>Pp*hX8dH"
@@ -249,7 +249,9 @@ def _panels(
     panels = {}
     for number, task in enumerate(tasks):
         panel = panels[task] = figure.add_subplot(rows, columns, number + 1)
-        panel.set_title("average, % of unpruned" if task == "average" else TITLES[task], fontsize=9)
+        panel.set_title(
+            "average, % of unpruned" if task == "average" else TASKS[task].heading(), fontsize=9
+        )
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, panels

@@ -26,7 +26,7 @@ class Documents:
     """
 
     def __init__(self, suite: str, tasks: Sequence[str], data_root: Path | None) -> None:
-        from secateur.tasks import load_tasks  # lmms-eval takes seconds to import
+        from secateur.tasks.load import load_tasks  # lmms-eval takes seconds to import
 
         if suite == "shapes" and data_root:
             from secateur.shapes.datasets import build

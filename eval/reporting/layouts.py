@@ -12,7 +12,7 @@ from secateur.reporting.reported import FOLDER
 
 
 @dataclass(frozen=True)
-class Layout:
+class PaperLayout:
     """A table of a paper."""
 
     stem: str
@@ -42,8 +42,10 @@ class Row(NamedTuple):
         return f"{self.method} at {self.budget}"
 
 
-def layouts() -> list[Layout]:
-    return [Layout(stem=stem, **fields) for stem, fields in yaml(FOLDER / "layouts.yaml").items()]
+def layouts() -> list[PaperLayout]:
+    return [
+        PaperLayout(stem=stem, **fields) for stem, fields in yaml(FOLDER / "layouts.yaml").items()
+    ]
 
 
 def yaml(path: Path) -> Any:
@@ -51,7 +53,7 @@ def yaml(path: Path) -> Any:
     return OmegaConf.to_container(OmegaConf.load(path))
 
 
-def rows_of(layout: Layout, printed: pd.DataFrame) -> list[Row]:
+def rows_of(layout: PaperLayout, printed: pd.DataFrame) -> list[Row]:
     """The unpruned row, then budgets from large to small with the methods in the paper's order."""
     rows = []
     for row in printed.drop_duplicates(["method", "budget"]).to_dict("records"):

@@ -8,11 +8,11 @@ import pandas as pd
 from secateur.paths import CONFIGS
 from secateur.reporting import stats
 from secateur.reporting.comparison import Cell, check_one_setting, estimate, provenance
-from secateur.reporting.layouts import Layout, Row, rows_of, yaml
-from secateur.reporting.reported import averages
+from secateur.reporting.layouts import PaperLayout, Row, rows_of, yaml
+from secateur.reporting.reported import AVERAGE, averages
 from secateur.reporting.verdicts import Verdict, choices, foreign, judge, judge_method, off_budget
+from secateur.tasks import TASKS
 
-AVERAGE = "average"  # the paper's own
 OVER_RUN = "over tasks run"  # the same mean over the columns that have cells, of the printed and of our scores
 NAN = float("nan")
 
@@ -25,13 +25,16 @@ class PaperTable(NamedTuple):
     ours within the budget); suspect, note and source of the printed number. `notes` are for below the table.
     """
 
-    layout: Layout
+    layout: PaperLayout
     cells: pd.DataFrame
     notes: list[str]
 
 
 def build(
-    layout: Layout, reported: pd.DataFrame, cells: Sequence[Cell], resamples: int = stats.RESAMPLES
+    layout: PaperLayout,
+    reported: pd.DataFrame,
+    cells: Sequence[Cell],
+    resamples: int = stats.RESAMPLES,
 ) -> PaperTable:
     """Fill a table from whatever cells there are of its model on the real data sets.
 
@@ -80,7 +83,7 @@ def build(
 
 
 def _place(
-    layout: Layout, rows: list[Row], cells: Sequence[Cell], inputs: dict[str, Any]
+    layout: PaperLayout, rows: list[Row], cells: Sequence[Cell], inputs: dict[str, Any]
 ) -> tuple[dict[tuple[str, str], Cell], list[str]]:
     """Cells by (row, task), and notes on those that were left out: other inputs or limits, and variants of a method."""
     model = yaml(CONFIGS / "model" / f"{layout.model}.yaml")
@@ -165,7 +168,7 @@ class _Column:
 
     def _estimate(self, resamples: int) -> str:
         """Find our scores and the verdict on the unpruned one, or say why none can be compared."""
-        if self.metric not in stats.METRICS[self.task]:
+        if self.metric not in TASKS[self.task].metrics:
             return f"metric: the paper does not say which it prints ({self.metric})"
         if self.unpruned not in self.own:
             return "no unpruned cell to be relative to"

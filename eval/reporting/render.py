@@ -6,28 +6,12 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from secateur.reporting.paper_tables import OVER_RUN, PaperTable
+from secateur.reporting.layouts import PaperLayout
+from secateur.reporting.paper_tables import PaperTable
+from secateur.reporting.reported import AVERAGE, OTHER_COLUMNS
 from secateur.reporting.verdicts import CLOSE, MATCH
+from secateur.tasks import TASKS
 
-COLUMNS = {
-    ("gqa", "accuracy"): "GQA",
-    ("mmbench_en", "accuracy"): "MMBench",
-    ("mme", "mme_total"): "MME (total)",
-    ("mme", "mme_perception"): "MME (perception)",
-    ("pope", "pope_f1"): "POPE (F1)",
-    ("scienceqa_img", "accuracy"): "SQA-IMG",
-    ("vqav2", "accuracy"): "VQAv2",
-    ("textvqa", "accuracy"): "TextVQA",
-    ("mmmu_val", "accuracy"): "MMMU",
-    ("seedbench", "accuracy"): "SEED",
-    ("seedbench_image", "accuracy"): "SEED-I",
-    ("vizwiz", "accuracy"): "VizWiz",
-    ("mmvet", "accuracy"): "MM-Vet",
-    ("llava_bench", "accuracy"): "LLaVA-Bench",
-    ("hrbench_8k", "accuracy"): "HRBench-8k",
-    ("xlrs", "accuracy"): "XLRS (macro)",
-    (OVER_RUN, "relative_average"): OVER_RUN,
-}
 METHODS = {
     "none": "unpruned",
     "dart": "DART",
@@ -88,12 +72,8 @@ def sheet(table: PaperTable) -> Sheet:
     """A paper table in words. Without cells, the order of columns and rows is the paper's all the same."""
     causes: dict[str, int] = {}
     groups: dict[str, list[tuple[str, list[Entry]]]] = {}
-    headers = [
-        COLUMNS.get((column, metric), table.layout.average)
-        for column, metric in table.cells[["column", "metric"]]
-        .drop_duplicates()
-        .itertuples(index=False)
-    ]
+    columns = table.cells[["column", "metric"]].drop_duplicates().itertuples(index=False)
+    headers = [_heading(column, metric, table.layout) for column, metric in columns]
     for (budget, method), cells in table.cells.groupby(["budget", "method"], sort=False):
         heading = (
             "All tokens"
@@ -104,6 +84,16 @@ def sheet(table: PaperTable) -> Sheet:
         groups.setdefault(heading, []).append((METHODS.get(str(method), str(method)), entries))
     reasons = [f"[{number}] {cause}." for cause, number in causes.items()]
     return Sheet(table.layout.title, ["Method", *headers], groups, [LEGEND, *table.notes, *reasons])
+
+
+def _heading(column: str, metric: str, layout: PaperLayout) -> str:
+    """Heading of a column: the paper's word for its average, the titles of tasks for the others."""
+    if column == AVERAGE:
+        return layout.average
+    if column not in TASKS:
+        return OTHER_COLUMNS.get(column, column)
+    task = TASKS[column]
+    return task.heading(metric) if metric in task.metrics else task.title
 
 
 def _entry(cell: pd.Series, causes: dict[str, int]) -> Entry:

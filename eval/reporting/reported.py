@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from secateur.paths import REPORTED
+from secateur.tasks import TASKS
 
 FOLDER = REPORTED
 
@@ -28,45 +29,44 @@ EFFICIENCY = (
 )
 _OPTIONAL = {"budget_tokens", "retention_pct", "hardware", "note"}
 
-# the tokens of one image, or only those of the layers behind the cut of a method inside the LLM
+# the tokens of one image, or only those of the layers after the cut of a method inside the LLM
 SCOPES = {"image", "layer"}
-# metric -> tasks it is of (None: every other task), smallest and largest possible value
-METRICS: dict[str, tuple[set[str] | None, float, float]] = {
-    "accuracy": (None, 0, 100),
-    "pope_f1": ({"pope"}, 0, 100),
-    "pope_accuracy": ({"pope"}, 0, 100),
-    "pope_as_printed": ({"pope"}, 0, 100),  # the source does not say which
-    "mme_perception": ({"mme"}, 0, 2000),  # ten categories of accuracy + accuracy+, each up to 200
-    "mme_total": ({"mme"}, 0, 2800),  # with the four of cognition
-    "relative_average": ({"average"}, 0, 150),
+AVERAGE = "average"  # in place of a task: a table's own mean over its columns
+# columns of published tables besides the tasks of `secateur.tasks`, and their headings
+OTHER_COLUMNS = {
+    "ai2d": "AI2D",
+    "chartqa": "ChartQA",
+    "docvqa": "DocVQA",
+    "hrbench_8k": "HRBench-8k",
+    "llava_bench": "LLaVA-Bench",
+    "mmbench_cn": "MMBench-CN",
+    "mmbench_en": "MMBench",
+    "mmvet": "MM-Vet",
+    "ocrbench": "OCRBench",
+    "seedbench": "SEED",
+    "seedbench_image": "SEED-I",
+    "textvqa": "TextVQA",
+    "vizwiz": "VizWiz",
+    "vqav2": "VQAv2",
+    "xlrs": "XLRS (macro)",
 }
-TASKS = [
-    *(
-        "ai2d",
-        "average",
-        "chartqa",
-        "docvqa",
-        "gqa",
-        "hrbench_8k",
-        "llava_bench",
-        "mmbench_cn",
-        "mmbench_en",
-        "mme",
-    ),
-    *(
-        "mmmu_val",
-        "mmstar",
-        "mmvet",
-        "ocrbench",
-        "pope",
-        "scienceqa_img",
-        "seedbench",
-        "seedbench_image",
-        "textvqa",
-    ),
-    *("vizwiz", "vqav2", "xlrs"),
-]
-_POINTS = {"mme", "mmvet", "llava_bench", "ocrbench"}  # all others in percent
+COLUMNS = [*TASKS, *OTHER_COLUMNS, AVERAGE]
+# metric -> tasks that have it (None: every task without one of its own), largest possible value
+METRICS: dict[str, tuple[set[str] | None, float]] = {
+    "accuracy": (None, 100),
+    **{
+        name: ({task.name}, metric.highest)
+        for task in TASKS.values()
+        for name, metric in task.metrics.items()
+        if name != "accuracy"
+    },
+    "pope_as_printed": ({"pope"}, 100),  # the source does not say which
+    "relative_average": ({AVERAGE}, 150),
+}
+# all other columns are in percent
+_POINTS = {"mmvet", "llava_bench", "ocrbench"} | {
+    task.name for task in TASKS.values() if task.metrics[task.headline].highest != 100
+}
 # quantity -> units and largest plausible value in each
 QUANTITIES: dict[str, dict[str, float]] = {
     "flops": {"T": 100},
@@ -106,19 +106,23 @@ def load_reported(path: Path = FOLDER / "accuracy.csv") -> pd.DataFrame:
         f"is not known; known: {', '.join(METRICS)}",
     )
     _refuse(
-        path, rows, ~rows["task"].isin(TASKS), "task", f"is not known; known: {', '.join(TASKS)}"
+        path,
+        rows,
+        ~rows["task"].isin(COLUMNS),
+        "task",
+        f"is not known; known: {', '.join(COLUMNS)}",
     )
-    special = set().union(*(tasks for tasks, _, _ in METRICS.values() if tasks))
-    for metric, (tasks, low, high) in METRICS.items():
+    special = set().union(*(tasks for tasks, _ in METRICS.values() if tasks))
+    for metric, (tasks, high) in METRICS.items():
         of = rows["metric"] == metric
         foreign = rows["task"].isin(special) if tasks is None else ~rows["task"].isin(tasks)
         _refuse(path, rows, of & foreign, "task", f"has no metric {metric}")
         _refuse(
             path,
             rows,
-            of & ~rows["value"].between(low, high),
+            of & ~rows["value"].between(0, high),
             "value",
-            f"cannot be: {metric} lies in {low}..{high}",
+            f"cannot be: {metric} lies in 0..{high}",
         )
     unit = rows["task"].map(lambda task: "points" if task in _POINTS else "%")
     _refuse(

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from secateur.reporting.terms import METRICS, Metric
+from secateur.tasks import TASKS
+from secateur.tasks.metrics import Metric
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -127,7 +128,7 @@ def estimate(
         ValueError: other documents in one cell than in another, a document twice, a score that is NaN or not 0..1, a single image
             (or a category with one), no category where the metric needs it.
     """
-    definition = METRICS[task][metric]
+    definition = TASKS[task].metrics[metric]
     ordered = {method: _ordered(task, definition, method, rows) for method, rows in samples.items()}
     first_name, first = next(iter(ordered.items()))
     for method, rows in ordered.items():
@@ -204,13 +205,11 @@ def _ordered(task: str, metric: Metric, method: str, rows: pd.DataFrame) -> pd.D
         raise ValueError(f"{task}: {method} has a score that is not a number from 0 to 1")
     if not metric.stratified or "category" in rows:
         return rows
-    if task != "mme":
+    if not TASKS[task].category_in_image_id:
         raise ValueError(
             f"{task}: the samples have no column category, over which the metric averages; run the cell again"
         )
-    return rows.assign(
-        category=rows["image_id"].str.split("/").str[0]
-    )  # MME's image ids begin with it
+    return rows.assign(category=rows["image_id"].str.split("/").str[0])
 
 
 class Flips(NamedTuple):

@@ -13,17 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur.pruners import REGISTRY
-from secateur.reporting.terms import HEADLINE, METRICS
+from secateur.tasks import TASKS
 
 Records = list[dict[str, Any]]
-TITLES = {
-    "pope": "POPE F1",
-    "scienceqa_img": "SQA",
-    "gqa": "GQA",
-    "mme": "MME sum",
-    "mmmu_val": "MMMU",
-    "mmstar": "MMStar",
-}
 SETTING = ("suite", "model", "limit", "seed")  # what cells of one table share
 
 
@@ -74,16 +66,17 @@ def accuracy(records: Records) -> pd.DataFrame:
     tokens: dict[tuple[str, str], list[float]] = {}
     for record in records:
         identity = record["identity"]
-        task, key = identity["task"], (label(identity["pruner"]), identity["budget"])
-        metric = METRICS[task][HEADLINE[task]]
-        rows.setdefault(key, {})[TITLES[task]] = metric.factor * record["metrics"][metric.stored]
+        task, key = TASKS[identity["task"]], (label(identity["pruner"]), identity["budget"])
+        metric = task.metrics[task.headline]
+        score = metric.factor * record["metrics"][metric.stored]
+        rows.setdefault(key, {})[task.heading()] = score
         tokens.setdefault(key, []).append(record["average_tokens"])
     means = {key: fmean(own) for key, own in tokens.items()}
     order = sorted(rows, key=lambda key: (key[0] != "none", -means[key], *key))
     table = pd.DataFrame(
         [{"method": key[0], "budget": key[1], "tokens": means[key], **rows[key]} for key in order]
     )
-    tasks = [title for title in TITLES.values() if title in table]
+    tasks = [heading for task in TASKS.values() if (heading := task.heading()) in table]
     table = table[["method", "budget", "tokens", *tasks]]
     unpruned_rows = table[table["method"] == "none"]
     if len(unpruned_rows) == 1:

@@ -19,9 +19,9 @@ from secateur.reporting import comparison, figures, gallery, interval_table, tab
 from secateur.reporting.comparison import Cell
 from secateur.reporting.costs import first_token_flops
 from secateur.reporting.overlay import kept_tokens
-from secateur.reporting.stats import METRICS, RESAMPLES
-from secateur.reporting.terms import HEADLINE
+from secateur.reporting.stats import RESAMPLES
 from secateur.store import Store, digest
+from secateur.tasks import TASKS
 
 RETRIES = 4  # half a minute; wandb's own 20 keep a sweep from ending for a quarter of an hour where there is no network
 
@@ -317,7 +317,8 @@ def _numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
         for key, value in flat.items()
         if isinstance(value, int | float) and value == value
     }
-    for metric, definition in METRICS[cell.task].items():
+    task = TASKS[cell.task]
+    for metric, definition in task.metrics.items():
         if (
             definition.stored not in cell.record["metrics"]
         ):  # a half of MME that the limit left without documents
@@ -331,7 +332,7 @@ def _numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
                 notes.append(f"No interval of {metric}: resampling the images does not change it.")
         except ValueError as error:
             notes.append(f"No interval of {metric}: {error}.")
-        names = [metric, "score"] if metric == HEADLINE[cell.task] else [metric]
+        names = [metric, "score"] if metric == task.headline else [metric]
         numbers |= {f"{name}/{end}": value for name in names for end, value in found.items()}
     seconds = cell.rows["seconds"]
     return numbers | {

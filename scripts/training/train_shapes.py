@@ -545,7 +545,8 @@ def main() -> None:
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
-    from secateur.tasks import TASKS, load_tasks
+    from secateur.tasks import TASKS
+    from secateur.tasks.load import load_tasks
 
     train(Recipe(), load_tasks(list(TASKS), build(Path("results/data/shapes"))), folder)
 
