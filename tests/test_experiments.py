@@ -290,3 +290,12 @@ def test_a_model_decides_the_fields_that_depend_on_it(method):
     assert fields
     assert {key: config.pruner[key] for key in fields} == fields
     assert "cls_token" not in build(**config.pruner).needs
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONFIGS / "experiment").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_an_experiment_opens_with_the_command_that_runs_it(path):
+    first, second, *_ = path.read_text().splitlines()
+    assert first == "# @package _global_"
+    assert second == f"# python scripts/sweep.py -m experiment={path.stem}"
