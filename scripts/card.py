@@ -53,16 +53,10 @@ def main() -> None:
     )
     table["mean, chance-corrected"] = corrected
     table = table.sort_values("mean", ascending=False)
-    lines = ["| | " + " | ".join(table.columns) + " |", "|---" * (len(table.columns) + 1) + "|"]
-    lines += [
-        f"| {name} | " + " | ".join(f"{value:.3f}" for value in row) + " |"
-        for name, row in table.iterrows()
-    ]
+    text = table.to_markdown(floatfmt=".3f")
     block = re.compile(r"(<!-- accuracy -->\n).*?(<!-- /accuracy -->)", re.DOTALL)
-    CARD.write_text(
-        block.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], CARD.read_text())
-    )
-    print("\n".join(lines))
+    CARD.write_text(block.sub(lambda match: match[1] + text + "\n" + match[2], CARD.read_text()))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from PIL import Image
 from stored import SPPRUNER, Pictures, grid, store
 
 from secateur.reporting import gallery
-from secateur.reporting.report import DEMONSTRATION, Report, published
+from secateur.reporting.report import Report, published
 from secateur.reporting.report_page import page, write
+from secateur.reporting.report_parts import DEMONSTRATION
 from secateur.store import Store
 
 SCRIPT = CONFIGS.parent / "scripts" / "report.py"

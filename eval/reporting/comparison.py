@@ -1,4 +1,4 @@
-"""The cells of one setting compared with each other: intervals, tests, tied best methods, flips, distance to random."""
+"""Compares the cells of one setting: intervals, tests, tied best methods, flips, random."""
 
 from pathlib import Path
 from statistics import median_low
@@ -13,8 +13,8 @@ from secateur.reporting.tables import by_setting, label
 from secateur.store import Store
 from secateur.tasks import TASKS
 
-FEW_IMAGES = 30  # below, percentile intervals are too short
-TOKENS = 0.01  # methods whose mean tokens differ by more are not compared
+FEW_IMAGES = 30  # with fewer images, percentile intervals are too short
+TOKENS = 0.01  # methods are compared if their mean tokens differ by at most this share
 _COLUMNS = (
     "doc_id",
     "image_id",
@@ -58,13 +58,13 @@ class Cell(NamedTuple):
 
     @property
     def tokens(self) -> float:
-        """Visual tokens of a document's prompt, all its images together, mean over documents and layers."""
+        """Visual tokens per prompt (all its images), mean over documents and layers."""
         return float(self.record["average_tokens"])
 
     def per_image(self, tokens: float) -> float:
-        """Tokens of a document as tokens of an image; 0 where no document has one.
+        """Tokens per document as tokens per image; 0 if no document has an image.
 
-        Records of before images were counted are taken to have one a document.
+        Old records do not count images: they are taken to have one image per document.
         """
         images = self.record.get("images", 1.0)
         return tokens / images if images else 0.0
@@ -99,7 +99,8 @@ def check_one_setting(cells: list[Cell]) -> None:
         found = {str(cell.record["identity"][field]) for cell in cells}
         if len(found) > 1:
             raise ValueError(
-                f"cells of {len(found)} settings cannot share a table; {field} is {' or '.join(sorted(found))}. "
+                f"cells of {len(found)} settings cannot share a table; "
+                f"{field} is {' or '.join(sorted(found))}. "
                 "Keep those of one setting in a results folder of their own"
             )
 
@@ -114,15 +115,16 @@ def settings(cells: list[Cell]) -> list[list[Cell]]:
 
 
 def provenance(cells: list[Cell]) -> str:
-    """How many cells a table is of, and the commits they ran at."""
-    return f"{len(cells)} cells, commit {', '.join(sorted({cell.record['environment']['commit'] for cell in cells}))}."
+    """How many cells a table shows, and the commits at which they ran."""
+    commits = sorted({cell.record["environment"]["commit"] for cell in cells})
+    return f"{len(cells)} cells, commit {', '.join(commits)}."
 
 
 def estimate(metric: str, cells: dict[str, Cell], resamples: int) -> stats.Estimates:
-    """A metric of some cells of one task over the same resampled images.
+    """A metric of some cells of one task, over the same resampled images.
 
     Raises:
-        ValueError: as `stats.estimate`, or a record says another value than its samples give.
+        ValueError: as `stats.estimate`; or a record's value is not that of its samples.
     """
     task = next(iter(cells.values())).task
     found = stats.estimate(task, metric, {key: cell.rows for key, cell in cells.items()}, resamples)
@@ -130,22 +132,31 @@ def estimate(metric: str, cells: dict[str, Cell], resamples: int) -> stats.Estim
         stored = cell.stored(metric)
         if not abs(stored - found.values[key]) <= 0.01:
             raise ValueError(
-                f"{task}: the record of {key} has {metric} {stored:.2f}, its samples give {found.values[key]:.2f}"
+                f"{task}: the record of {key} has {metric} {stored:.2f}, "
+                f"its samples give {found.values[key]:.2f}"
             )
     return found
 
 
 def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame:
-    """One row a task, method and budget, and rows of task "average" for the methods that ran every task.
+    """Compare the cells of one setting.
 
-    Columns: task, metric, method, budget, tokens, documents, images, value with low and high; difference to the unpruned model
-    with its interval, p and Holm-adjusted p (over the rows of a task); McNemar's p, adjusted alike; right_to_wrong,
-    wrong_to_right, agreement; over_random with its interval; tied_best of its budget; detectable difference; mark: what limits
-    the row, e.g. why it has no interval. What cannot be computed is NaN.
+    Returns:
+        One row per task, method and budget, and rows of task "average" for the methods that ran
+        every task. What cannot be computed is NaN. Columns:
+        task, metric, method, budget, tokens, documents, images;
+        value, low, high: the metric with its interval;
+        difference, difference_low, difference_high, p, p_holm: to the unpruned model, the last
+        adjusted over the rows of a task;
+        detectable: the smallest difference that the test finds with the usual power;
+        mcnemar, mcnemar_holm, right_to_wrong, wrong_to_right, agreement: flips;
+        over_random, over_random_low, over_random_high: difference to random;
+        tied_best: whether it ties with the best of its budget;
+        mark: what limits the row, e.g. why it has no interval.
 
     Raises:
-        ValueError: cells of different settings; two cells for one row; no unpruned cell of a task, or, of several tasks, one in
-            which it scores 0.
+        ValueError: cells of different settings; two cells for one row; a task without an unpruned
+            cell; several tasks, in one of which the unpruned model scores 0.
     """
     check_one_setting(cells)
     rows: list[dict[str, Any]] = []
@@ -155,7 +166,8 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
         for cell in (cell for cell in cells if cell.task == task):
             if cell.key in own:
                 raise ValueError(
-                    f"two cells of {task} for {cell.key}: the method's source changed in between; delete the older"
+                    f"two cells of {task} for {cell.key}: the method's source changed in between; "
+                    "delete the older"
                 )
             own[cell.key] = cell
         unpruned = next((key for key, cell in own.items() if cell.name == "none"), None)
@@ -187,7 +199,7 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
 
 
 def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
-    """A row, as far as it needs no resampling."""
+    """The part of a row that needs no resampling."""
     metric = TASKS[cell.task].headline
     images, answers, mark = (
         cell.rows["image_id"].nunique(),
@@ -263,7 +275,7 @@ def _infer(rows: dict[str, dict[str, Any]], found: stats.Estimates, unpruned: st
 
 
 def _average(rows: list[dict[str, Any]], estimates: list[stats.Estimates]) -> list[dict[str, Any]]:
-    """Rows of the relative average, for the methods that ran every task."""
+    """The rows of the relative average, for the methods that ran every task."""
     keys = [
         key for key in estimates[0].values.index if all(key in found.values for found in estimates)
     ]

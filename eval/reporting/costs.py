@@ -10,22 +10,28 @@ from secateur.reporting.comparison import TOKENS, Cell
 
 
 class Costs(NamedTuple):
-    """`mean` by (task, method, budget), with the mean over the tasks as task "average"; methods whose own cost is not in it."""
+    """Costs of cells.
+
+    Attributes:
+        mean: by (task, method, budget); the mean over the tasks is task "average".
+        uncounted: methods whose own cost is not part of it.
+    """
 
     mean: pd.Series
     uncounted: list[str]
 
 
 def first_token_flops(cells: Sequence[Cell]) -> Costs:
-    """FLOPs until the first token is there (tower, projector, pruner, prefill, head), by the records, mean over documents.
+    """FLOPs until the first token (tower, projector, pruner, prefill, head), mean over documents.
 
     Raises:
-        ValueError: a record of before records had them.
+        ValueError: an old record, which has no FLOPs.
     """
     without = [cell for cell in cells if "flops" not in cell.record]
     if without:
         raise ValueError(
-            f"the records of {len(without)} cells, such as {without[0].key}, have no FLOPs; run them again"
+            f"the records of {len(without)} cells, such as {without[0].key}, have no FLOPs; "
+            "run them again"
         )
     means = {
         (cell.task, cell.method, cell.budget): cell.record["flops"]["first_token"] for cell in cells
@@ -37,9 +43,10 @@ def first_token_flops(cells: Sequence[Cell]) -> Costs:
 def prefill_times(cells: Sequence[Cell], results: Path) -> dict[str, pd.Series]:
     """Milliseconds of prefill, median of the bench's samples, by (task, method, budget).
 
-    An entry for each machine, type and attention kernel on which the bench ran the cells' model at true geometry (the files
-    results/bench/bench-*.parquet). Its prompts are its own, the same for all tasks. A cell is left out where the bench has no
-    setting of its method and tokens an image, and the average of a method where a task is.
+    There is an entry for each machine, type and attention kernel on which the bench ran the cells'
+    model at true geometry (the files results/bench/bench-*.parquet). The bench's prompts are its
+    own, the same for all tasks. A cell is left out if the bench did not time its method at its
+    tokens per image; a method's average is left out if one of its tasks is.
     """
     found: dict[str, pd.Series] = {}
     model = cells[0].record["identity"]["model"]["name"]
@@ -67,7 +74,10 @@ def prefill_times(cells: Sequence[Cell], results: Path) -> dict[str, pd.Series]:
 
 
 def _with_average(values: dict[tuple[str, str, str], float], tasks: int) -> pd.Series:
-    """Values by (task, method, budget), and their mean as task "average" where there is one for every task."""
+    """Values by (task, method, budget), with their mean as task "average".
+
+    Methods without a value for every task have no average.
+    """
     mean = pd.Series(values).rename_axis(["task", "method", "budget"])
     by_method = mean.groupby(["method", "budget"])
     average = by_method.mean()[by_method.size() == tasks]

@@ -1,4 +1,4 @@
-"""Figures of a sweep: accuracy against its cost, bars a task, agreement between methods. Every one says of what it is."""
+"""Figures of a sweep: accuracy against cost, bars per task, agreement between methods."""
 
 import textwrap
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from secateur.tasks import TASKS
 
 UNPRUNED = "none"
 _MARKERS = "osDv^<>Pp*hX8dH"
-_COLUMNS = 3  # panels a row
+_COLUMNS = 3  # panels per row
 _BLACK = "#222222"
 
 
@@ -30,7 +30,8 @@ class Look(NamedTuple):
 def looks(comparison: pd.DataFrame) -> dict[str, Look]:
     """A colour and a marker for every method, the same in every figure of the comparison."""
     methods = sorted(set(comparison["method"]) - {UNPRUNED})
-    colors = matplotlib.colormaps["tab10" if len(methods) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    palette = matplotlib.colormaps["tab10" if len(methods) <= 10 else "tab20"]
+    colors = palette.colors  # type: ignore[attr-defined]
     return {
         name: Look(colors[i % len(colors)], _MARKERS[i % len(_MARKERS)])
         for i, name in enumerate(methods)
@@ -38,7 +39,10 @@ def looks(comparison: pd.DataFrame) -> dict[str, Look]:
 
 
 def pareto(cost: ArrayLike, value: ArrayLike) -> np.ndarray:
-    """Which points are on the front [points]: none other costs no more, scores no less, and is better in one of both."""
+    """Which points are on the Pareto front [points].
+
+    A point is on it if no other point costs no more, scores no less, and is better in one of both.
+    """
     x, y = np.asarray(cost, dtype=float), np.asarray(value, dtype=float)
     no_worse = np.less_equal.outer(x, x) & np.greater_equal.outer(y, y)  # [other, point]
     better = np.less.outer(x, x) | np.greater.outer(y, y)
@@ -46,12 +50,12 @@ def pareto(cost: ArrayLike, value: ArrayLike) -> np.ndarray:
 
 
 def accuracy_against(comparison: pd.DataFrame, cost: pd.Series, axis: str, caption: str) -> Figure:
-    """One panel a task: value with its 95 % interval against a cost, and the Pareto front of the values.
+    """One panel per task: values with 95 % intervals against a cost, and their Pareto front.
 
     Args:
         comparison: of `secateur.reporting.comparison.compare`.
-        cost: by task, method and budget; rows without one are not drawn.
-        axis: what the cost is, with its unit.
+        cost: by task, method and budget; rows without a cost are not drawn.
+        axis: the name of the cost, with its unit.
 
     Raises:
         ValueError: no row of the comparison has a cost.
@@ -84,9 +88,17 @@ def accuracy_against(comparison: pd.DataFrame, cost: pd.Series, axis: str, capti
             sure = row["low"] == row["low"]
             errors = [[row["value"] - row["low"]], [row["high"] - row["value"]]] if sure else None
             panel.errorbar(
-                row["cost"], row["value"], yerr=errors, color=color, marker=marker, markersize=6, linewidth=0.8, capsize=2,
-                alpha=0.85, markerfacecolor=color if sure else "none",
-            )  # fmt: skip
+                row["cost"],
+                row["value"],
+                yerr=errors,
+                color=color,
+                marker=marker,
+                markersize=6,
+                linewidth=0.8,
+                capsize=2,
+                alpha=0.85,
+                markerfacecolor=color if sure else "none",
+            )
         panel.set_xlabel(axis, fontsize=8)
     handles: list[Line2D | Patch] = [
         Line2D([], [], color=_BLACK, marker="*", linestyle="none", label="unpruned"),
@@ -121,7 +133,10 @@ def accuracy_against(comparison: pd.DataFrame, cost: pd.Series, axis: str, capti
 
 
 def bars(comparison: pd.DataFrame, caption: str) -> Figure:
-    """One panel a task, one group a budget, one bar a method with its 95 % interval; the unpruned value is a line in its own."""
+    """One panel per task, one group per budget, one bar per method with its 95 % interval.
+
+    A line shows the unpruned value, a band its interval.
+    """
     figure, panels = _panels(comparison, caption, 3.0)
     look = looks(comparison)
     tokens = comparison[comparison["method"] != UNPRUNED].groupby("budget")["tokens"].mean()
@@ -142,9 +157,14 @@ def bars(comparison: pd.DataFrame, caption: str) -> Figure:
                 + width * (list(look).index(row["method"]) + 0.5)
             )
             panel.bar(
-                place, row["value"], width, color=look[row["method"]].color, hatch=None if sure else "///",
-                edgecolor=_BLACK if row["tied_best"] or not sure else "none", linewidth=1.2 if row["tied_best"] else 0.5,
-            )  # fmt: skip
+                place,
+                row["value"],
+                width,
+                color=look[row["method"]].color,
+                hatch=None if sure else "///",
+                edgecolor=_BLACK if row["tied_best"] or not sure else "none",
+                linewidth=1.2 if row["tied_best"] else 0.5,
+            )
             if sure:
                 panel.vlines(place, row["low"], row["high"], color=_BLACK, linewidth=0.8)
         panel.set_xticks(range(len(budgets)), [str(budget) for budget in budgets])
@@ -170,9 +190,13 @@ def bars(comparison: pd.DataFrame, caption: str) -> Figure:
 
 
 def agreement(cells: Sequence[Cell]) -> dict[str, pd.DataFrame]:
-    """By budget, the share of documents two methods answer alike, the unpruned model among them, as a mean over the tasks.
+    """The share of documents that two methods answer alike, mean over the tasks.
 
-    Case and spaces at the ends do not count. A pair that did not answer the same documents of all tasks is NaN.
+    Case and spaces at the ends do not count.
+
+    Returns:
+        By budget, a matrix of the methods and the unpruned model. NaN: the two did not answer the
+        same documents of all tasks.
     """
     answers: dict[tuple[str, str, str], pd.Series] = {
         (cell.budget, cell.method, cell.task): cell.rows.set_index("doc_id")["answer"]
@@ -211,7 +235,7 @@ def agreement(cells: Sequence[Cell]) -> dict[str, pd.DataFrame]:
 
 
 def agreement_matrices(shares: dict[str, pd.DataFrame], caption: str) -> Figure:
-    """One matrix a budget, of `agreement`, in percent."""
+    """Draw what `agreement` returns: one matrix per budget, in percent."""
     largest = max(len(matrix) for matrix in shares.values())
     side = max(3.6, 0.42 * largest + 1.6)
     columns = min(len(shares), 2 if largest <= 10 else 1)
@@ -240,7 +264,7 @@ def agreement_matrices(shares: dict[str, pd.DataFrame], caption: str) -> Figure:
 def _panels(
     comparison: pd.DataFrame, caption: str, height: float
 ) -> tuple[Figure, dict[str, Axes]]:
-    """A titled figure with a panel a task, the average first."""
+    """A titled figure with one panel per task, the average first."""
     tasks = sorted(dict.fromkeys(comparison["task"]), key=lambda task: task != "average")
     columns = min(_COLUMNS, len(tasks))
     rows = -(-len(tasks) // columns)

@@ -1,4 +1,4 @@
-"""Documents of a sweep as a reader sees them: image, prompt, answers, and which tokens the methods keep of the image."""
+"""Documents of a sweep: image, prompt, answers, and which tokens of the image the methods keep."""
 
 import math
 from collections.abc import Sequence
@@ -11,18 +11,19 @@ from PIL import Image, ImageOps
 from secateur.reporting.comparison import Cell
 from secateur.store import Store
 
-PER_SIDE = 2  # documents shown a task where one method is right, and as many where the other is
+PER_SIDE = 2  # documents shown per task and method that is right
 _COLUMNS = ["doc_id", "prompt", "target", "answer", "score", "visual_tokens", "kept_indices"]
 
 
 class Documents:
-    """The images of a suite's tasks by document, checked against what a record was asked.
+    """The images of a suite's tasks by document, checked against the prompt in a record.
 
     Args:
-        data_root: folder with the data sets; None means the hub. Those of the shapes suite are generated there if missing.
+        data_root: folder with the data sets; None means the hub. The data sets of the shapes suite
+            are generated there if they are missing.
 
     Raises:
-        FileNotFoundError: a data set that is not there.
+        FileNotFoundError: a data set is not there.
     """
 
     def __init__(self, suite: str, tasks: Sequence[str], data_root: Path | None) -> None:
@@ -35,15 +36,16 @@ class Documents:
         self._tasks = load_tasks(list(tasks), data_root)
 
     def images(self, task: str, row: pd.Series) -> list[Image.Image]:
-        """The images of the document that a row of samples is about.
+        """The images of a row's document.
 
         Raises:
-            ValueError: the data set has no such document, or it asks something else.
+            ValueError: the data set has no such document, or another question in its place.
         """
         documents = self._tasks[task].eval_docs
         if not 0 <= row["doc_id"] < len(documents):
             raise ValueError(
-                f"{task}: the data set here has no document {row['doc_id']}; it is not the one the cells ran on"
+                f"{task}: the data set here has no document {row['doc_id']}; "
+                "it is not the one the cells ran on"
             )
         messages = self._tasks[task].doc_to_messages(documents[row["doc_id"]])
         parts = [part for message in messages for part in message["content"]]
@@ -51,7 +53,8 @@ class Documents:
             part["text"].strip() in row["prompt"] for part in parts if part["type"] == "text"
         ):
             raise ValueError(
-                f"{task}: document {row['doc_id']} here asks another question than the record; not the same data set"
+                f"{task}: document {row['doc_id']} here asks another question than the record; "
+                "it is not the same data set"
             )
         return [part["url"].convert("RGB") for part in parts if part["type"] == "image"]
 
@@ -74,10 +77,14 @@ class Disagreement(NamedTuple):
 
 
 def rivals(comparison: pd.DataFrame, names: Sequence[str] = ()) -> Rivals | None:
-    """The methods of `names`, or else the two best of the last task that two ran at the smallest budget; None: no two.
+    """Two methods to compare.
+
+    Returns:
+        The methods of `names`; without names, the two best at the smallest budget, in the last task
+        that two methods ran at it. None: no two methods ran one task at one budget.
 
     Raises:
-        ValueError: a name that is not in the comparison, or two that share no budget of a task.
+        ValueError: a name is not in the comparison, or the two share no budget of a task.
     """
     rows = comparison[comparison["method"] != "none"]
     unknown = sorted(set(names) - set(rows["method"]))
@@ -102,10 +109,10 @@ def rivals(comparison: pd.DataFrame, names: Sequence[str] = ()) -> Rivals | None
 def disagreements(
     cells: Sequence[Cell], pair: Rivals, results: Path
 ) -> tuple[dict[str, dict[str, int]], list[Disagreement]]:
-    """Where exactly one of two methods is right.
+    """The documents that exactly one of two methods answers right.
 
     Returns:
-        The number of such documents by task and method that is right, and the first `PER_SIDE` of each.
+        Their number by task and by the method that is right; the first `PER_SIDE` of each.
     """
     counts: dict[str, dict[str, int]] = {}
     shown = []
@@ -142,7 +149,7 @@ def disagreements(
 
 
 def samples(cell: Cell, results: Path, docs: Sequence[int] | None = None) -> pd.DataFrame:
-    """The stored rows of a cell, or those of some documents, with the kept tokens."""
+    """The stored rows of a cell, with the kept tokens; of all documents or of `docs`."""
     path = Store(results).folder(cell.record["identity"]) / "samples.parquet"
     return pd.read_parquet(
         path, columns=_COLUMNS, filters=None if docs is None else [("doc_id", "in", list(docs))]
@@ -150,7 +157,10 @@ def samples(cell: Cell, results: Path, docs: Sequence[int] | None = None) -> pd.
 
 
 def patches(row: pd.Series) -> tuple[int, ...]:
-    """Patches kept of a document's first image; tokens that are none (CLS, merged ones) have negative indices."""
+    """The kept patches of a document's first image.
+
+    Tokens that are no patch (CLS, merged ones) have negative indices and are left out.
+    """
     return (
         tuple(int(index) for index in row["kept_indices"][0] if index >= 0)
         if len(row["kept_indices"])
@@ -161,9 +171,10 @@ def patches(row: pd.Series) -> tuple[int, ...]:
 def as_seen(
     model: dict[str, Any], images: Sequence[Image.Image], row: pd.Series
 ) -> tuple[Image.Image, tuple[int, int]] | None:
-    """The image as the model's encoder sees it, and the grid of its tokens; None where no single grid lies over it.
+    """The image as the model's encoder sees it, and the grid of its tokens.
 
-    That is so for several images, LLaVA-NeXT's crops, and Qwen2.5-VL without a fixed `image_side`.
+    None: the tokens form no single grid. So it is with several images, with LLaVA-NeXT's crops, and
+    with Qwen2.5-VL unless `image_side` is set.
     """
     side = math.isqrt(row["visual_tokens"])
     family = model.get("family", "llava")
@@ -175,6 +186,6 @@ def as_seen(
         seen = image.resize((max(image.size),) * 2)
     elif model.get("geometry") == "pad":
         seen = ImageOps.pad(image, (max(image.size),) * 2, color="gray")
-    else:  # CLIP's processor: the middle square
+    else:  # CLIP's processor cuts out the middle square
         seen = ImageOps.fit(image, (min(image.size),) * 2)
     return seen, (side, side)

@@ -1,4 +1,4 @@
-"""The comparison of a sweep's cells as Markdown, with what to know of it, and as CSV."""
+"""The comparison of a sweep's cells as Markdown with notes, and as CSV."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from secateur.reporting.tables import title
 
 
 def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
-    """The comparison as a table, one row a method and budget and one column a task, with what to know below."""
+    """The comparison as a table with notes: one row per method and budget, one column per task."""
     shown = comparison.assign(cell=comparison.apply(_shown, axis=1))
     order = list(dict.fromkeys(comparison["task"]))
     wide = shown.pivot_table(
@@ -24,18 +24,21 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
     wide.insert(0, "tokens", tokens.map("{:.1f}".format))
     detectable = comparison.groupby("task", sort=False)["detectable"].median().dropna()
     notes = [
-        "Value ± half of the 95 % interval (images resampled). **Bold**: not significantly below the best of its budget (paired, "
-        "Holm, 5 %). ▾ or ▴: below or above the unpruned model (paired, Holm over the rows of the task, 5 %).",
+        "Value ± half of the 95 % interval (images resampled). **Bold**: not significantly below "
+        "the best of its budget (paired, Holm, 5 %). ▾ or ▴: below or above the unpruned model "
+        "(paired, Holm over the rows of the task, 5 %).",
         "Average: mean over the tasks of the score in percent of the unpruned model's."
         if "average" in order
         else "No average: a task has no interval, or there is one task only.",
-        "Smallest difference to the unpruned model that so many documents show with power 80 % (median over the methods): "
+        "Smallest difference to the unpruned model that so many documents show with power 80 % "
+        "(median over the methods): "
         + ", ".join(f"{task} {value:.1f}" for task, value in detectable.items())
         + ".",
     ]
     if comparison["over_random"].isna().all():
         notes.append(
-            "No difference to random: it needs three seeds of it at a budget (`pruner=random pruner.seed=0,1,2`)."
+            "No difference to random: it needs three seeds of random at a budget "
+            "(`pruner=random pruner.seed=0,1,2`)."
         )
     marked = comparison[(comparison["mark"] != "") & (comparison["task"] != "average")]
     for (task, mark), rows in marked.groupby(["task", "mark"], sort=False):
@@ -61,10 +64,11 @@ def _shown(row: pd.Series) -> str:
 
 
 def write(cells: list[Cell], comparison: pd.DataFrame, folder: Path) -> list[Path]:
-    """Store the comparison as Markdown and, with every column, as CSV; returns the files."""
+    """Write the comparison as Markdown and, with every column, as CSV; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     identity = cells[0].record["identity"]
-    stem = f"intervals_{identity['suite']['name']}_{identity['model']['name']}_{identity['limit'] or 'all'}"
+    suite, model = identity["suite"]["name"], identity["model"]["name"]
+    stem = f"intervals_{suite}_{model}_{identity['limit'] or 'all'}"
     paths = [folder / f"{stem}.md", folder / f"{stem}.csv"]
     paths[0].write_text(markdown(cells, comparison), encoding="utf-8")
     comparison.to_csv(paths[1], index=False)

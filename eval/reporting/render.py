@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from secateur.reporting.layouts import PaperLayout
 from secateur.reporting.paper_tables import PaperTable
@@ -170,31 +171,21 @@ def _stacked(entry: Entry) -> str:
     return r"\begin{tabular}[t]{@{}r@{}}" + r" \\ ".join(parts) + r"\end{tabular}"
 
 
+def templates() -> Environment:
+    """The HTML templates; what is put into them is escaped, and a missing value is an error."""
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
 def page(sheet: Sheet) -> str:
     """A self-contained HTML page."""
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in sheet.header)
-    body = []
-    for heading, rows in sheet.groups.items():
-        body.append(
-            f'<tr><th colspan="{len(sheet.header)}" scope="colgroup" class="group">{html.escape(heading)}</th></tr>'
-        )
-        for label, entries in rows:
-            cells = "".join(
-                f"<td>{'<br>'.join(html.escape(part) for part in entry if part)}</td>"
-                for entry in entries
-            )
-            body.append(f'<tr><th scope="row">{html.escape(label)}</th>{cells}</tr>')
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in sheet.notes)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(sheet.title)}</title><style>body{{font:14px sans-serif;margin:1em}}div{{overflow-x:auto}}"
-        "table{border-collapse:collapse}th,td{padding:.3em .6em;text-align:right;border-bottom:1px solid #ccc;vertical-align:top}"
-        "th:first-child{text-align:left}.group{background:#eee}</style></head>\n"
-        f"<body><h1>{html.escape(sheet.title)}</h1><div><table><thead><tr>{head}</tr></thead>\n<tbody>"
-        + "\n".join(body)
-        + f"</tbody></table></div>\n<ul>{notes}</ul></body></html>\n"
-    )
+    return templates().get_template("paper_table.html").render(sheet=sheet)
 
 
 def write(table: PaperTable, folder: Path) -> list[Path]:

@@ -1,12 +1,9 @@
 """What a report shows of a results folder: tables, figures, documents, and where it all comes from."""
 
-import base64
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -18,69 +15,12 @@ from secateur.reporting.costs import first_token_flops, prefill_times
 from secateur.reporting.layouts import layouts
 from secateur.reporting.overlay import kept_tokens
 from secateur.reporting.provenance import Provenance
+from secateur.reporting.report_parts import DEMONSTRATION, Entry, Picture, Published, Section
 from secateur.reporting.reported import load_reported
 from secateur.reporting.tables import SETTING, title
 from secateur.store import digest
 
-DEMONSTRATION = "a demonstration on generated scenes with a tiny model, which says nothing about any published model"
 _PER_PICTURE = 5  # methods in a row of pictures of kept tokens
-
-
-class Picture(NamedTuple):
-    path: Path
-    caption: str
-
-    @property
-    def uri(self) -> str:
-        kind = "png" if self.path.suffix == ".png" else "jpeg"
-        return f"data:image/{kind};base64," + base64.b64encode(self.path.read_bytes()).decode()
-
-
-class Entry(NamedTuple):
-    """A document of the gallery; answers as (method, answer, whether it is right)."""
-
-    document: str
-    prompt: str
-    target: str
-    answers: list[tuple[str, str, bool]]
-    picture: Picture | None
-
-
-@dataclass
-class Section:
-    """The cells of one setting. `warnings` say what is missing or refused, and why."""
-
-    title: str
-    anchor: str
-    suite: str
-    provenance: Provenance
-    warnings: list[str] = field(default_factory=list)
-    markdown: str = ""
-    rows: dict[str, list[dict[str, Any]]] = field(
-        default_factory=dict
-    )  # of the comparison, by task
-    charts: list[Picture] = field(default_factory=list)
-    kept: list[tuple[str, str, list[Picture]]] = field(
-        default_factory=list
-    )  # document, prompt, pictures
-    rivals: gallery.Rivals | None = None
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    entries: list[Entry] = field(default_factory=list)
-
-    @property
-    def demonstration(self) -> bool:
-        return self.suite != "hub"
-
-
-@dataclass(frozen=True)
-class Published:
-    """A paper's table beside what was run of it, or why it was refused."""
-
-    title: str
-    run: int
-    sheet: render.Sheet | None = None
-    verdicts: str = ""
-    refused: str = ""
 
 
 class Report:
@@ -151,9 +91,11 @@ class Report:
             return section
         section.markdown = interval_table.markdown(cells, compared)
         section.rows = {
-            str(task): rows.to_dict("records")
+            str(task): [
+                {str(name): value for name, value in row.items()} for row in rows.to_dict("records")
+            ]
             for task, rows in compared.groupby("task", sort=False)
-        }  # type: ignore[misc]
+        }
         self._charts(section, cells, compared)
         self._documents(section, cells, compared)
         return section

@@ -6,24 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from secateur.reporting.render import LEGEND
-from secateur.reporting.report import DEMONSTRATION, Report, Section
+from secateur.reporting.render import LEGEND, templates
+from secateur.reporting.report import Report
+from secateur.reporting.report_parts import DEMONSTRATION, Section
 
 
 def page(report: Report) -> str:
     """The page: no script, and a policy that forbids any; images as data URIs, nothing is fetched."""
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     environment.filters |= {
         "number": _number,
         "interval": _interval,

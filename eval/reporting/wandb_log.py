@@ -8,10 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
-import pandas as pd
 import wandb
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from secateur.progress import complain, console
@@ -19,9 +16,8 @@ from secateur.reporting import comparison, figures, gallery, interval_table, tab
 from secateur.reporting.comparison import Cell
 from secateur.reporting.costs import first_token_flops
 from secateur.reporting.overlay import kept_tokens
-from secateur.reporting.stats import RESAMPLES
+from secateur.reporting.wandb_values import image, numbers, table
 from secateur.store import Store, digest
-from secateur.tasks import TASKS
 
 RETRIES = 4  # half a minute; wandb's own 20 keep a sweep from ending for a quarter of an hour where there is no network
 
@@ -216,8 +212,8 @@ class WandbLog:
             "experiment": self.experiment,
         }
         notes: list[str] = []
-        logged: dict[str, Any] = _numbers(cell, notes)
-        logged["samples"] = _table(cell.rows.head(self.samples))
+        logged: dict[str, Any] = numbers(cell, notes)
+        logged["samples"] = table(cell.rows.head(self.samples))
         if pictures := self._pictures(cell, notes):
             logged["overlays"] = pictures
         config = identity | {
@@ -233,7 +229,7 @@ class WandbLog:
     def _tables(self, key: str, name: str, group: tables.Records) -> None:
         """Accuracy, the comparison with its figures, and as the run's notes the table with intervals."""
         identity, cells = group[0]["identity"], [self._load(record) for record in group]
-        logged: dict[str, Any] = {"cells": len(cells), "accuracy": _table(tables.accuracy(group))}
+        logged: dict[str, Any] = {"cells": len(cells), "accuracy": table(tables.accuracy(group))}
         caption = tables.title(group)
         try:
             compared = comparison.compare(cells)
@@ -242,19 +238,19 @@ class WandbLog:
         else:
             notes = [interval_table.markdown(cells, compared)]
             logged |= {
-                "comparison": _table(compared),
-                "tasks": _image(figures.bars(compared, caption)),
+                "comparison": table(compared),
+                "tasks": image(figures.bars(compared, caption)),
             }
             try:
                 flops = first_token_flops(cells).mean
                 figure = figures.accuracy_against(
                     compared, flops, "FLOPs until the first token", caption
                 )
-                logged["accuracy_flops"] = _image(figure)
+                logged["accuracy_flops"] = image(figure)
             except ValueError as error:
                 notes.append(f"No accuracy against FLOPs: {error}.")
             if shares := figures.agreement(cells):
-                logged["agreement"] = _image(figures.agreement_matrices(shares, caption))
+                logged["agreement"] = image(figures.agreement_matrices(shares, caption))
         commits = sorted({record["environment"]["commit"] for record in group})
         config = {key: identity[key] for key in (*tables.SETTING, "versions")} | {
             "commits": commits
@@ -300,60 +296,10 @@ class WandbLog:
                     )
                 else:
                     figure = kept_tokens(seen[0], {cell.key: gallery.patches(row)}, seen[1])
-                    pictures.append(_image(figure, f"document {row['doc_id']}: {row['prompt']}"))
+                    pictures.append(image(figure, f"document {row['doc_id']}: {row['prompt']}"))
         except (OSError, ValueError) as error:  # data sets that are not here, or others
             notes.append(f"No pictures of kept tokens: {error}")
         return pictures
-
-
-def _numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
-    """Every number of a record; metrics with intervals, in the units tables print, the first one also as "score"; latency."""
-    content = {
-        key: value for key, value in cell.record.items() if key not in ("identity", "environment")
-    }
-    flat = pd.json_normalize(content, sep="/").iloc[0].to_dict()
-    numbers = {
-        str(key): float(value)
-        for key, value in flat.items()
-        if isinstance(value, int | float) and value == value
-    }
-    task = TASKS[cell.task]
-    for metric, definition in task.metrics.items():
-        if (
-            definition.stored not in cell.record["metrics"]
-        ):  # a half of MME that the limit left without documents
-            continue
-        found = {"value": cell.stored(metric)}
-        try:
-            interval = comparison.estimate(metric, {cell.key: cell}, RESAMPLES).interval(cell.key)
-            if interval.low == interval.low:
-                found |= {"low": interval.low, "high": interval.high}
-            else:
-                notes.append(f"No interval of {metric}: resampling the images does not change it.")
-        except ValueError as error:
-            notes.append(f"No interval of {metric}: {error}.")
-        names = [metric, "score"] if metric == task.headline else [metric]
-        numbers |= {f"{name}/{end}": value for name in names for end, value in found.items()}
-    seconds = cell.rows["seconds"]
-    return numbers | {
-        "answer_seconds/median": float(seconds.median()),
-        "answer_seconds/p90": float(seconds.quantile(0.9)),
-    }
-
-
-def _table(frame: pd.DataFrame) -> wandb.Table:
-    frame = frame.astype(object).where(frame.notna(), None)
-    return wandb.Table(
-        columns=[str(name) for name in frame],
-        data=frame.to_numpy().tolist(),
-        allow_mixed_types=True,
-    )
-
-
-def _image(figure: Figure, caption: str | None = None) -> wandb.Image:
-    image = wandb.Image(figure, caption=caption)
-    plt.close(figure)
-    return image
 
 
 @cache

@@ -1,0 +1,61 @@
+"""The values of a Weights & Biases run: the numbers of a cell, tables and pictures."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import wandb
+from matplotlib.figure import Figure
+
+from secateur.reporting import comparison
+from secateur.reporting.comparison import Cell
+from secateur.reporting.stats import RESAMPLES
+from secateur.tasks import TASKS
+
+
+def numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
+    """Every number of a record; metrics with intervals, in the units tables print, the first one also as "score"; latency."""
+    content = {
+        key: value for key, value in cell.record.items() if key not in ("identity", "environment")
+    }
+    flat = pd.json_normalize(content, sep="/").iloc[0].to_dict()
+    values = {
+        str(key): float(value)
+        for key, value in flat.items()
+        if isinstance(value, int | float) and value == value
+    }
+    task = TASKS[cell.task]
+    for metric, definition in task.metrics.items():
+        if (
+            definition.stored not in cell.record["metrics"]
+        ):  # a half of MME that the limit left without documents
+            continue
+        found = {"value": cell.stored(metric)}
+        try:
+            interval = comparison.estimate(metric, {cell.key: cell}, RESAMPLES).interval(cell.key)
+            if interval.low == interval.low:
+                found |= {"low": interval.low, "high": interval.high}
+            else:
+                notes.append(f"No interval of {metric}: resampling the images does not change it.")
+        except ValueError as error:
+            notes.append(f"No interval of {metric}: {error}.")
+        names = [metric, "score"] if metric == task.headline else [metric]
+        values |= {f"{name}/{end}": value for name in names for end, value in found.items()}
+    seconds = cell.rows["seconds"]
+    return values | {
+        "answer_seconds/median": float(seconds.median()),
+        "answer_seconds/p90": float(seconds.quantile(0.9)),
+    }
+
+
+def table(frame: pd.DataFrame) -> wandb.Table:
+    frame = frame.astype(object).where(frame.notna(), None)
+    return wandb.Table(
+        columns=[str(name) for name in frame],
+        data=frame.to_numpy().tolist(),
+        allow_mixed_types=True,
+    )
+
+
+def image(figure: Figure, caption: str | None = None) -> wandb.Image:
+    image = wandb.Image(figure, caption=caption)
+    plt.close(figure)
+    return image
