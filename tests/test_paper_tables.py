@@ -192,7 +192,7 @@ def test_a_baseline_that_misses_is_said_in_its_rows():
         ),
         (
             lambda record: record.update(visual_tokens=729.0),
-            "layout: 729 visual tokens an image, not 576",
+            "layout: 729 visual tokens per image, not 576",
         ),
     ],
 )
@@ -220,7 +220,7 @@ def test_another_number_of_tokens_is_not_comparable():
     row = found.loc[("gqa", "scope", "64")]
     assert (row["verdict"], row["cause"]) == (
         "not comparable",
-        "budget: 70.0 visual tokens an image on average, not 64.0",
+        "budget: 70.0 visual tokens per image on average, not 64.0",
     )
     assert (
         found.loc[("gqa", "fastv", "64"), "verdict"] == "match"
@@ -242,10 +242,10 @@ def test_tokens_are_compared_image_by_image():
         return row["cause"] if row["verdict"] == "not comparable" else row["verdict"]
 
     assert cause(1.05) == "match"
-    assert cause(1.05, kept=67.2) == "budget: 67.2 visual tokens an image on average, not 64.0"
+    assert cause(1.05, kept=67.2) == "budget: 67.2 visual tokens per image on average, not 64.0"
     assert cause(1.05, visual_tokens=605.0) == "match"
-    assert cause(1.05, visual_tokens=1.05 * 729) == "layout: 729 visual tokens an image, not 576"
-    assert cause(0.0) == "layout: 0 visual tokens an image, not 576"  # text alone
+    assert cause(1.05, visual_tokens=1.05 * 729) == "layout: 729 visual tokens per image, not 576"
+    assert cause(0.0) == "layout: 0 visual tokens per image, not 576"  # text alone
 
 
 def test_records_from_before_images_were_counted_have_one_a_document():

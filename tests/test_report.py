@@ -191,8 +191,8 @@ def test_cells_of_different_limits_stand_apart(tmp_path):
     )
     report = reported(tmp_path, cells)
     assert [section.title.split(", ")[2] for section in report.sections] == [
-        "the first 200 documents a task",
-        "the first 400 documents a task",
+        "the first 200 documents per task",
+        "the first 400 documents per task",
     ]
     values = [[row["value"] for row in section.rows["gqa"]] for section in report.sections]
     assert np.allclose(values, [[80, 50], [80, 70]])

@@ -1,4 +1,4 @@
-"""The main tables of the papers in their own layout, every printed number beside what the cells of a results folder give."""
+"""The papers' main tables in their own layout: printed numbers beside those of our cells."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,16 +13,20 @@ from secateur.reporting.reported import AVERAGE, averages
 from secateur.reporting.verdicts import Verdict, choices, foreign, judge, judge_method, off_budget
 from secateur.tasks import TASKS
 
-OVER_RUN = "over tasks run"  # the same mean over the columns that have cells, of the printed and of our scores
+OVER_RUN = "over tasks run"  # the mean over the columns that have cells, printed and ours
 NAN = float("nan")
 
 
 class PaperTable(NamedTuple):
     """A table beside its reproduction.
 
-    `cells`, one row a cell in the order of the table: method, budget, column, metric, printed, reproduced with low and high;
-    printed_relative, relative with relative_low and relative_high (percent of the unpruned row); verdict, cause; tied_best (of
-    ours within the budget); suspect, note and source of the printed number. `notes` are for below the table.
+    Attributes:
+        layout: the table's layout.
+        cells: one row per cell, in the order of the table. Columns: method, budget, column, metric;
+            printed; reproduced, low, high; printed_relative, relative, relative_low, relative_high
+            (percent of the unpruned row); verdict, cause; tied_best (of ours, within the budget);
+            suspect, note, source (of the printed number).
+        notes: to print below the table.
     """
 
     layout: PaperLayout
@@ -36,10 +40,10 @@ def build(
     cells: Sequence[Cell],
     resamples: int = stats.RESAMPLES,
 ) -> PaperTable:
-    """Fill a table from whatever cells there are of its model on the real data sets.
+    """Fill a table with the cells of its model on the real data sets.
 
     Raises:
-        ValueError: the cells are of several settings or versions, or there are two for one place.
+        ValueError: the cells are of several settings or versions, or two fit one place.
     """
     of_table = (
         (reported["paper"] == layout.paper)
@@ -68,16 +72,19 @@ def build(
     if len(run) > 1:
         found += [_over_run(row, run) for row in rows]
         notes.append(
-            f"{OVER_RUN.capitalize()}: the same mean over {', '.join(column.task for column in run)}, on both sides."
+            f"{OVER_RUN.capitalize()}: the same mean over "
+            f"{', '.join(column.task for column in run)}, on both sides."
         )
     notes.append(
-        f"{layout.average}: plain mean of score / unpruned score; where the printed one is not, it is not comparable."
+        f"{layout.average}: plain mean of score / unpruned score; "
+        "a printed average that is another mean is not comparable."
     )
     if placed:
         notes.append(provenance(list(placed.values())))
     else:
         notes.append(
-            f"Nothing was run. To run its tasks: python scripts/sweep.py -m experiment={layout.experiment}"
+            "Nothing was run. To run its tasks: "
+            f"python scripts/sweep.py -m experiment={layout.experiment}"
         )
     return PaperTable(layout, pd.DataFrame(found), notes)
 
@@ -85,7 +92,10 @@ def build(
 def _place(
     layout: PaperLayout, rows: list[Row], cells: Sequence[Cell], inputs: dict[str, Any]
 ) -> tuple[dict[tuple[str, str], Cell], list[str]]:
-    """Cells by (row, task), and notes on those that were left out: other inputs or limits, and variants of a method."""
+    """Cells by (row, task), and notes on the cells that were left out.
+
+    Left out are cells with other inputs or limits, and variants of a method.
+    """
     model = yaml(CONFIGS / "model" / f"{layout.model}.yaml")
     fitting: list[tuple[Row, Cell]] = []
     left_out = set()
@@ -104,7 +114,7 @@ def _place(
                 else:
                     fitting.append((row, cell))
     suited = [(row, cell) for row, cell in fitting if not foreign(cell, inputs)]
-    if suited:  # without any, the others stand there as not comparable
+    if suited:  # else the others are shown, as not comparable
         left_out |= {
             f"cells where {reason}" for _, cell in fitting if (reason := foreign(cell, inputs))
         }
@@ -114,15 +124,16 @@ def _place(
     for row, cell in fitting:
         if (row.key, cell.task) in placed:
             raise ValueError(
-                f"{layout.title}: two cells of {cell.task} for {row.key}, of another source of the method or way to write the "
-                "budget; keep one of them in a results folder of its own"
+                f"{layout.title}: two cells of {cell.task} for {row.key}, which differ in the "
+                "method's source or in how the budget is written; keep one of them in a results "
+                "folder of its own"
             )
         placed[row.key, cell.task] = cell
     return placed, [f"Left out: {text}." for text in sorted(left_out)]
 
 
 class _Column:
-    """One task of a table: the printed scores, ours, and why cells cannot be compared."""
+    """One task of a table: printed scores, our scores, and why cells cannot be compared."""
 
     def __init__(
         self,
@@ -159,7 +170,7 @@ class _Column:
         for key, cell in own.items():
             if cell.name != "none" and self.found and not self.problems[key]:
                 rivals.setdefault(cell.budget, []).append(key)
-        # rows of ours than which no other of their budget is significantly better
+        # our rows that are not significantly below the best of their budget
         self.tied_best: set[str] = (
             {key for keys in rivals.values() for key in found.tied_best(keys)}
             if (found := self.found)
@@ -167,7 +178,7 @@ class _Column:
         )
 
     def _estimate(self, resamples: int) -> str:
-        """Find our scores and the verdict on the unpruned one, or say why none can be compared."""
+        """Find our scores and the verdict on the unpruned model; return why none is comparable."""
         if self.metric not in TASKS[self.task].metrics:
             return f"metric: the paper does not say which it prints ({self.metric})"
         if self.unpruned not in self.own:
@@ -240,7 +251,10 @@ def _ours(score: stats.Interval, relative: stats.Interval) -> dict[str, float]:
 def _average(
     row: Row, columns: list[_Column], printed: pd.DataFrame, means: pd.DataFrame
 ) -> dict[str, Any]:
-    """The cell of the paper's own average: reproduced where every column that the row prints was run."""
+    """The cell of the paper's own average.
+
+    It is reproduced if every column that the row prints was run.
+    """
     own = (printed["method"] == row.method) & (printed["budget"] == row.budget)
     number = printed[own & (printed["task"] == "average")]
     value = float(number["value"].iloc[0]) if len(number) else NAN

@@ -1,4 +1,4 @@
-"""Where the cells of one setting come from: settings, versions, commits, machines, methods, identities."""
+"""Where cells come from: settings, versions, commits, machines, methods, identities."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,14 @@ from secateur.store import digest
 
 
 class Provenance(NamedTuple):
-    """What all cells share, by name; a row a method; a row a cell; and what speaks against the cells as one table."""
+    """Where the cells of one setting come from.
+
+    Attributes:
+        facts: what all cells share, by name.
+        methods: one row per method.
+        cells: one row per cell.
+        doubts: reasons not to read the cells as one table.
+    """
 
     facts: dict[str, str]
     methods: list[dict[str, str]]
@@ -45,7 +52,7 @@ def _facts(cells: Sequence[Cell]) -> dict[str, str]:
             for name, value in first["model"].items()
             if value is not None
         },
-        "documents a task": "all" if first["limit"] is None else f"the first {first['limit']}",
+        "documents per task": "all" if first["limit"] is None else f"the first {first['limit']}",
         "seed": str(first["seed"]),
         "versions": _listed(
             f"{name} {version}"
@@ -78,7 +85,8 @@ def _doubts(cells: Sequence[Cell]) -> list[str]:
     commits, found = sorted({cell.record["environment"]["commit"] for cell in cells}), []
     if len(commits) > 1:
         found.append(
-            f"The cells ran at {len(commits)} commits, {', '.join(commits)}: versions are equal, sources may differ."
+            f"The cells ran at {len(commits)} commits, {', '.join(commits)}: "
+            "versions are equal, sources may differ."
         )
     if dirty := [commit for commit in commits if commit.endswith("-dirty")]:
         found.append(f"Cells ran on edited sources that no commit holds: {', '.join(dirty)}.")

@@ -34,10 +34,11 @@ METHODS = {
     "vispruner": "VisPruner",
 }
 LEGEND = (
-    "Each cell: printed · ours ± half of the 95 % interval (images resampled) · verdict. A method is judged by its score in "
-    f"percent of its own unpruned row: match within {MATCH:.1f} points or the interval, close within {CLOSE:.1f}, else miss; "
-    "baseline off: our unpruned score is itself a miss. Marked *: not significantly below our best at its budget. "
-    "Marked ?: suspect in the source."
+    "Each cell: printed · ours ± half of the 95 % interval (images resampled) · verdict. A method "
+    f"is judged by its score in percent of its own unpruned row: match within {MATCH:.1f} points or "
+    f"the interval, close within {CLOSE:.1f}, else miss; baseline off: our unpruned score is itself "
+    "a miss. Marked *: not significantly below our best at its budget. Marked ?: suspect in the "
+    "source."
 )
 _LATEX = str.maketrans(
     {character: rf"\{character}" for character in "&%$#_{}"}
@@ -53,7 +54,7 @@ _LATEX = str.maketrans(
 
 
 class Entry(NamedTuple):
-    """A cell as text; `own` is empty where nothing was run."""
+    """A cell as text; `own` is empty if nothing was run."""
 
     printed: str
     own: str
@@ -61,7 +62,7 @@ class Entry(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """A table as text: the rows under each heading, and numbered causes among the notes."""
+    """A table as text: the rows under each heading; the notes number the causes."""
 
     title: str
     header: list[str]
@@ -70,7 +71,7 @@ class Sheet(NamedTuple):
 
 
 def sheet(table: PaperTable) -> Sheet:
-    """A paper table in words. Without cells, the order of columns and rows is the paper's all the same."""
+    """A paper table as text, in the paper's order of columns and rows."""
     causes: dict[str, int] = {}
     groups: dict[str, list[tuple[str, list[Entry]]]] = {}
     columns = table.cells[["column", "metric"]].drop_duplicates().itertuples(index=False)
@@ -98,9 +99,8 @@ def _heading(column: str, metric: str, layout: PaperLayout) -> str:
 
 
 def _entry(cell: pd.Series, causes: dict[str, int]) -> Entry:
-    digits = (
-        ".1f" if cell["printed"] < 200 else "g"
-    )  # as the papers: MME without decimals, unless there are
+    # as the papers print it: one decimal, but MME only with the decimals that it has
+    digits = ".1f" if cell["printed"] < 200 else "g"
     printed = (
         "–"
         if pd.isna(cell["printed"])
@@ -189,7 +189,7 @@ def page(sheet: Sheet) -> str:
 
 
 def write(table: PaperTable, folder: Path) -> list[Path]:
-    """Store a table in every format; the CSV has a row a cell. Returns the files."""
+    """Write a table in every format; the CSV has one row per cell. Return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     text = sheet(table)
     paths = [folder / f"{table.layout.stem}.{suffix}" for suffix in ("md", "tex", "html", "csv")]

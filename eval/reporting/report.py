@@ -1,4 +1,4 @@
-"""What a report shows of a results folder: tables, figures, documents, and where it all comes from."""
+"""The content of a report: tables, figures, documents and provenance of a results folder."""
 
 import re
 import textwrap
@@ -20,20 +20,20 @@ from secateur.reporting.reported import load_reported
 from secateur.reporting.tables import SETTING, title
 from secateur.store import digest
 
-_PER_PICTURE = 5  # methods in a row of pictures of kept tokens
+_PER_PICTURE = 5  # methods per picture of kept tokens
 
 
 class Report:
-    """What a results folder holds; the figures are drawn into results/figures on the way.
+    """The report of a results folder; its figures are drawn into the folder's `figures`.
 
     Args:
         results: folder of a sweep.
         data_root: folder with the data sets of suites other than shapes; None means the hub.
-        documents: (task, document) of which to show the kept tokens; none: the first of every task.
+        documents: (task, document) pairs whose kept tokens to show; none: the first of every task.
         rivals: labels of two methods for the gallery; none: the two best.
 
     Raises:
-        ValueError: no finished cells.
+        ValueError: the folder has no finished cells.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Report:
 
     @property
     def problems(self) -> list[str]:
-        """What is refused or missing, with its place."""
+        """What is refused or missing, and where."""
         found = [f"REFUSED {message}" for message in self._damaged]
         found += [
             f"{section.title}: {text}" for section in self.sections for text in section.warnings
@@ -119,7 +119,10 @@ class Report:
         except ValueError as error:
             section.warnings.append(f"No accuracy against FLOPs: {error}")
         else:
-            text = "Accuracy against FLOPs until the first token (tower, projector, pruner, prefill, head), mean over documents."
+            text = (
+                "Accuracy against FLOPs until the first token "
+                "(tower, projector, pruner, prefill, head), mean over documents."
+            )
             if costs.uncounted:
                 text += f" Without the cost of the pruner itself: {', '.join(costs.uncounted)}."
             unit, power = (1e9, "10⁹") if costs.mean.max() < 1e11 else (1e12, "10¹²")
@@ -129,7 +132,10 @@ class Report:
             )
             add("accuracy_flops.png", figure, text)
         for number, (axis, times) in enumerate(prefill_times(cells, self.results).items()):
-            text = "Accuracy against measured prefill: the bench's median, on its own prompts, apart from the answers."
+            text = (
+                "Accuracy against measured prefill: the bench's median, on its own prompts, "
+                "apart from the answers."
+            )
             timed = compared.set_index(["task", "method", "budget"]).index.isin(times.index)
             if absent := sorted(
                 {
@@ -148,12 +154,15 @@ class Report:
             "Scores by task and budget, with 95 % intervals.",
         )
         if shares := figures.agreement(cells):
-            text = "Documents that two methods answer alike, mean over the tasks. Right or wrong does not matter here."
+            text = (
+                "Documents that two methods answer alike, mean over the tasks. "
+                "Right or wrong does not matter here."
+            )
             figure = figures.agreement_matrices(shares, f"Agreement between methods, {caption}")
             add("agreement.png", figure, text)
 
     def _documents(self, section: Section, cells: list[Cell], compared: pd.DataFrame) -> None:
-        """Kept tokens and the gallery; without the data sets, the gallery has no pictures."""
+        """Add kept tokens and the gallery; without the data sets, the gallery has no pictures."""
         tasks = list(dict.fromkeys(cell.task for cell in cells))
         root = self.results / "data" / "shapes" if section.suite == "shapes" else self.data_root
         try:
@@ -169,7 +178,7 @@ class Report:
             section.warnings.append(f"REFUSED: {error}")
 
     def _kept(self, section: Section, cells: list[Cell], source: gallery.Documents) -> None:
-        """Pictures of the tokens every method keeps, at the smallest budget."""
+        """Add pictures of the tokens that every method keeps at the smallest budget."""
         pruned = [cell for cell in cells if cell.name != "none"]
         if not pruned:
             return
@@ -185,7 +194,8 @@ class Report:
                 rows[cell.method] = own.iloc[0]
             if not rows:
                 raise ValueError(
-                    f"no pruned cell of task {task} at budget {budget}, of which to show document {doc}"
+                    f"no pruned cell of task {task} at budget {budget}: "
+                    f"the kept tokens of document {doc} cannot be shown"
                 )
             first = next(iter(rows.values()))
             seen = gallery.as_seen(
@@ -193,7 +203,8 @@ class Report:
             )
             if seen is None:
                 section.warnings.append(
-                    f"No kept tokens of {task} {doc}: its tokens form no single grid over the image."
+                    f"No kept tokens of {task} {doc}: "
+                    "its tokens form no single grid over the image."
                 )
                 continue
             names, pictures = sorted(rows), []
@@ -218,7 +229,7 @@ class Report:
         compared: pd.DataFrame,
         source: gallery.Documents | None,
     ) -> None:
-        """Documents that one of two methods answers right and the other wrong."""
+        """Add documents that one of two methods answers right and the other wrong."""
         section.rivals = gallery.rivals(compared, self.rivals)
         if section.rivals is None:
             section.warnings.append("No gallery: it needs two methods at one budget.")
@@ -248,7 +259,7 @@ def _wrapped(label: str) -> str:
 
 
 def published(cells: list[Cell], resamples: int) -> list[Published]:
-    """Every paper's table beside what was run of it, those with cells first."""
+    """Every paper's table beside our cells; tables that have cells come first."""
     numbers, tables = load_reported(), []
     for layout in layouts():
         try:

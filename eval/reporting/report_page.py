@@ -1,4 +1,7 @@
-"""A report as one self-contained HTML page, and as a summary in Markdown. Text of models and data is escaped in both."""
+"""A report as one self-contained HTML page, and as a summary in Markdown.
+
+Text of models and data is escaped in both.
+"""
 
 import html
 import os
@@ -15,7 +18,10 @@ from secateur.reporting.report_parts import DEMONSTRATION, Section
 
 
 def page(report: Report) -> str:
-    """The page: no script, and a policy that forbids any; images as data URIs, nothing is fetched."""
+    """The page: it fetches nothing, since images are data URIs.
+
+    It has no script, and its policy forbids scripts.
+    """
     environment = templates()
     environment.filters |= {
         "number": _number,
@@ -55,7 +61,7 @@ def summary(report: Report, folder: Path) -> str:
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Store the page and the summary; returns the files."""
+    """Write the page and the summary; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "index.html", folder / "summary.md"]
     paths[0].write_text(page(report), encoding="utf-8")
@@ -64,7 +70,7 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 
 def _flips(section: Section) -> list[str]:
-    """Answers beside the unpruned model's, over the tasks."""
+    """How answers changed against the unpruned model's, over the tasks."""
     rows = pd.DataFrame(
         [row for task, own in section.rows.items() if task != "average" for row in own]
     )
@@ -88,14 +94,14 @@ def _escaped(markdown: str) -> str:
 
 
 def _markdown(text: str) -> Markup:
-    """As HTML. Tables, lists, emphasis and code are all of Markdown that is read; HTML in it becomes text."""
+    """Markdown as HTML: tables, lists, emphasis and code only; HTML in it becomes text."""
     return Markup(
         MarkdownIt("zero").enable(["table", "list", "emphasis", "backticks"]).render(text)
     )
 
 
 def _number(value: Any, digits: int = 1) -> str:
-    """A number; what is none, a dash; other things as they are."""
+    """A number as text, a dash for a missing one; text stays as it is."""
     if isinstance(value, str):
         return value
     return "–" if pd.isna(value) else f"{value:.{digits}f}"

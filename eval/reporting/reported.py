@@ -1,4 +1,4 @@
-"""Published numbers in results/reported: loaded, checked, and where papers repeat or contradict each other or themselves."""
+"""The published numbers in results/reported: loading, checks, repetitions, contradictions."""
 
 from pathlib import Path
 
@@ -87,15 +87,19 @@ QUANTITIES: dict[str, dict[str, float]] = {
     "accuracy_drop": {"%": 100},
 }
 _CELL = ["model", "method", "budget", "task", "metric"]
-ROUNDING = 0.15  # in points: how far a mean of ratios of scores printed to 0.1 may be from the printed mean
+# points by which a mean of ratios of scores that are printed to 0.1 may differ from the printed mean
+ROUNDING = 0.15
 
 
 def load_reported(path: Path = FOLDER / "accuracy.csv") -> pd.DataFrame:
-    """Published accuracies, one row a number, typed as `ACCURACY`, with a column `budget` ("64", "11.1%", "full").
+    """Published accuracies, one row per number.
+
+    Columns: as in `ACCURACY`, and `budget` ("64", "11.1%", "full").
 
     Raises:
-        ValueError: a row without a source (or any other field but the optional ones), an unknown metric, task or scope, a metric
-            of another task, a wrong unit, an impossible value, a suspect row that does not say why, a number given twice.
+        ValueError: a row without a source or another field that is not optional; an unknown metric,
+            task or scope; a metric of another task; a wrong unit; an impossible value; a suspect
+            row without a reason; a number given twice.
     """
     rows = _read(path, ACCURACY)
     _refuse(
@@ -143,7 +147,7 @@ def load_reported(path: Path = FOLDER / "accuracy.csv") -> pd.DataFrame:
 
 
 def load_efficiency(path: Path = FOLDER / "efficiency.csv") -> pd.DataFrame:
-    """Published costs, one row a number, typed as `EFFICIENCY`, with a column `budget`.
+    """Published costs, one row per number; columns as in `EFFICIENCY`, and `budget`.
 
     Raises:
         ValueError: as `load_reported`.
@@ -225,7 +229,10 @@ def _refuse(path: Path, rows: pd.DataFrame, bad: pd.Series, column: str, what: s
 
 
 def _by_cell(reported: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell and value, with the tables that print it; averages are left out, since every paper has tasks of its own."""
+    """One row per cell and value, with the tables that print it.
+
+    Averages are left out: every paper averages over tasks of its own.
+    """
     rows = reported[reported["metric"] != "relative_average"].assign(
         where=reported["paper"] + " " + reported["table"]
     )
@@ -237,7 +244,7 @@ def _by_cell(reported: pd.DataFrame) -> pd.DataFrame:
 
 
 def duplicates(reported: pd.DataFrame) -> pd.DataFrame:
-    """Numbers that two or more papers print alike: baselines that were copied, or run again to the same decimal.
+    """Numbers that two or more papers print alike: baselines copied, or reproduced exactly.
 
     Columns: model, method, budget, task, metric, value, papers (how many), where.
     """
@@ -246,10 +253,10 @@ def duplicates(reported: pd.DataFrame) -> pd.DataFrame:
 
 
 def contradictions(reported: pd.DataFrame) -> pd.DataFrame:
-    """Cells that tables print differently, widest first.
+    """Cells that tables print differently, the largest spread first.
 
-    Columns: model, method, budget, task, metric, low, high, spread (percent of the lower value), values ("59.3: SCOPE Table 1 |
-    60.1: DiffPrune Table 1").
+    Columns: model, method, budget, task, metric, low, high, spread (percent of the lower value),
+    values ("59.3: SCOPE Table 1 | 60.1: DiffPrune Table 1").
     """
     cells = _by_cell(reported).assign(
         text=lambda frame: frame["value"].map("{:g}".format) + ": " + frame["where"]
@@ -263,10 +270,11 @@ def contradictions(reported: pd.DataFrame) -> pd.DataFrame:
 
 
 def averages(reported: pd.DataFrame) -> pd.DataFrame:
-    """Every printed average of a pruned row beside the mean of ratios (score / unpruned score) of the scores the row prints.
+    """Every printed average of a pruned row beside the mean of ratios of the row's scores.
 
-    Columns: paper, table, model, method, budget, printed, mean_of_ratios, tasks (how many the mean is over), follows (they agree
-    within `ROUNDING`). Tables without an unpruned row are left out.
+    A ratio is a score in percent of the unpruned score. Tables without an unpruned row are left out.
+    Columns: paper, table, model, method, budget, printed, mean_of_ratios, tasks (how many the mean
+    is over), follows (the two agree within `ROUNDING`).
     """
     table = ["paper", "table", "model"]
     row = [*table, "method", "budget"]

@@ -1,8 +1,9 @@
-"""How sure a difference between methods is: a task's own metric under resampled images, exact tests, tied best methods.
+"""Statistics of a comparison: metrics under resampled images, exact tests, tied best methods.
 
-Documents about one image are right or wrong together, so whole images are drawn, and every method sees the same draws:
-differences are paired. Of the n images of a stratum n - 1 are drawn and each counts n / (n - 1) times, which makes the variance
-unbiased also where a category has few images (the rescaling bootstrap of Rao and Wu, JASA 83, 1988).
+Answers about one image are correlated, so whole images are drawn. Every method sees the same draws,
+so differences are paired. Of the n images of a stratum, n - 1 are drawn, and each counts
+n / (n - 1) times: this makes the variance unbiased even if a category has few images (the rescaling
+bootstrap of Rao and Wu, JASA 83, 1988).
 """
 
 import zlib
@@ -24,7 +25,10 @@ _BLOCK = 1000  # resamples at a time
 
 
 class Interval(NamedTuple):
-    """A value, its 95 % interval, and the two-sided p-value of zero; NaN where resampling changes nothing."""
+    """A value, its 95 % interval, and the two-sided p-value of the hypothesis that it is zero.
+
+    NaN: resampling does not change the value.
+    """
 
     value: float
     low: float
@@ -52,7 +56,12 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimates:
-    """A metric of several methods on the same documents: by method its value, and its resamples [resamples, methods]."""
+    """A metric of several methods on the same documents.
+
+    Attributes:
+        values: by method.
+        draws: values of the resamples [resamples, methods].
+    """
 
     values: pd.Series
     draws: pd.DataFrame
@@ -100,12 +109,18 @@ class Estimates:
         )
 
     def detectable(self, method: str, other: str) -> float:
-        """The smallest true difference a test at 5 % finds with power 80 %, from the spread of the paired difference."""
+        """The smallest true difference that a test at 5 % finds with power 80 %.
+
+        It follows from the spread of the paired difference.
+        """
         spread = float((self.draws[method] - self.draws[other]).std(ddof=1))
         return float(stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)) * spread
 
     def tied_best(self, methods: Sequence[str]) -> set[str]:
-        """The best of `methods` and those not significantly below it (paired, Holm over the comparisons with the best)."""
+        """The best of `methods` and those that are not significantly below it.
+
+        The tests are paired, with Holm's correction over the comparisons with the best.
+        """
         best = max(methods, key=lambda method: self.values[method])
         others = [method for method in methods if method != best]
         adjusted = holm([self.difference(best, method).p for method in others])
@@ -122,11 +137,18 @@ def estimate(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimates:
-    """A task's metric for the cells in `samples` (method -> per-document rows), over the same resampled images.
+    """A task's metric for several cells, over the same resampled images.
+
+    Args:
+        task, metric: names in `secateur.tasks`.
+        samples: method -> rows of the documents.
+        resamples: how often the images are drawn.
+        seed: of the draws.
 
     Raises:
-        ValueError: other documents in one cell than in another, a document twice, a score that is NaN or not 0..1, a single image
-            (or a category with one), no category where the metric needs it.
+        ValueError: two cells with different documents; a document twice; a score that is NaN or
+            not in 0..1; a single image, or a category with a single image; samples without the
+            category that the metric needs.
     """
     definition = TASKS[task].metrics[metric]
     ordered = {method: _ordered(task, definition, method, rows) for method, rows in samples.items()}
@@ -134,7 +156,8 @@ def estimate(
     for method, rows in ordered.items():
         if not rows[["doc_id", "image_id"]].equals(first[["doc_id", "image_id"]]):
             raise ValueError(
-                f"{task}: {method} and {first_name} answered other documents; only the same ones can be compared"
+                f"{task}: {method} and {first_name} answered other documents; "
+                "only the same ones can be compared"
             )
     terms = np.stack([definition.terms(rows) for rows in ordered.values()], axis=1)
     strata = first["category"] if definition.stratified else pd.Series("", index=first.index)
@@ -167,7 +190,8 @@ def resample(
         count = len(members)
         if count < 2:
             raise ValueError(
-                f"a single image{f' in category {stratum!r}' if stratum else ''}: no interval can be given"
+                f"a single image{f' in category {stratum!r}' if stratum else ''}: "
+                "no interval can be given"
             )
         own = flat[members.to_numpy()] * (count / (count - 1))
         for start in range(0, resamples, _BLOCK):
@@ -179,7 +203,9 @@ def resample(
 
 
 def relative_average(tasks: Sequence[Estimates], unpruned: str) -> Estimates:
-    """The plain mean over tasks of the score in percent of the unpruned model's, as SCOPE and PruneSID average (their "Avg.").
+    """The plain mean over tasks of the score in percent of the unpruned model's score.
+
+    This is the "Avg." of SCOPE and PruneSID.
 
     Raises:
         ValueError: the unpruned model scores 0 in a task.
@@ -207,13 +233,20 @@ def _ordered(task: str, metric: Metric, method: str, rows: pd.DataFrame) -> pd.D
         return rows
     if not TASKS[task].category_in_image_id:
         raise ValueError(
-            f"{task}: the samples have no column category, over which the metric averages; run the cell again"
+            f"{task}: the samples have no column category, over which the metric averages; "
+            "run the cell again"
         )
     return rows.assign(category=rows["image_id"].str.split("/").str[0])
 
 
 class Flips(NamedTuple):
-    """What became of the unpruned model's answers: counts of documents, the share of equal answers, and McNemar's exact p."""
+    """How pruning changed the unpruned model's answers.
+
+    Attributes:
+        right_to_wrong, wrong_to_right: numbers of documents.
+        agreement: share of equal answers.
+        p: of McNemar's exact test.
+    """
 
     right_to_wrong: float
     wrong_to_right: float
@@ -224,7 +257,8 @@ class Flips(NamedTuple):
 def flips(unpruned: pd.DataFrame, pruned: pd.DataFrame) -> Flips:
     """Compare two cells on the same documents.
 
-    The test is two-sided and exact (binomial); it takes documents for independent, which questions about one image are not.
+    The test is two-sided and exact (binomial). It assumes independent documents, which questions
+    about one image are not.
     """
     before, after = (rows.sort_values("doc_id", ignore_index=True) for rows in (unpruned, pruned))
     lost = int(((before["score"] == 1) & (after["score"] < 1)).sum())
@@ -241,7 +275,10 @@ def flips(unpruned: pd.DataFrame, pruned: pd.DataFrame) -> Flips:
 
 
 def holm(p: Sequence[float] | pd.Series) -> np.ndarray:
-    """Holm's adjusted p-values (Scandinavian Journal of Statistics 6, 1979); NaN stays NaN and does not count."""
+    """Holm's adjusted p-values (Scandinavian Journal of Statistics 6, 1979).
+
+    NaN stays NaN and does not count as a test.
+    """
     values = np.asarray(p, dtype=float)
     order = np.argsort(values)[: np.isfinite(values).sum()]
     steps = values[order] * np.arange(len(order), 0, -1)

@@ -31,9 +31,10 @@ def by_setting(records: Records) -> list[Records]:
 def changed_fields(
     pruner: dict[str, Any], expected: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Fields of a record's method that differ from the defaults, or from `expected` where that names them.
+    """Fields of a record's method that differ from `expected`, or from the defaults.
 
-    A field that the method was given after the record was written counts as its default.
+    Fields that `expected` does not name are compared with the defaults. A field that the method got
+    after the record was written counts as its default.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(REGISTRY[pruner["name"]])}
     # JSON has no tuples
@@ -56,11 +57,13 @@ def label(pruner: dict[str, Any]) -> str:
 
 
 def accuracy(records: Records) -> pd.DataFrame:
-    """One row a method and budget, one column a task (headline metric), and the mean share of the unpruned scores in percent.
+    """One row per method and budget, one column per task (its headline metric).
 
-    Column tokens: visual tokens a prompt, mean over layers and documents, then over the tasks of the row: what a method keeps of
-    a budget may differ by task. The unpruned row comes first, then rows by tokens from many to few. Tasks a row did not run are
-    empty, and so is its mean share.
+    Column tokens: visual tokens per prompt, mean over layers and documents, then over the tasks of
+    the row, since a method may keep more of a budget in one task than in another. Column relative %:
+    mean over the tasks of the score in percent of the unpruned score. The unpruned row comes first,
+    then the rows from many to few tokens. Tasks that a row did not run are empty, and so is its
+    relative %.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     tokens: dict[tuple[str, str], list[float]] = {}
@@ -91,13 +94,14 @@ def title(records: Records) -> str:
     limit = (
         "all documents"
         if identity["limit"] is None
-        else f"the first {identity['limit']} documents a task"
+        else f"the first {identity['limit']} documents per task"
     )
-    return f"suite {identity['suite']['name']}, model {identity['model']['name']}, {limit}, seed {identity['seed']}"
+    suite, model = identity["suite"]["name"], identity["model"]["name"]
+    return f"suite {suite}, model {model}, {limit}, seed {identity['seed']}"
 
 
 def _cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Numbers as printed: one decimal, a dash where nothing was run."""
+    """Numbers as printed: one decimal, a dash if nothing was run."""
     return table.map(
         lambda value: (
             "-" if value != value else f"{value:.1f}" if isinstance(value, float) else str(value)
@@ -117,7 +121,7 @@ def show(records: Records) -> None:
 
 
 def write(records: Records, folder: Path) -> list[Path]:
-    """Store the table as Markdown and CSV; returns the files."""
+    """Write the table as Markdown and CSV; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     identity, table = records[0]["identity"], accuracy(records)
     commits = sorted({record["environment"]["commit"] for record in records})
@@ -133,7 +137,8 @@ def write(records: Records, folder: Path) -> list[Path]:
         "|" + "|".join("---" if name == "method" else "---:" for name in shown.columns) + "|",
         *("| " + " | ".join(row) + " |" for row in shown.itertuples(index=False)),
         "",
-        f"{len(records)} cells, commit {', '.join(commits)}. `tokens`: visual tokens a prompt, mean over layers and tasks. "
+        f"{len(records)} cells, commit {', '.join(commits)}. "
+        "`tokens`: visual tokens per prompt, mean over layers and tasks. "
         "`relative %`: mean over tasks of the score as a share of the unpruned model's.",
         "",
     ]

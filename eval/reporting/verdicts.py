@@ -1,13 +1,15 @@
-"""Does a reproduced number agree with the printed one, and may the two be compared at all.
+"""Verdicts: does a reproduced number agree with the printed one, and are the two comparable?
 
-Absolute scores depend on checkpoint and preprocessing, so a method is judged by its score in percent of its own unpruned model,
-against the same ratio of the printed numbers. The documents are those of the paper, so its numbers are no second sample.
+Absolute scores depend on checkpoint and preprocessing. So a method is judged by its score in percent
+of its own unpruned model, against the same ratio of the printed numbers. The documents are those of
+the paper, so the paper's numbers are not a second sample.
 
-match            differs by at most `MATCH` points, or lies such that our 95 % interval contains the printed ratio
+match            differs by at most `MATCH` points, or our 95 % interval contains the printed ratio
 close            differs by at most `CLOSE` points
 miss             differs by more
-baseline off     the unpruned model itself misses, its score being judged by the same limits in percent of the printed score
-not comparable   metric, documents, prompt, layout, budget or the printed number itself; the cause says which
+baseline off     the unpruned model itself misses, by the same limits in percent of its printed score
+not comparable   another metric, prompt, layout, budget or set of documents, or a suspect printed
+                 number; the cause says which
 not run          there is no cell
 """
 
@@ -20,7 +22,7 @@ from secateur.reporting.tables import changed_fields
 
 MATCH = 1.0
 CLOSE = 2.5
-MEASURED = {"mean_phi"}  # fields a first pass over the task finds, no choice
+MEASURED = {"mean_phi"}  # fields that a first pass over the task measures; they are no choice
 VERDICTS = ("match", "close", "miss", "baseline off", "not comparable", "not run")
 
 
@@ -59,29 +61,37 @@ def choices(cell: Cell, model: dict[str, Any]) -> list[str]:
 
 
 def foreign(cell: Cell, inputs: dict[str, Any]) -> str:
-    """What in a cell's setting is not that of a table, or nothing; `inputs` are the model settings the table needs."""
+    """How a cell's setting differs from a table's; empty if it does not.
+
+    Args:
+        inputs: the model settings that the table needs.
+    """
     identity = cell.record["identity"]
     if identity["limit"] is not None:
         return f"only the first {identity['limit']} documents"
-    other = [f"{name} is {identity['model'].get(name)}, not {value}" for name, value in inputs.items()
-             if identity["model"].get(name) != value]  # fmt: skip
+    own = identity["model"]
+    other = [
+        f"{name} is {own.get(name)}, not {value}"
+        for name, value in inputs.items()
+        if own.get(name) != value
+    ]
     return ", ".join(other)
 
 
 def off_budget(cell: Cell, full_tokens: int | None, keep: float | None) -> str:
-    """Where a cell's visual tokens are not those of a table's row, or nothing.
+    """How a cell's visual tokens differ from those of a table's row; empty if they do not.
 
     Args:
-        full_tokens: visual tokens of an image before pruning; None: they follow the image.
-        keep: visual tokens of an image after it, or, up to 1, the share of them; None for the unpruned row.
+        full_tokens: visual tokens per image before pruning; None: the number follows the image.
+        keep: visual tokens per image after pruning, or, if at most 1, their share; None: the
+            unpruned row.
     """
     before, after = cell.per_image(cell.record["visual_tokens"]), cell.per_image(cell.tokens)
     if full_tokens is not None and abs(before - full_tokens) > 0.5:
-        return f"layout: {before:.0f} visual tokens an image, not {full_tokens}"
-    if keep is None or issubclass(
-        REGISTRY[cell.name], InLLMPruner
-    ):  # inside the LLM a budget names the schedule of a release
+        return f"layout: {before:.0f} visual tokens per image, not {full_tokens}"
+    # inside the LLM a budget names the schedule of a release
+    if keep is None or issubclass(REGISTRY[cell.name], InLLMPruner):
         return ""
     kept = keep * before if keep <= 1 else keep
     same = abs(after - kept) <= TOKENS * kept
-    return "" if same else f"budget: {after:.1f} visual tokens an image on average, not {kept:.1f}"
+    return "" if same else f"budget: {after:.1f} visual tokens per image on average, not {kept:.1f}"
