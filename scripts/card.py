@@ -19,7 +19,10 @@ CARD = SHAPES_MODEL / "README.md"
 
 
 def chance(rows: pd.DataFrame) -> float:
-    """Accuracy of the best constant answer to each wording of a question (its first three words), all letters taken as one."""
+    """Accuracy of the best constant answer to each wording of a question.
+
+    A wording is the first three words; questions answered by a letter count as one wording.
+    """
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for prompt, target in zip(rows["prompt"], rows["target"], strict=True):
         letters = len(target) == 1 and target.isalpha()

@@ -1,6 +1,9 @@
-"""FLOPs of every supported model by phase, budget and convention, and the convention that explains each published number.
+"""FLOPs of every supported model by phase, budget and convention.
 
-python scripts/flops.py [--text-tokens 62]     prints; writes results/tables/flops.{md,csv} and flops_published.csv
+python scripts/flops.py [--text-tokens 62]     the same as `make flops`
+
+It prints the tables, also of the convention that explains each published number, and writes
+results/tables/flops.{md,csv} and flops_published.csv.
 """
 
 import argparse
@@ -37,7 +40,7 @@ def budgets(model: str) -> list[Budget]:
 
 
 def costs(text_tokens: int) -> pd.DataFrame:
-    """One row for each model, budget and place of the cut; FLOPs in units of 10^12. The pruner itself is in none of them."""
+    """One row per model, budget and place of the cut, in 10^12 FLOPs, without the pruner's own."""
     rows = []
     for model, crops in CROPS.items():
         config, visual = model_config(model), visual_tokens(model)
@@ -66,7 +69,7 @@ def costs(text_tokens: int) -> pd.DataFrame:
 
 
 def pruner_costs(text_tokens: int) -> pd.DataFrame:
-    """FLOPs of the pruners themselves in units of 10^9 at each model's middle budget; none where not counted."""
+    """10^9 FLOPs of the pruners themselves at each model's middle budget; None: not counted."""
     rows = []
     for method in sorted(REGISTRY):
         row: dict[str, object] = {"method": method}
@@ -89,7 +92,7 @@ def pruner_costs(text_tokens: int) -> pd.DataFrame:
 
 
 def show(console: Console, title: str, table: pd.DataFrame) -> str:
-    """Print a table; the same as Markdown."""
+    """Print a table; return it as Markdown."""
     text = table.map(
         lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
     ).where(table.notna(), "-")
@@ -132,7 +135,8 @@ def main() -> None:
         show(console, f"What papers print as FLOPs, 10^12, {prompt}.", table.drop(columns=PHASES)),
         show(
             console,
-            "FLOPs of the pruners themselves, 10^9, each model at the tokens named: the products that dominate; - not counted.",
+            "FLOPs of the pruners themselves, 10^9, each model at the tokens named: "
+            "the products that dominate; - not counted.",
             pruner_costs(options.text_tokens),
         ),
         show(console, "Published numbers that a convention explains, 10^12.", published[found]),

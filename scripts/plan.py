@@ -1,12 +1,13 @@
-"""How long experiments take: documents still to be answered, and hours on one and several devices at measured rates.
+"""Estimate how long experiments take: documents left, and hours at measured rates.
 
-    python scripts/plan.py promprune_table1 prunesid_table2          some experiments; shared cells count once
-    python scripts/plan.py --rate llava_1_5_7b=8.3 llava_next_7b=3.9 all experiments of papers, at so many documents a second
-    python scripts/plan.py --rate 12                                 the same for every model
+python scripts/plan.py promprune_table1 prunesid_table2   two experiments; shared cells count once
+python scripts/plan.py --rate 12                          all papers, 12 documents per second
+python scripts/plan.py --rate llava_1_5_7b=8.3 llava_next_7b=3.9   a rate for each model
 
-Rates come from finished cells in --results (documents over seconds, by model), for models without any from --rate; without
-either the hours stay open. Run one small cell of each model first: python scripts/sweep.py model=... suite=hub limit=200.
-docs/PLANNING.md has the sum for the whole grid.
+Rates come from the finished cells in --results (documents over seconds, by model); --rate gives a
+rate for models without finished cells. Without either, the hours stay open. First run one small
+cell of each model: python scripts/sweep.py model=... suite=hub limit=200. docs/PLANNING.md shows
+the sum for the whole grid.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def jobs(experiment: str, results: Path) -> list[Job]:
 
 
 def rates(results: Path) -> dict[str, float]:
-    """Documents a second of every model with finished cells on the hub's data."""
+    """Documents per second, by model, of the finished cells on the hub's data."""
     records = [
         Store.read(path.parent) for path in (results / "runs" / "hub").glob("**/record.json")
     ]
@@ -65,14 +66,15 @@ def given(words: list[str], models: set[str]) -> dict[str, float]:
     """Rates from the command line, `12` for every model or `model=12`.
 
     Raises:
-        ValueError: no positive number, or a model that is not in the plan.
+        ValueError: a rate is no positive number, or its model is not in the plan.
     """
     found: dict[str, float] = {}
     for word in words:
         name, _, number = word.rpartition("=")
         if name and name not in models:
             raise ValueError(
-                f"--rate {word}: {name!r} is not in this plan, which has {', '.join(sorted(models))}"
+                f"--rate {word}: {name!r} is not in this plan, "
+                f"which has {', '.join(sorted(models))}"
             )
         try:
             rate = float(number)
@@ -80,7 +82,7 @@ def given(words: list[str], models: set[str]) -> dict[str, float]:
             rate = 0.0
         if not 0 < rate < float("inf"):
             raise ValueError(
-                f"--rate {word}: documents a second are a positive number, 12 or model=12"
+                f"--rate {word}: documents per second are a positive number, 12 or model=12"
             )
         found |= {name: rate} if name else {model: rate for model in models if model not in found}
     return found
@@ -103,7 +105,7 @@ def main() -> None:
         "--rate",
         nargs="+",
         default=[],
-        help="documents a second and device where none was measured: 12, or model=12 ...",
+        help="documents per second on one device, if none was measured: 12, or model=12 ...",
     )
     options = parser.parse_args()
     if unknown := sorted(set(options.experiments) - set(every)):
@@ -144,7 +146,8 @@ def main() -> None:
     print(pd.DataFrame(shown).to_markdown(stralign="right", disable_numparse=True))
     if rate.isna().any():
         print(
-            f"\nNo rate for {', '.join(map(str, rate.index[rate.isna()]))}: run a small cell of it first, or give --rate."
+            f"\nNo rate for {', '.join(map(str, rate.index[rate.isna()]))}: "
+            "run a small cell of it first, or give --rate."
         )
 
 

@@ -1,6 +1,9 @@
-"""Write the report of a results folder (`make report`): results/report/index.html and summary.md, figures in results/figures.
+"""Write the report of a results folder: results/report/index.html and summary.md.
 
-The page holds everything and needs no network. Exits with 1 where cells were refused; the page then says which, and why.
+python scripts/report.py [--results results]     the same as `make report`
+
+The page needs no network; its figures are also written to results/figures. The exit status is 1 if
+cells were refused; the page then says which cells, and why.
 """
 
 import argparse

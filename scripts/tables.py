@@ -1,7 +1,12 @@
-"""Print every published table beside what was reproduced, and the sweeps' own tables with intervals (`make tables`).
+"""Print every published table beside our numbers, and the sweeps' tables with intervals.
 
-Written to results/tables: papers/<table>.{md,tex,html,csv}; papers/duplicates.csv, contradictions.csv and averages.csv, where the
-published numbers repeat or contradict each other or themselves; intervals_<suite>_<model>_<limit>.{md,csv} for every sweep.
+python scripts/tables.py [--results results]     the same as `make tables`
+
+It writes these files to results/tables:
+papers/<table>.{md,tex,html,csv}                  a published table beside our numbers
+papers/duplicates.csv, papers/contradictions.csv  numbers that several papers print, alike or not
+papers/averages.csv                               printed averages beside the means of ratios
+intervals_<suite>_<model>_<limit>.{md,csv}        one for every sweep
 """
 
 import argparse
@@ -59,7 +64,8 @@ def main() -> int:
         )
     claims = reported.load_efficiency().query("paper == 'SPpruner'")
     console.print(
-        "ZSPAPrune: no table of it is public, and no number.\nSPpruner: no table of it is public; its abstract says: "
+        "ZSPAPrune: no table of it is public, and no number.\n"
+        "SPpruner: no table of it is public; its abstract says: "
         + ", ".join(
             f"{row.quantity} {row.value:g} {row.unit} ({row.model})" for row in claims.itertuples()
         )
@@ -72,13 +78,15 @@ def main() -> int:
         found = getattr(reported, name)(numbers)
         found.to_csv(folder / "papers" / f"{name}.csv", index=False)
         console.print(
-            f"\n{len(found)} {question}; the first five of papers/{name}.csv:\n{found.head().to_string(index=False)}"
+            f"\n{len(found)} {question}; the first five of papers/{name}.csv:\n"
+            f"{found.head().to_string(index=False)}"
         )
     means = reported.averages(numbers)
     means.to_csv(folder / "papers" / "averages.csv", index=False)
     wrong = (~means["follows"]).sum()
     console.print(
-        f"\n{wrong} of {len(means)} printed averages are not the mean of ratios; see papers/averages.csv\n"
+        f"\n{wrong} of {len(means)} printed averages are not the mean of ratios; "
+        "see papers/averages.csv\n"
     )
 
     for group in comparison.settings(cells):

@@ -50,9 +50,10 @@ def identity(
 
 
 def rows(task: str, share: float, documents: int = 2000, shift: int = 0) -> pd.DataFrame:
-    """Documents of which `share` are answered right: the easiest first, so that a weaker method fails where a stronger does.
+    """Documents of which `share` are answered right, the easiest first.
 
-    For MME whole pairs are right or wrong. Of POPE's right answers as many are yes as no. `shift` makes other documents easy.
+    So a weaker method fails where a stronger one does. For MME whole pairs are right or wrong. Of
+    POPE's right answers as many are yes as no. `shift` makes other documents easy.
     """
     docs = np.arange(documents)
     images = docs // PER_IMAGE.get(task, 1)
@@ -85,7 +86,7 @@ def cell(
     images: float = 1.0,
     **options: Any,
 ) -> Cell:
-    """A cell whose record says what its samples give; tokens are those of an image, `images` a document."""
+    """A cell whose record agrees with its samples; `tokens` per image, `images` per document."""
     record = {
         "identity": identity(model, method, budget, task, **options),
         "metrics": {},

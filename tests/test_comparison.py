@@ -14,7 +14,10 @@ MODEL = "llava_1_5_7b"
 
 
 def grid(tasks=("pope", "gqa"), **methods):
-    """Cells at 64 tokens of methods by the share of right answers (or (share, shift, tokens)), beside an unpruned 0.8."""
+    """Cells of methods at 64 tokens, beside an unpruned cell with 80 % right answers.
+
+    A method has its share of right answers, or (share, shift, tokens).
+    """
     found = [cell(MODEL, "none", "full", task, rows(task, 0.8), 576) for task in tasks]
     for method, effect in methods.items():
         share, shift, tokens = effect if isinstance(effect, tuple) else (effect, 0, 64)
@@ -105,7 +108,7 @@ def test_two_methods_of_other_token_numbers_are_marked_and_the_task_estimated(fe
     assert set(table.index[table["tied_best"]]) == {"scope"}
 
 
-def test_an_error_behind_the_estimate_is_no_missing_estimate(monkeypatch):
+def test_an_unexpected_error_is_not_taken_for_a_missing_interval(monkeypatch):
     def broken(*_):
         raise ValueError("a bug")
 

@@ -1,4 +1,4 @@
-"""The page of known differences names fields that exist, and every field that decides what a model sees."""
+"""The page of differences names existing fields, and all that decide what a model sees."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every experiment composes into jobs that can run, and every result of the five papers has one, or a reason why not."""
+"""Every experiment composes into jobs; every result of the papers has one, or a reason why not."""
 
 import re
 from functools import cache
@@ -65,13 +65,18 @@ LEFT_OUT: dict[str | tuple[str, str, str], str] = {
     "mustdrop": "not implemented",
     "tome": "not implemented",
     "visionzip_dyn": "not implemented",
-    "prunesid_dyn": "needs the mean phi of a first pass for every task; the header of prunesid_table1 has the commands",
-    "scope_coverage_only": "ablation, Table 4: scope_llava with pruner=scope pruner.saliency=none budget=64",
-    "scope_saliency_only": "ablation, Table 4: the tokens of fastervlm, scope_llava with pruner=fastervlm budget=64",
+    "prunesid_dyn": "needs the mean phi of a first pass for every task; "
+    "the header of prunesid_table1 has the commands",
+    "scope_coverage_only": "ablation, Table 4: "
+    "scope_llava with pruner=scope pruner.saliency=none budget=64",
+    "scope_saliency_only": "ablation, Table 4: "
+    "the tokens of fastervlm, scope_llava with pruner=fastervlm budget=64",
     "promprune_adaptive": "ablation, Table 4: the row of promprune in promprune_table1",
     "promprune_stage2=dpp": "ablation, Table 5: the row of promprune in promprune_table1",
-    "promprune_proxy=spectral_entropy": "ablation, Figure 4: the row of promprune in promprune_table1",
-    "promprune_fixed_allocation": "ablation, Table 4: the split is decided per benchmark from results of the adaptive one",
+    "promprune_proxy=spectral_entropy": "ablation, Figure 4: "
+    "the row of promprune in promprune_table1",
+    "promprune_fixed_allocation": "ablation, Table 4: "
+    "the split is decided per benchmark from results of the adaptive one",
     "promprune_proxy=attention_entropy": "ablation, Figure 4: another proxy, not implemented",
     "promprune_proxy=feature_norm_entropy": "ablation, Figure 4: another proxy, not implemented",
     "promprune_stage2=facilitylocation": "ablation, Table 5: another second stage, not implemented",
@@ -152,7 +157,7 @@ def grid(experiment: str) -> dict[str, list[str]]:
 
 @cache
 def reported() -> pd.DataFrame:
-    """What the papers print for the six tasks (no other is in this project), with budgets as this project writes them."""
+    """What the papers print for the six tasks of this project, with budgets as we write them."""
     rows = pd.read_csv(ROOT / "results" / "reported" / "accuracy.csv")
     rows = rows[rows["task"].isin(SIX)]
     tokens, shares = rows["budget_tokens"], rows["retention_pct"]

@@ -184,7 +184,7 @@ def test_prefill_is_the_benchs_median_for_the_same_method_and_tokens(results, tm
     ]
     assert (
         prefill_times(several, tmp_path)[axis].to_dict() == times.to_dict()
-    )  # the bench counts tokens an image
+    )  # the bench counts tokens per image
     blind = [
         own._replace(record=own.record | {"images": 0.0, "average_tokens": 0.0})
         for own in load(results)
@@ -266,8 +266,11 @@ def test_the_image_is_cut_as_the_encoder_sees_it():
 
 def test_images_come_from_the_tasks_own_documents(shapes, tmp_path):
     documents = gallery.Documents("shapes", ["gqa"], shapes)
-    row = pd.Series({"doc_id": 3, "prompt": "USER: <image>\nIs there a cross in the image?\nAnswer the question using a single "
-                     "word or phrase. ASSISTANT:"})  # fmt: skip
+    prompt = (
+        "USER: <image>\nIs there a cross in the image?\n"
+        "Answer the question using a single word or phrase. ASSISTANT:"
+    )
+    row = pd.Series({"doc_id": 3, "prompt": prompt})
     (image,) = documents.images("gqa", row)
     assert image.size == (96, 96)
     with pytest.raises(ValueError, match="asks another question"):

@@ -36,7 +36,7 @@ def printed(layout, method, budget, task):
 
 
 def share(layout, method, budget, task, points=0.0):
-    """The share of right answers that gives the printed ratio to an unpruned model as printed, moved by `points` of it."""
+    """The share of right answers with the printed ratio to the unpruned model, plus `points`."""
     full = printed(layout, "none", "full", task)
     ratio = printed(layout, method, budget, task) / full + points / 100
     return ratio * full / 100
@@ -50,7 +50,7 @@ def ours(
     model=MODEL,
     **options,
 ):
-    """Cells of {(method, budget): points away from the print}; the unpruned row is as printed unless given."""
+    """Cells of {(method, budget): points off the print}; the unpruned row is as printed."""
     layout, found = LAYOUTS[stem], []
     for (method, budget), points in ({("none", "full"): 0.0} | effects).items():
         tokens = float(full if budget == "full" else budget)

@@ -1,4 +1,4 @@
-"""The report: one page that holds everything, runs nothing, and says what its numbers are and what is missing."""
+"""The report: one page that needs nothing else, runs no script, and says what is missing."""
 
 import base64
 import io
@@ -39,7 +39,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def nothing_run():
-    """The published tables, none of which takes a cell of the shapes suite: made once for all reports of such cells."""
+    """The published tables without cells, made once: reports of shapes cells have no others."""
     return published([], 200)
 
 
@@ -122,8 +122,10 @@ def test_the_page_holds_tables_tied_best_flips_figures_and_provenance(written):
     report, (path, _) = written
     found, text = tree(path.read_text()), text_of(path.read_text())
     (section,) = report.sections
-    bold = {row.getparent().getparent().xpath("td[2]")[0].text for row in found.xpath("//div[@class='scroll intervals']//strong")
-            if row.getparent().tag == "td"}  # fmt: skip
+    bold = {
+        value.getparent().getparent().xpath("td[2]")[0].text
+        for value in found.xpath("//div[@class='scroll intervals']//td/strong")
+    }
     assert bold == {row["method"] for row in section.rows["gqa"] if row["tied_best"]} == {"scope"}
     rows = {
         row.xpath("th")[0].text: [cell.text for cell in row.xpath("td")]

@@ -1,4 +1,4 @@
-"""Published numbers: complete, typed, checked row by row; what repeats and what contradicts is found."""
+"""Published numbers are complete, typed and checked; repetitions and contradictions are found."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Intervals cover the truth they should, tests agree with hand calculation, and bad samples are refused."""
+"""Intervals cover the truth, tests agree with hand calculation, bad samples are refused."""
 
 import importlib.util
 from pathlib import Path
@@ -27,7 +27,7 @@ def official(task: str):
 
 
 def samples(right: np.ndarray, per_image: int = 1, categories: int = 1) -> pd.DataFrame:
-    """Documents in order, `per_image` an image, images dealt to categories in turn, targets yes and no in turn."""
+    """Documents in order, `per_image` per image; categories and targets yes and no in turn."""
     docs = np.arange(len(right))
     targets = np.where(docs % 2, "no", "yes")
     return pd.DataFrame(
@@ -106,13 +106,18 @@ def test_mmstar_is_the_mean_of_categories_as_in_lmms_eval():
 
 
 def image_effects(rng: np.random.Generator, images: int, per_image: int) -> np.ndarray:
-    """Probabilities [simulations, documents] of a right answer to questions about images that are easy or hard."""
+    """Probabilities [simulations, documents] of a right answer; images are easy or hard."""
     ease = rng.uniform(0.4, 0.9, (SIMULATIONS, images))
     return np.repeat(ease, per_image, axis=1)
 
 
 def covered(truth: float, values: np.ndarray, draws: np.ndarray) -> float:
-    """Share of the simulations whose interval holds the truth; values [simulations], draws [resamples, simulations]."""
+    """Share of the simulations whose interval holds the truth.
+
+    Args:
+        values: [simulations].
+        draws: [resamples, simulations].
+    """
     found = [Interval.of(value, draws[:, i]) for i, value in enumerate(values)]
     return float(np.mean([low <= truth <= high for _, low, high, _ in found]))
 

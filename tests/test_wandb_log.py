@@ -1,4 +1,4 @@
-"""What `logger=wandb` writes offline, read back from the files that `wandb sync` would upload. No network."""
+"""What `logger=wandb` writes offline, read back from the files that `wandb sync` uploads."""
 
 import io
 import json
@@ -46,8 +46,8 @@ def printed(monkeypatch) -> Callable[[], str]:
 
 
 def runs(folder: Path) -> list[dict]:
-    """Every offline run in the order of writing: the run itself, its config, what was logged, its folder of files."""
-    wandb.teardown()  # its process writes behind our back until it ends
+    """Every offline run in the order of writing: run, config, what was logged, folder of files."""
+    wandb.teardown()  # its process goes on writing until it ends
     found = []
     for path in sorted(
         folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns
@@ -231,8 +231,8 @@ def test_a_service_out_of_reach_ends_with_a_message_and_keeps_the_records(tmp_pa
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from secateur.reporting import wandb_log
-wandb_log.RETRIES = 1
+from secateur.reporting import wandb_log, wandb_values
+wandb_values.RETRIES = 1
 from secateur.store import Store
 folder = Path({str(tmp_path)!r})
 suite = {{"name": "hub", "revision": "main", "data_root": None}}

@@ -15,14 +15,8 @@ from secateur.tasks import TASKS
 
 FEW_IMAGES = 30  # with fewer images, percentile intervals are too short
 TOKENS = 0.01  # methods are compared if their mean tokens differ by at most this share
-_COLUMNS = (
-    "doc_id",
-    "image_id",
-    "category",
-    "target",
-    "answer",
-    "score",
-)  # the kept tokens are the bulk of the samples
+# of the samples; the kept tokens, which are their bulk, are not read
+_COLUMNS = ("doc_id", "image_id", "category", "target", "answer", "score")
 _INFERRED = (
     *("low", "high", "difference", "difference_low", "difference_high", "p", "detectable"),
     *("over_random", "over_random_low", "over_random_high"),
@@ -201,11 +195,8 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
 def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
     """The part of a row that needs no resampling."""
     metric = TASKS[cell.task].headline
-    images, answers, mark = (
-        cell.rows["image_id"].nunique(),
-        cell.rows["answer"].str.strip().str.lower(),
-        [],
-    )
+    images, answers = cell.rows["image_id"].nunique(), cell.rows["answer"].str.strip().str.lower()
+    mark = []
     if answers.nunique() == 1:
         mark.append(f"every answer is {answers.iloc[0]!r}")
     if images < FEW_IMAGES:
@@ -253,9 +244,8 @@ def _infer(rows: dict[str, dict[str, Any]], found: stats.Estimates, unpruned: st
         group = {
             key: row for key, row in rows.items() if row["budget"] == budget and key != unpruned
         }
-        usual = median_low(
-            row["tokens"] for row in group.values()
-        )  # what one of them keeps, so that at least that one is equal
+        # the tokens of one of them, so that at least that one is equal
+        usual = median_low(row["tokens"] for row in group.values())
         equal = [key for key, row in group.items() if abs(row["tokens"] - usual) <= TOKENS * usual]
         for key in group.keys() - set(equal):
             group[key]["mark"].append(

@@ -248,11 +248,9 @@ def agreement_matrices(shares: dict[str, pd.DataFrame], caption: str) -> Figure:
         panel.imshow(percents, vmin=0, vmax=100, cmap="YlGnBu")
         for i, j in np.ndindex(matrix.shape):
             share = percents[i, j]
-            text, color = (
-                ("–", _BLACK)
-                if share != share
-                else (f"{share:.0f}", "white" if share > 60 else _BLACK)
-            )
+            text, color = f"{share:.0f}", "white" if share > 60 else _BLACK
+            if share != share:
+                text = "–"
             panel.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
         labels = [_short(str(name)) for name in matrix.index]
         panel.set_xticks(range(len(matrix)), labels, rotation=90, fontsize=7)

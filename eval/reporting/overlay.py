@@ -1,4 +1,4 @@
-"""Pictures of which tokens a method keeps."""
+"""Pictures of the tokens that a method keeps."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,7 +9,7 @@ from PIL import Image
 def kept_tokens(
     image: Image.Image, kept: dict[str, tuple[int, ...]], grid: tuple[int, int]
 ) -> Figure:
-    """The image beside one panel a method, in which the patches that were dropped are dark.
+    """The image beside one panel per method, in which the dropped patches are dark.
 
     Args:
         kept: label -> kept patch indices, raster order over `grid` (rows, columns).

@@ -171,11 +171,9 @@ class _Column:
             if cell.name != "none" and self.found and not self.problems[key]:
                 rivals.setdefault(cell.budget, []).append(key)
         # our rows that are not significantly below the best of their budget
-        self.tied_best: set[str] = (
-            {key for keys in rivals.values() for key in found.tied_best(keys)}
-            if (found := self.found)
-            else set()
-        )
+        self.tied_best = set[str]()
+        if self.found:
+            self.tied_best.update(*map(self.found.tied_best, rivals.values()))
 
     def _estimate(self, resamples: int) -> str:
         """Find our scores and the verdict on the unpruned model; return why none is comparable."""
@@ -202,14 +200,9 @@ class _Column:
         return self.found is not None and row.key in self.own
 
     def cell(self, row: Row) -> dict[str, Any]:
-        number = (
-            {name: self.printed[row.key][name] for name in ("suspect", "note", "source")}
-            if row.key in self.printed
-            else {}
-        )
-        empty = (
-            _empty(row, self.task, self.metric, self.score(row.key), self.ratio(row.key)) | number
-        )
+        empty = _empty(row, self.task, self.metric, self.score(row.key), self.ratio(row.key))
+        if row.key in self.printed:
+            empty |= {name: self.printed[row.key][name] for name in ("suspect", "note", "source")}
         if row.key not in self.own:
             return empty
         verdict = Verdict("not comparable", self.problems[row.key])
@@ -265,13 +258,9 @@ def _average(
     other = means[
         ~means["follows"] & (means["method"] == row.method) & (means["budget"] == row.budget)
     ]["mean_of_ratios"]
-    doubt = (
-        f"the mean of the printed ratios is {other.iloc[0]:.1f}"
-        if len(other)
-        else cell["note"]
-        if cell["suspect"]
-        else ""
-    )
+    doubt = cell["note"] if cell["suspect"] else ""
+    if len(other):
+        doubt = f"the mean of the printed ratios is {other.iloc[0]:.1f}"
     if doubt and cell["verdict"] != "not run":
         cell |= Verdict("not comparable", f"printed number: {doubt}")._asdict()
     return cell

@@ -35,10 +35,10 @@ METHODS = {
 }
 LEGEND = (
     "Each cell: printed · ours ± half of the 95 % interval (images resampled) · verdict. A method "
-    f"is judged by its score in percent of its own unpruned row: match within {MATCH:.1f} points or "
-    f"the interval, close within {CLOSE:.1f}, else miss; baseline off: our unpruned score is itself "
-    "a miss. Marked *: not significantly below our best at its budget. Marked ?: suspect in the "
-    "source."
+    f"is judged by its score in percent of its own unpruned row: match within {MATCH:.1f} points "
+    f"or the interval, close within {CLOSE:.1f}, else miss; baseline off: our unpruned score is "
+    "itself a miss. Marked *: not significantly below our best at its budget. "
+    "Marked ?: suspect in the source."
 )
 _LATEX = str.maketrans(
     {character: rf"\{character}" for character in "&%$#_{}"}

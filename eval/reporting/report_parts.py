@@ -37,7 +37,21 @@ class Entry(NamedTuple):
 
 @dataclass
 class Section:
-    """The cells of one setting. `warnings` say what is missing or refused, and why."""
+    """The cells of one setting.
+
+    Attributes:
+        title, anchor: heading of the section and its id in the page.
+        suite: name of the suite.
+        provenance: where the cells come from.
+        warnings: what is missing or refused, and why.
+        markdown: the comparison as a table.
+        rows: rows of the comparison, by task.
+        charts: figures of the comparison.
+        kept: pictures of kept tokens, as (document, prompt, pictures).
+        rivals: the two methods of the gallery.
+        counts: documents that only one rival answers right, by task and method.
+        entries: documents of the gallery.
+    """
 
     title: str
     anchor: str
@@ -45,13 +59,9 @@ class Section:
     provenance: Provenance
     warnings: list[str] = field(default_factory=list)
     markdown: str = ""
-    rows: dict[str, list[dict[str, Any]]] = field(
-        default_factory=dict
-    )  # of the comparison, by task
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     charts: list[Picture] = field(default_factory=list)
-    kept: list[tuple[str, str, list[Picture]]] = field(
-        default_factory=list
-    )  # document, prompt, pictures
+    kept: list[tuple[str, str, list[Picture]]] = field(default_factory=list)
     rivals: Rivals | None = None
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)

@@ -87,7 +87,7 @@ QUANTITIES: dict[str, dict[str, float]] = {
     "accuracy_drop": {"%": 100},
 }
 _CELL = ["model", "method", "budget", "task", "metric"]
-# points by which a mean of ratios of scores that are printed to 0.1 may differ from the printed mean
+# points between a printed mean and the mean of ratios of printed scores, which are rounded to 0.1
 ROUNDING = 0.15
 
 
@@ -272,9 +272,9 @@ def contradictions(reported: pd.DataFrame) -> pd.DataFrame:
 def averages(reported: pd.DataFrame) -> pd.DataFrame:
     """Every printed average of a pruned row beside the mean of ratios of the row's scores.
 
-    A ratio is a score in percent of the unpruned score. Tables without an unpruned row are left out.
-    Columns: paper, table, model, method, budget, printed, mean_of_ratios, tasks (how many the mean
-    is over), follows (the two agree within `ROUNDING`).
+    A ratio is a score in percent of the unpruned score. Tables without an unpruned row are left
+    out. Columns: paper, table, model, method, budget, printed, mean_of_ratios, tasks (how many the
+    mean is over), follows (the two agree within `ROUNDING`).
     """
     table = ["paper", "table", "model"]
     row = [*table, "method", "budget"]

@@ -60,10 +60,10 @@ def accuracy(records: Records) -> pd.DataFrame:
     """One row per method and budget, one column per task (its headline metric).
 
     Column tokens: visual tokens per prompt, mean over layers and documents, then over the tasks of
-    the row, since a method may keep more of a budget in one task than in another. Column relative %:
-    mean over the tasks of the score in percent of the unpruned score. The unpruned row comes first,
-    then the rows from many to few tokens. Tasks that a row did not run are empty, and so is its
-    relative %.
+    the row, since a method may keep more of a budget in one task than in another. Column
+    relative %: mean over tasks of the score in percent of the unpruned score. The unpruned row
+    comes first, then the rows from many to few tokens. Tasks that a row did not run are empty, and
+    so is its relative %.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     tokens: dict[tuple[str, str], list[float]] = {}

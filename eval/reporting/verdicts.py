@@ -1,13 +1,13 @@
 """Verdicts: does a reproduced number agree with the printed one, and are the two comparable?
 
-Absolute scores depend on checkpoint and preprocessing. So a method is judged by its score in percent
-of its own unpruned model, against the same ratio of the printed numbers. The documents are those of
-the paper, so the paper's numbers are not a second sample.
+Absolute scores depend on checkpoint and preprocessing. So a method is judged by its score in
+percent of its own unpruned model, against the same ratio of the printed numbers. The documents are
+those of the paper, so the paper's numbers are not a second sample.
 
 match            differs by at most `MATCH` points, or our 95 % interval contains the printed ratio
 close            differs by at most `CLOSE` points
 miss             differs by more
-baseline off     the unpruned model itself misses, by the same limits in percent of its printed score
+baseline off     the unpruned model itself misses: same limits, in percent of its printed score
 not comparable   another metric, prompt, layout, budget or set of documents, or a suspect printed
                  number; the cause says which
 not run          there is no cell

@@ -1,10 +1,12 @@
-"""Finished cells as runs of Weights & Biases: written from the records when a sweep ends, so that it can be done again.
+"""Finished cells as runs of Weights & Biases.
 
-Cells of one setting (suite, model, limit, seed), which may share a table, are a group; its tables are a run of their own.
+They are written from the records when a sweep ends, so that logging can be repeated. The cells of
+one setting (suite, model, limit, seed) may share a table: they are a group, and the group's tables
+are one more run.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +18,19 @@ from secateur.reporting import comparison, figures, gallery, interval_table, tab
 from secateur.reporting.comparison import Cell
 from secateur.reporting.costs import first_token_flops
 from secateur.reporting.overlay import kept_tokens
-from secateur.reporting.wandb_values import image, numbers, table
+from secateur.reporting.wandb_values import documents, image, numbers, settings, table
 from secateur.store import Store, digest
-
-RETRIES = 4  # half a minute; wandb's own 20 keep a sweep from ending for a quarter of an hour where there is no network
 
 
 class _Run(NamedTuple):
-    """A run that may have to be written: its id, the digest of what it is made from, and what writes it."""
+    """A run that may have to be written.
+
+    Attributes:
+        name: for messages.
+        id: wandb's id of the run.
+        source: digest of the records that the run is made from.
+        write: writes the run.
+    """
 
     name: str
     id: str
@@ -34,17 +41,18 @@ class _Run(NamedTuple):
 class WandbLog:
     """Logs the cells of one sweep.
 
-    A run's id follows from the cell and the sweep, so that no cell is logged twice: what was logged is remembered in
-    `<folder>/wandb/logged` (delete it to log everything again), and online a run of that id is taken up.
+    A run's id follows from the cell and the sweep, so that no cell is logged twice. The folder
+    `<folder>/wandb/logged` remembers what was logged; delete it to log everything again. Online, a
+    run with that id is resumed.
 
     Args:
         results: folder of the sweep.
-        suite: its settings, which say where the pictures' images are.
+        suite: settings of the sweep's suite, which say where the images are.
         experiment: name of the sweep's experiment, if it has one.
         project, entity, mode, folder, samples, overlays: see configs/logger/wandb.yaml.
 
     Raises:
-        ValueError: a field that makes no sense; mode=online without a login.
+        ValueError: a field has an impossible value, or mode=online without a login.
         OSError: the folder cannot be written.
     """
 
@@ -70,36 +78,30 @@ class WandbLog:
                 "logger.mode=online needs a login: run `wandb login`, or set logger.mode=offline"
             )
         self.mode: Any = mode or ("online" if login else "offline")
-        self.results, self.store, self.suite, self.experiment = (
-            results,
-            Store(results),
-            suite,
-            experiment,
-        )
-        self.project, self.entity, self.folder, self.samples, self.overlays = (
-            project,
-            entity,
-            Path(folder),
-            samples,
-            overlays,
-        )
+        self.results, self.store, self.folder = results, Store(results), Path(folder)
+        self.suite, self.experiment = suite, experiment
+        self.project, self.entity = project, entity
+        self.samples, self.overlays = samples, overlays
         self._logged = self.folder / "wandb" / "logged" / f"{self.mode}_{entity or 'own'}_{project}"
         self._logged.mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def of(cls, config: DictConfig) -> "WandbLog":
         """As the config of a sweep says, Hydra's own node included."""
-        fields: dict[str, Any] = OmegaConf.to_container(config.logger, resolve=True)  # type: ignore[assignment]
+        fields: Any = OmegaConf.to_container(config.logger, resolve=True)
+        suite: Any = OmegaConf.to_container(config.suite, resolve=True)
         fields.pop("name")
-        suite: dict[str, Any] = OmegaConf.to_container(config.suite, resolve=True)  # type: ignore[assignment]
-        return cls(
-            Path(config.results), suite, config.hydra.runtime.choices.get("experiment"), **fields
-        )
+        experiment = config.hydra.runtime.choices.get("experiment")
+        return cls(Path(config.results), suite, experiment, **fields)
 
     def log(self, records: tables.Records) -> bool:
-        """Write the runs that are missing, and say what could not be written; whether all are there now.
+        """Write the runs that are missing and print what could not be written.
 
-        Where the service cannot be reached, or refuses, the rest is not tried: each would wait for its time to run out.
+        If the service cannot be reached, or refuses, the rest is not tried: every run would wait
+        for its time-out.
+
+        Returns:
+            Whether all runs are logged now.
         """
         runs = [run for group in tables.by_setting(records) for run in self._runs(group)]
         missing = [run for run in runs if not self._is_logged(run)]
@@ -113,7 +115,7 @@ class WandbLog:
                     (left.name, f"{type(error).__name__}: {error}") for left in missing[number:]
                 ]
                 break
-            except Exception as error:  # of this run; its record is safe, and so are the other runs
+            except Exception as error:  # the record is safe, and so are the other runs
                 failed.append((run.name, f"{type(error).__name__}: {error}"))
         where = (
             f"{self.folder / 'wandb'}; `wandb sync` uploads them"
@@ -174,7 +176,10 @@ class WandbLog:
         config: dict[str, Any],
         notes: str,
     ) -> Any:
-        """Open a run; console, machine and checkout at the moment of logging stay out of it: the record says where it ran."""
+        """Open a run.
+
+        It holds no console, machine or checkout of the logging: the record says where a cell ran.
+        """
         return wandb.init(
             project=self.project,
             entity=self.entity,
@@ -185,20 +190,11 @@ class WandbLog:
             name=name,
             group=group,
             job_type=kind,
-            tags=[
-                f"{tag}:{value}"[:64] for tag, value in tags.items() if value is not None
-            ],  # wandb takes no longer ones
+            # wandb allows 64 characters
+            tags=[f"{tag}:{value}"[:64] for tag, value in tags.items() if value is not None],
             config=config,
             notes=notes,
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                x_disable_stats=True,
-                x_disable_meta=True,
-                disable_git=True,
-                save_code=False,
-                x_graphql_retry_max=RETRIES,
-            ),
+            settings=settings(),
         )
 
     def _cell(self, key: str, group: str, record: dict[str, Any]) -> None:
@@ -227,7 +223,7 @@ class WandbLog:
             run.log(logged)
 
     def _tables(self, key: str, name: str, group: tables.Records) -> None:
-        """Accuracy, the comparison with its figures, and as the run's notes the table with intervals."""
+        """Log accuracy and the comparison with its figures; notes: the table with intervals."""
         identity, cells = group[0]["identity"], [self._load(record) for record in group]
         logged: dict[str, Any] = {"cells": len(cells), "accuracy": table(tables.accuracy(group))}
         caption = tables.title(group)
@@ -266,14 +262,14 @@ class WandbLog:
             run.log(logged)
 
     def _load(self, record: dict[str, Any]) -> Cell:
-        """A cell with its rows, without the lists of tokens: they are the bulk, and of no use in a table."""
+        """A cell with its rows, without the long lists of tokens, which no table needs."""
         rows = Store.samples(self.store.folder(record["identity"]))
         return Cell(
             record, rows.drop(columns=["kept_indices", "layer_tokens", "crops"], errors="ignore")
         )
 
     def _pictures(self, cell: Cell, notes: list[str]) -> list[wandb.Image]:
-        """The first images beside what the cell kept of them; why there are none is noted."""
+        """The first images beside the tokens that the cell kept; notes say why there are none."""
         identity = cell.record["identity"]
         if not self.overlays or cell.name == "none":
             return []
@@ -287,12 +283,13 @@ class WandbLog:
         )
         pictures = []
         try:
-            source = _documents(identity["suite"]["name"], cell.task, self.suite["data_root"])
+            source = documents(identity["suite"]["name"], cell.task, self.suite["data_root"])
             for _, row in gallery.samples(cell, self.results, docs.tolist()).iterrows():
                 seen = gallery.as_seen(identity["model"], source.images(cell.task, row), row)
                 if seen is None:
                     notes.append(
-                        f"No picture of document {row['doc_id']}: its tokens form no single grid over the image."
+                        f"No picture of document {row['doc_id']}: "
+                        "its tokens form no single grid over the image."
                     )
                 else:
                     figure = kept_tokens(seen[0], {cell.key: gallery.patches(row)}, seen[1])
@@ -300,8 +297,3 @@ class WandbLog:
         except (OSError, ValueError) as error:  # data sets that are not here, or others
             notes.append(f"No pictures of kept tokens: {error}")
         return pictures
-
-
-@cache
-def _documents(suite: str, task: str, data_root: str | None) -> gallery.Documents:
-    return gallery.Documents(suite, [task], Path(data_root).resolve() if data_root else None)

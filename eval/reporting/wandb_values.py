@@ -1,18 +1,40 @@
-"""The values of a Weights & Biases run: the numbers of a cell, tables and pictures."""
+"""The values and settings of a Weights & Biases run."""
+
+from functools import cache
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import wandb
 from matplotlib.figure import Figure
 
-from secateur.reporting import comparison
+from secateur.reporting import comparison, gallery
 from secateur.reporting.comparison import Cell
 from secateur.reporting.stats import RESAMPLES
 from secateur.tasks import TASKS
 
+# half a minute; without a network, wandb's own 20 retries delay the end of a sweep by 15 minutes
+RETRIES = 4
+
+
+def settings() -> wandb.Settings:
+    return wandb.Settings(
+        silent=True,
+        console="off",
+        x_disable_stats=True,
+        x_disable_meta=True,
+        disable_git=True,
+        save_code=False,
+        x_graphql_retry_max=RETRIES,
+    )
+
 
 def numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
-    """Every number of a record; metrics with intervals, in the units tables print, the first one also as "score"; latency."""
+    """Every number of a record, its metrics with intervals, and latency.
+
+    Metrics are in the units of the tables; the headline is also logged as "score". What has no
+    interval is added to `notes`.
+    """
     content = {
         key: value for key, value in cell.record.items() if key not in ("identity", "environment")
     }
@@ -24,10 +46,8 @@ def numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
     }
     task = TASKS[cell.task]
     for metric, definition in task.metrics.items():
-        if (
-            definition.stored not in cell.record["metrics"]
-        ):  # a half of MME that the limit left without documents
-            continue
+        if definition.stored not in cell.record["metrics"]:
+            continue  # a half of MME that has no documents within the limit
         found = {"value": cell.stored(metric)}
         try:
             interval = comparison.estimate(metric, {cell.key: cell}, RESAMPLES).interval(cell.key)
@@ -59,3 +79,9 @@ def image(figure: Figure, caption: str | None = None) -> wandb.Image:
     image = wandb.Image(figure, caption=caption)
     plt.close(figure)
     return image
+
+
+@cache
+def documents(suite: str, task: str, data_root: str | None) -> gallery.Documents:
+    """The images of a task, loaded once for all its cells."""
+    return gallery.Documents(suite, [task], Path(data_root).resolve() if data_root else None)

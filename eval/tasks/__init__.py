@@ -1,8 +1,8 @@
-"""The table of tasks: all that the harness knows of a task stands in its entry here.
+"""The table of tasks: a task's entry contains all that the harness knows of it.
 
 Prompts and scoring are lmms-eval's own (`secateur.tasks.load`). An entry adds what lmms-eval does
-not say: which metric tables show, how it follows from single documents, which documents share an
-image.
+not say: which metric tables show, how the metric is computed from documents, which documents share
+an image.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,12 +35,12 @@ class Task:
         documents: number of documents of the real data set, as lmms-eval 0.7.3 loads it.
         metrics: by their names in results/reported; the first is the headline, which tables show.
         score: 1 for a right answer, 0 for a wrong one, by the task's own scoring.
-        category: the group that a document's score is averaged in first; empty if there is none.
+        category: the group in which a document's score is averaged first; empty: no groups.
         image_field: field of a document that names its image; None: every document has its own.
-        pairs: two documents of an image are scored together, so that a limit must be even.
-        sums: metrics that lmms-eval does not aggregate, and those that they are the sum of.
-        category_in_image_id: an image id is "category/file", so that samples that were stored
-            before there was a column `category` have one.
+        pairs: the two documents of an image are scored together, so a limit must be even.
+        sums: metrics that lmms-eval does not aggregate, and the metrics that they are the sum of.
+        category_in_image_id: image ids are "category/file"; old samples, which have no column
+            `category`, get it from there.
     """
 
     name: str
