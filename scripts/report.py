@@ -33,12 +33,15 @@ def main() -> int:
         help="folder of a sweep (default: results)",
     )
     parser.add_argument(
-        "--resamples", type=int, default=RESAMPLES, help=f"of the images (default: {RESAMPLES})"
+        "--resamples",
+        type=int,
+        default=RESAMPLES,
+        help=f"how often images are resampled (default: {RESAMPLES})",
     )
     parser.add_argument(
         "--data-root",
         type=Path,
-        help="folder with the data sets, for the images (default: the hub)",
+        help="folder with the data sets, from which the images are read (default: the hub)",
     )
     parser.add_argument(
         "--documents",
@@ -46,14 +49,14 @@ def main() -> int:
         type=_document,
         default=[],
         metavar="TASK:NUMBER",
-        help="of which to show the kept tokens",
+        help="documents whose kept tokens to show (default: the first of every task)",
     )
     parser.add_argument(
         "--rivals",
         nargs=2,
         default=[],
         metavar="METHOD",
-        help="of the gallery (default: the two best)",
+        help="the two methods of the gallery (default: the two best)",
     )
     options = parser.parse_args()
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # of lmms-eval's index of tasks

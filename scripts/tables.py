@@ -32,7 +32,10 @@ def main() -> int:
         help="folder of a sweep (default: results)",
     )
     parser.add_argument(
-        "--resamples", type=int, default=RESAMPLES, help=f"of the images (default: {RESAMPLES})"
+        "--resamples",
+        type=int,
+        default=RESAMPLES,
+        help=f"how often images are resampled (default: {RESAMPLES})",
     )
     options = parser.parse_args()
     folder, console, failed = (
