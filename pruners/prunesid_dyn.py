@@ -72,8 +72,9 @@ class PruneSIDDyn(PruneSID):
 
 def _row(tokens: VisualTokens, i: int) -> VisualTokens:
     return dataclasses.replace(
-        tokens, **{name: t[i : i + 1] for name, t in tokens.tensors().items()}
-    )  # type: ignore[arg-type]
+        tokens,
+        **{name: t[i : i + 1] for name, t in tokens.tensors().items()},  # type: ignore[arg-type]
+    )
 
 
 def _padded(x: Tensor, width: int, behind: int) -> Tensor:
