@@ -1,4 +1,4 @@
-"""From chat messages to the tensors a model takes: prompt template, image geometry and layout, as fields."""
+"""From chat messages to the tensors a model takes; prompt, geometry and layout are fields."""
 
 import functools
 from dataclasses import dataclass
@@ -7,37 +7,37 @@ from typing import Any, Literal, get_args
 import torch
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
-from qwen_vl_utils import process_vision_info
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 
-from secateur.prompts import PROMPTS
-from secateur.questions import Scope, question_text
-
-Family = Literal["llava", "llava_next", "qwen2_5_vl"]
+from secateur.families import family_of
+from secateur.prompts import PROMPTS, TextScope, question_text
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One document as the model is asked: the text with a placeholder an image, the images, and the question alone."""
+    """One document as the model sees it."""
 
-    text: str
+    text: str  # with one placeholder per image
     images: list[Image.Image]
-    question: str
+    question: str  # for methods that read it
 
 
 class Inputs:
     """Prepares prompts for one model.
 
     Args:
-        processor, config: of the model. For layout `fixed2880` both get the one pinpoint of 2 x 2 tiles.
-        prompt: `hub`, the checkpoint's chat template, or `vicuna_v1`, with the system sentence of the original LLaVA.
-        geometry: `processor`, the checkpoint's own image processing, or `pad`, to a square of the mean colour first, as the
-            original LLaVA does (LLaVA-1.5 only).
-        layout: of LLaVA-NeXT: `anyres`, as Hugging Face packs crops, or `fixed2880`, a base crop and 2 x 2 tiles of each image.
+        processor, config: of the model. With layout `fixed2880` both are changed: they get the one
+            pinpoint of 2 x 2 tiles.
+        prompt: `hub`, the checkpoint's chat template, or `vicuna_v1`, with the system sentence of
+            the original LLaVA.
+        geometry: `processor`, the checkpoint's own image processing, or `pad`, which first pads
+            images to a square of the mean colour, as the original LLaVA does (LLaVA-1.5 only).
+        layout: of LLaVA-NeXT: `anyres`, as Hugging Face packs crops, or `fixed2880`, a base crop
+            and 2 x 2 tiles of each image.
         image_side: Qwen2.5-VL only: resize every image to this square first.
-        text_scope: which words count as the question, see `secateur.questions`.
+        text_scope: which words count as the question, see `secateur.prompts`.
 
     Raises:
         ValueError: a field that the family does not have.
@@ -51,10 +51,10 @@ class Inputs:
         geometry: Literal["processor", "pad"] = "processor",
         layout: Literal["anyres", "fixed2880"] | None = None,
         image_side: int | None = None,
-        text_scope: Scope = "question",
+        text_scope: TextScope = "question",
     ) -> None:
         self.processor: Any = processor
-        self.config, self.family = config, config.model_type
+        self.config, self.family = config, family_of(config.model_type)
         self.geometry, self.layout, self.image_side, self.text_scope = (
             geometry,
             layout,
@@ -62,30 +62,21 @@ class Inputs:
             text_scope,
         )
         possible: dict[str, tuple[Any, list[Any]]] = {
-            "prompt": (prompt, ["hub"] if self.family == "qwen2_5_vl" else ["hub", *PROMPTS]),
-            "geometry": (
-                geometry,
-                ["processor", "pad"] if self.family == "llava" else ["processor"],
-            ),
-            "layout": (
-                layout,
-                [None, "anyres", "fixed2880"] if self.family == "llava_next" else [None],
-            ),
-            "text_scope": (text_scope, list(get_args(Scope))),
-            "image_side": (image_side, [image_side if self.family == "qwen2_5_vl" else None]),
+            "prompt": (prompt, list(self.family.PROMPTS)),
+            "geometry": (geometry, list(self.family.GEOMETRIES)),
+            "layout": (layout, [None, *self.family.LAYOUTS]),
+            "text_scope": (text_scope, list(get_args(TextScope))),
+            "image_side": (image_side, [image_side if self.family.HAS_IMAGE_SIDE else None]),
         }
         for name, (value, choices) in possible.items():
             if value not in choices:
                 known = ", ".join("null" if choice is None else choice for choice in choices)
                 raise ValueError(
-                    f"model.{name}={value!r} is not one of {known}, which models of type {self.family} take"
+                    f"model.{name}={value!r} is not one of {known}, which models of type "
+                    f"{config.model_type} take"
                 )
         self.template = None if prompt == "hub" else PROMPTS[prompt]
-        if layout == "fixed2880":
-            side = 2 * config.vision_config.image_size
-            config.image_grid_pinpoints = self.processor.image_processor.image_grid_pinpoints = [
-                [side, side]
-            ]
+        self.family.use_layout(self.processor, config, layout)
 
     def prompt(self, chat: ChatMessages, sample: str) -> Prompt:
         """The prompt of a chat; `sample` names it in errors.
@@ -105,44 +96,26 @@ class Inputs:
         placeholder = self.processor.image_token
         if placeholder in words:
             raise ValueError(
-                f"{sample}: the question contains the literal text {placeholder!r}, which stands for an image"
+                f"{sample}: the question contains the literal text {placeholder!r}, which stands "
+                "for an image"
             )
-        options = {"tokenize": False, "add_generation_prompt": True}
-        if self.family == "qwen2_5_vl":
-            if self.image_side:
-                square = (self.image_side, self.image_side)
-                images = [
-                    image.convert("RGB").resize(square, Image.Resampling.BICUBIC)
-                    for image in images
-                ]
-            messages = chat.to_hf_messages()
-            text = self.processor.apply_chat_template(messages, **options)
-            if images:  # lmms-eval's way: images come to a multiple of the patches before the processor sees them
-                images, _ = process_vision_info(
-                    [{"role": "user", "content": [{"type": "image", "image": i} for i in images]}]
-                )
-        else:
-            text = self.processor.apply_chat_template(
-                chat.model_dump()["messages"], chat_template=self.template, **options
-            )
+        text, images = self.family.chat(
+            self.processor, chat, images, self.template, self.image_side
+        )
         if self.geometry == "pad":
             images = [self._padded(image) for image in images]
-        markers = (
-            (placeholder, "<|vision_start|>", "<|vision_end|>")
-            if self.family == "qwen2_5_vl"
-            else (placeholder,)
-        )
+        markers = (placeholder, *self.family.MARKERS)
         bare = functools.reduce(lambda left, marker: left.replace(marker, ""), markers, text)
         return Prompt(text, images, question_text(words, self.text_scope, bare))
 
     def __call__(self, prompt: Prompt) -> BatchFeature:
         """The tensors of one prompt."""
-        if self.layout == "fixed2880" and prompt.images:
-            return self._fixed(prompt.text, prompt.images)
-        return self.processor(text=[prompt.text], images=prompt.images or None, return_tensors="pt")
+        return self.family.tensors(
+            self.processor, self.config, prompt.text, prompt.images, self.layout
+        )
 
     def collate(self, rows: list[BatchFeature]) -> BatchFeature:
-        """The tensors of several prompts as a batch, padded on the left; crops behind an image's own are zeros."""
+        """The tensors of several prompts as a batch: text padded on the left, crops with zeros."""
         batch: dict[str, Tensor] = {}
         fill = {"input_ids": self.processor.tokenizer.pad_token_id}
         for name in dict.fromkeys(name for row in rows for name in row):
@@ -160,24 +133,9 @@ class Inputs:
         return BatchFeature(batch)
 
     def _padded(self, image: Image.Image) -> Image.Image:
-        """In the middle of a square of the mean colour."""
+        """The image in the middle of a square of the mean colour."""
         image, side = image.convert("RGB"), max(image.size)
         colour = tuple(int(255 * mean) for mean in self.processor.image_processor.image_mean)
         square = Image.new("RGB", (side, side), colour)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
-
-    def _fixed(self, text: str, images: list[Image.Image]) -> BatchFeature:
-        """Square image sizes, so that no token of the tiles counts as padding, and placeholders to match."""
-        vision = self.config.vision_config
-        side, per_side = 2 * vision.image_size, vision.image_size // vision.patch_size
-        pixels = self.processor.image_processor(images=images, return_tensors="pt")
-        pixels["image_sizes"] = torch.tensor([[side, side]] * len(images))
-        places = (
-            5 * per_side**2 + 2 * per_side
-        )  # the rows of tiles end in a newline, which goes at the entrance of the LLM
-        token = self.processor.image_token
-        tokens = self.processor.tokenizer(
-            [text.replace(token, token * places)], return_tensors="pt"
-        )
-        return BatchFeature({**tokens, **pixels})

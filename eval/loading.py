@@ -1,4 +1,4 @@
-"""A model and its processor: from the hub, from a folder, or drawn at a geometry without weights."""
+"""A model and its processor: from the hub, from a folder, or with random weights."""
 
 from typing import Any, Literal
 
@@ -45,7 +45,7 @@ def load(
     try:
         processor = AutoProcessor.from_pretrained(place, revision=revision)
         if resize is not None:
-            # AutoProcessor hands a backend to Qwen's video processor too, which has no PIL form
+            # AutoProcessor passes a backend to Qwen's video processor too, which has no PIL form
             processor.image_processor = AutoImageProcessor.from_pretrained(
                 place, revision=revision, **_backend(resize)
             )
@@ -62,28 +62,8 @@ def load(
 
 
 def _backend(resize: str) -> dict[str, Any]:
-    """The keyword of `AutoImageProcessor` for a backend, which early releases of 5.x name otherwise."""
+    """The keyword of `AutoImageProcessor` for a backend; its name differs in early releases of 5."""
     if resize not in ("pil", "torchvision"):
         raise ValueError(f"model.resize={resize!r} is not one of pil, torchvision")
     known = hasattr(image_processing_auto, "_resolve_backend")
     return {"backend": resize} if known else {"use_fast": resize == "torchvision"}
-
-
-def limit_pixels(processor: Any, family: str, least: int | None, most: int | None) -> None:
-    """Set the smallest and largest number of pixels Qwen2.5-VL resizes images to."""
-    if least is None and most is None:
-        return
-    if family != "qwen2_5_vl":
-        raise ValueError(
-            f"model.min_pixels and model.max_pixels are for Qwen2.5-VL, not for the family {family!r}"
-        )
-    images = processor.image_processor
-    size = images.size
-    images.size = {
-        "shortest_edge": size["shortest_edge"] if least is None else least,
-        "longest_edge": size["longest_edge"] if most is None else most,
-    }
-    if (
-        getattr(images, "min_pixels", None) is not None
-    ):  # the PIL class of early 5.x reads these instead
-        images.min_pixels, images.max_pixels = images.size.values()

@@ -18,20 +18,18 @@ from secateur.answers import Unanswered
 from secateur.budget import Budget
 from secateur.cache import EncodeCache
 from secateur.checkpoints import fingerprint
-from secateur.injection import Sample, SampleRecord, Trace, inject
+from secateur.families import family_of
+from secateur.injection import PromptAudit, Sample, Trace, inject
 from secateur.injection.clip import ClipRelevance
 from secateur.injection.encoder import ImageCache
-from secateur.injection.families import adapter_for
-from secateur.injection.session import Layout, Positions
-from secateur.inputs import Family, Inputs
-from secateur.loading import limit_pixels, load
+from secateur.injection.session import Layout, Positions, adapter_for
+from secateur.inputs import Inputs
+from secateur.loading import load
+from secateur.prompts import TextScope
 from secateur.pruners import InLLMPruner, Pruner, build
-from secateur.questions import Scope
 
 log = logging.getLogger(__name__)
 VERSION = f"torch {torch.__version__} transformers {transformers.__version__}"  # of what computes the cached tensors
-# as lmms-eval's own chat classes do where a task says nothing
-_NEW_TOKENS = {"llava": 1024, "llava_next": 1024, "qwen2_5_vl": 128}
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Answer:
     prompt: str
     seconds: float  # of its batch, shared out evenly
     new_tokens: int
-    audit: SampleRecord
+    audit: PromptAudit
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class PrunedModel(lmms):
         self,
         pretrained: str,
         name: str = "",
-        family: Family | None = None,
+        family: str | None = None,
         weights: Literal["pretrained", "random"] = "pretrained",
         revision: str = "main",
         dtype: str = "auto",
@@ -105,7 +103,7 @@ class PrunedModel(lmms):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         image_side: int | None = None,
-        text_scope: Scope = "question",
+        text_scope: TextScope = "question",
         max_new_tokens: int | None = None,
         clip: str | None = None,
         batch_tokens: int = 0,
@@ -128,7 +126,7 @@ class PrunedModel(lmms):
             raise ValueError(
                 f"model.family={family} but {pretrained} holds a model of type {self.family!r}"
             )
-        limit_pixels(processor, self.family, min_pixels, max_pixels)
+        family_of(self.family).limit_pixels(processor, min_pixels, max_pixels)
         self.inputs = Inputs(
             processor, self.model.config, prompt, geometry, layout, image_side, text_scope
         )
@@ -234,7 +232,7 @@ class PrunedModel(lmms):
             return dict(self.inputs(prompt))
 
         inputs = BatchFeature(self._prepared.fetch(key, prepare))
-        new_tokens = options.get("max_new_tokens", _NEW_TOKENS[self.family])
+        new_tokens = options.get("max_new_tokens", self.inputs.family.NEW_TOKENS)
         return _Request(
             task, doc_id, *self._words[key], inputs, min(new_tokens, self._most or new_tokens)
         )
@@ -292,7 +290,7 @@ class PrunedModel(lmms):
         inputs = self.inputs.collate([request.inputs for request in batch]).to(
             self.device, self.model.dtype
         )
-        trace.records.clear()
+        trace.audits.clear()
         trace.announce([self._sample(request) for request in batch])
         started = self._now()
         output = self.model.generate(
@@ -307,7 +305,7 @@ class PrunedModel(lmms):
         )
         seconds = (self._now() - started) / len(batch)
         for request, row, audit in zip(
-            batch, output[:, inputs["input_ids"].shape[1] :], trace.records, strict=True
+            batch, output[:, inputs["input_ids"].shape[1] :], trace.audits, strict=True
         ):
             ends = (row == self.tokenizer.eos_token_id).nonzero()
             new = (

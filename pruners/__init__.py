@@ -26,6 +26,7 @@ from secateur.pruners import (
     zspaprune,
 )
 from secateur.pruners.base import (
+    EXTRA,
     REGISTRY,
     InLLMPruner,
     LayerTokens,
@@ -37,6 +38,7 @@ from secateur.pruners.base import (
 )
 
 __all__ = [
+    "EXTRA",
     "REGISTRY",
     "InLLMPruner",
     "LayerTokens",

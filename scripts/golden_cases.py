@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.injection.arrange import Kept, arrange
-from secateur.injection.layout import PlacedImage
+from secateur.injection.before_llm import Kept, merge_crops
+from secateur.injection.prompt import PlacedImage
 from secateur.pruners import LayerTokens, Pruner, Selection, VisualTokens, build
 from secateur.pruners.linalg import complement, top_k
 
@@ -246,7 +246,7 @@ def _anyres_order(case: Case, t: Tensors) -> list[Comparison]:
         Kept(row, torch.stack([torch.full_like(row, crop - 1), row], 1), {})
         for crop, row in enumerate(rows)
     ]
-    vectors = arrange(image, named, keeps_newlines=False)[0].vectors
+    vectors = merge_crops(image, named, keeps_newlines=False)[0].vectors
     assert vectors is not None
     crop, patch = vectors[1:].T
     theirs = t["out_patch"].clone()

@@ -59,7 +59,7 @@ def checks(bench: Bench, keep: int) -> tuple[dict[str, tuple[Tensor, Tensor]], f
         pruned = model(**inputs).logits[0]
     visual = inputs["input_ids"][0] == bench.adapter.image_token_id
     stays = ~visual
-    stays[visual.nonzero()[:, 0][list(trace.records[0].kept_indices[0])]] = True
+    stays[visual.nonzero()[:, 0][list(trace.audits[0].kept_indices[0])]] = True
     compact = bench.adapter.POSITIONS[0] == "compact"
     positions = (
         torch.arange(int(stays.sum()), device=stays.device)[None]

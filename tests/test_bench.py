@@ -525,9 +525,9 @@ class TestScripts:
         def shifted(*args):
             with inject(*args) as trace:
                 yield trace
-            last = trace.records[-1]
+            last = trace.audits[-1]
             if len(last.kept_indices[0]) < last.visual_tokens[0]:
-                trace.records[0] = dataclasses.replace(
+                trace.audits[0] = dataclasses.replace(
                     last, kept_indices=(tuple(i - 1 for i in last.kept_indices[0]),)
                 )
 

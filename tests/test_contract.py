@@ -12,11 +12,8 @@ from conftest import picture, tiny_model
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from secateur.geometry import random_processor, tiny
-from secateur.injection import Sample, inject
-from secateur.injection import selftest as selftest_module
-from secateur.injection.adapter import Adapter
-from secateur.injection.contract import (
+from secateur.families.base import Adapter
+from secateur.families.contract import (
     SPELLINGS,
     TESTED,
     Arguments,
@@ -24,6 +21,9 @@ from secateur.injection.contract import (
     is_tested,
     require,
 )
+from secateur.geometry import random_processor, tiny
+from secateur.injection import Sample, inject
+from secateur.injection import selftest as selftest_module
 from secateur.pruners import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +105,7 @@ def generated(model, inputs, method, options, budget=0.5):
     with inject(model, build(method, **options), budget) as trace:
         trace.announce([Sample("one")])
         output = model.generate(**inputs, **STEPS)
-    return output.sequences, torch.cat(output.logits), [record.id for record in trace.records]
+    return output.sequences, torch.cat(output.logits), [record.id for record in trace.audits]
 
 
 @pytest.mark.parametrize(("method", "options"), METHODS)
@@ -316,7 +316,7 @@ class TestWhatIsAPrompt:
         for method, options in METHODS:
             with inject(model, build(method, **options), 0.5) as trace:
                 assert torch.equal(model.generate(**one, **STEPS).sequences, plain.sequences)
-                assert len(trace.records) == 1
+                assert len(trace.audits) == 1
                 with pytest.raises(ValueError, match="open a block of its own"):
                     model.generate(**one, **STEPS)
 
@@ -342,10 +342,10 @@ class TestWhatIsAPrompt:
         with inject(model, build("uniform"), 0.5) as trace:
             model.generate(**inputs, **STEPS)
             assert torch.equal(model.generate(**longer, **STEPS).sequences, want.sequences)
-        assert len(trace.records) == 2
+        assert len(trace.audits) == 2
 
     def test_one_call_without_a_cache_is_a_prompt(self, model, inputs):
         with inject(model, build("uniform"), 0.5) as trace, torch.no_grad():
             logits = [model(**inputs, use_cache=cached).logits[:, -1] for cached in (False, True)]
         assert torch.equal(*logits)
-        assert len(trace.records) == 2
+        assert len(trace.audits) == 2

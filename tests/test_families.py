@@ -251,7 +251,7 @@ def test_prompts_without_and_with_two_images(folders, family, method):
         ]
     assert torch.equal(outputs[0], unpruned)  # without an image there is nothing to prune
     assert outputs[1].shape[1] == batches[1]["input_ids"].shape[1] + 2
-    assert [len(record.visual_tokens) for record in trace.records[-2:]] == [0, 2]
+    assert [len(record.visual_tokens) for record in trace.audits[-2:]] == [0, 2]
 
 
 @pytest.mark.lmms_classes
@@ -293,7 +293,7 @@ def test_the_unpruned_answers_are_those_of_lmms_evals_own_classes(folders, tasks
     mine = [answer.text for answer in ours.generate_until(task.instances)]
     with inject(theirs.model, build("scope"), "50%") as trace:
         assert [answer.text for answer in theirs.generate_until(task.instances)] == mine
-    assert len(trace.records) == 2
+    assert len(trace.audits) == 2
 
 
 def test_random_weights_need_no_checkpoint(monkeypatch):

@@ -146,7 +146,7 @@ def test_a_pruned_model_with_its_hooks(method, attention):
     inputs = random_processor(config)(text=[text], images=[picture(0)], return_tensors="pt")
     with inject(model, build(method, **options), "full" if method == "none" else 8) as trace:
         seen = measured(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
-    record = trace.records[0]
+    record = trace.audits[0]
     row = {
         "visual_tokens": 16,
         "new_tokens": 1,

@@ -182,7 +182,7 @@ def test_unequal_counts_in_a_batch_equal_the_rows_alone(model, processor):
     new = pruned.sequences[:, inputs["input_ids"].shape[1] :]
     want = reference(model, inputs, [[0, 3, 4, 9, 15], [1, 2, 7]], new, "compact")
     assert (logits(pruned) - want).abs().max() < 1e-4
-    assert [record.kept_tokens for record in trace.records] == [(5,), (3,)]
+    assert [record.kept_tokens for record in trace.audits] == [(5,), (3,)]
 
 
 def test_the_plain_forward_is_pruned_too(model, processor):
@@ -196,7 +196,7 @@ def test_several_images_in_a_prompt_are_pruned_each(model, processor):
     inputs = encode(processor, 1, images_each=3)
     with inject(model, build("fastervlm"), 4) as trace:
         model.generate(**inputs, **STEPS)
-    (record,) = trace.records
+    (record,) = trace.audits
     assert record.visual_tokens == (N, N, N)
     assert record.kept_tokens == (4, 4, 4)
     assert record.prompt_tokens == int(inputs["attention_mask"].sum()) - 3 * (N - 4)
@@ -208,7 +208,7 @@ def test_a_prompt_without_image_passes_through(model, processor):
     with inject(model, build("scope"), 4) as trace:
         pruned = model.generate(**inputs, **STEPS)
     assert torch.equal(logits(pruned), logits(plain))
-    assert trace.records[0].visual_tokens == ()
+    assert trace.audits[0].visual_tokens == ()
 
 
 @pytest.mark.parametrize("name", ["random", "uniform", "fastervlm", "scope"])
@@ -216,8 +216,8 @@ def test_the_audit_equals_the_budget(model, processor, name):
     for budget, keep in ((1, 1), (5, 5), (N, N), ("25%", 4), (0.111, 2)):
         with inject(model, build(name), budget) as trace:
             model.generate(**encode(processor, 2), max_new_tokens=1)
-        assert [record.kept_tokens for record in trace.records] == [(keep,), (keep,)]
-        assert all(len(record.kept_indices[0]) == keep for record in trace.records)
+        assert [record.kept_tokens for record in trace.audits] == [(keep,), (keep,)]
+        assert all(len(record.kept_indices[0]) == keep for record in trace.audits)
 
 
 def test_captures_equal_those_of_an_eager_tower(processor):
@@ -351,7 +351,7 @@ def test_a_block_within_a_block_is_refused_and_the_outer_one_goes_on(model, proc
         ):
             pass
         assert torch.equal(logits(model.generate(**inputs, **STEPS)), logits(want))
-    assert [record.kept_tokens for record in trace.records] == [(5,), (5,)]
+    assert [record.kept_tokens for record in trace.audits] == [(5,), (5,)]
     with inject(model, build(inner[0], **inner[1]), 8):
         model.generate(**inputs, max_new_tokens=1)
 

@@ -230,7 +230,7 @@ def test_a_schedule_equals_the_layer_by_layer_reference(model, eager, processor,
     assert [cache.get_seq_length(layer) for layer in range(4)] == [
         length - N + count + 7 for count in layer_tokens
     ]
-    for row, record in enumerate(trace.records):
+    for row, record in enumerate(trace.audits):
         assert record.visual_tokens == (N,)
         assert record.layer_tokens == layer_tokens
         assert record.kept_tokens == (layer_tokens[-1],)
@@ -256,8 +256,8 @@ def test_keeping_all_changes_no_bit(model, processor, name, options, batch):
         kept = model.generate(**inputs, **STEPS)
     assert torch.equal(kept.sequences, plain.sequences)
     assert torch.equal(logits(kept), logits(plain))
-    assert trace.records[0].layer_tokens == (N,) * 4
-    assert trace.records[0].kept_indices == (tuple(range(N)),)
+    assert trace.audits[0].layer_tokens == (N,) * 4
+    assert trace.audits[0].kept_indices == (tuple(range(N)),)
 
 
 @pytest.mark.parametrize("method", ["sparsevlm", "dart", "pyramiddrop"])
@@ -369,7 +369,7 @@ def test_images_of_a_prompt_are_ranked_together(model, eager, processor, method)
     new = pruned.sequences[:, inputs["input_ids"].shape[1] :]
     want, ((*survivors,),) = reference(eager, prompts(eager, inputs), pruner, N, new)
     assert (logits(pruned) - want).abs().max() < 1e-4
-    (record,) = trace.records
+    (record,) = trace.audits
     assert record.visual_tokens == (N, N)
     assert [*record.kept_indices[0], *(N + index for index in record.kept_indices[1])] == survivors
     assert sum(record.kept_tokens) == record.layer_tokens[-1]
@@ -379,7 +379,7 @@ def test_images_of_a_prompt_are_ranked_together(model, eager, processor, method)
 def test_a_count_is_meant_per_image(model, processor):
     with inject(model, build("fastv", layer=1, budget="after"), 5) as trace:
         model.generate(**encode(processor, 1, images_each=2), max_new_tokens=1)
-    assert trace.records[0].layer_tokens == (2 * N, 10, 10, 10)
+    assert trace.audits[0].layer_tokens == (2 * N, 10, 10, 10)
 
 
 def test_a_prompt_without_image_passes_through(model, processor):
@@ -391,8 +391,8 @@ def test_a_prompt_without_image_passes_through(model, processor):
         model.generate(**inputs, **STEPS)
         pruned = model.generate(**inputs, **STEPS)
     assert torch.equal(logits(pruned), logits(plain))
-    assert trace.records[0].visual_tokens == ()
-    assert trace.records[0].layer_tokens == (0,) * 4
+    assert trace.audits[0].visual_tokens == ()
+    assert trace.audits[0].layer_tokens == (0,) * 4
 
 
 def test_a_plan_without_layers_is_recorded(model, processor):
@@ -404,7 +404,7 @@ def test_a_plan_without_layers_is_recorded(model, processor):
     with inject(model, Nothing(), 3) as trace:
         output = model.generate(**inputs, **STEPS)
     assert torch.equal(logits(output), logits(model.generate(**inputs, **STEPS)))
-    assert trace.records[0].layer_tokens == (N,) * 4
+    assert trace.audits[0].layer_tokens == (N,) * 4
 
 
 def test_prompts_follow_one_another(model, processor):
@@ -420,7 +420,7 @@ def test_prompts_follow_one_another(model, processor):
         second = model.generate(**inputs, **STEPS)
     assert torch.equal(logits(first), logits(second))
     assert torch.equal(logits(between), logits(model.generate(**text, **STEPS)))
-    assert [record.id for record in trace.records] == ["a", "b", "2", "3", "4"]
+    assert [record.id for record in trace.audits] == ["a", "b", "2", "3", "4"]
 
 
 def test_nothing_is_left_behind(model, processor):
@@ -523,5 +523,5 @@ def test_a_method_without_positions_keeps_them(model, processor):
         other = model.generate(**inputs, **STEPS)
     assert torch.equal(logits(own), logits(said))
     assert not torch.equal(logits(own), logits(other))
-    assert trace.records[0].kept_indices == (kept,)
+    assert trace.audits[0].kept_indices == (kept,)
     assert dataclasses.replace(Says(), rows=(kept,)) == Says()

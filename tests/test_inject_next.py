@@ -112,7 +112,7 @@ def test_keeping_all_of_anyres_changes_no_bit(anyres, batch, positions):
         kept = model.generate(**inputs, **STEPS)
     assert torch.equal(logits(kept), logits(plain))
     places = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
-    assert [record.kept_tokens for record in trace.records] == [(count,) for count in places]
+    assert [record.kept_tokens for record in trace.audits] == [(count,) for count in places]
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_methods_run_and_rows_equal_the_rows_alone(either, method):
             alone = model.generate(**encode(inputs, 1, row), **STEPS)
             assert (logits(alone)[0] - logits(together)[row]).abs().max() < 1e-4
     if inputs.layout == "fixed2880":
-        assert all(record.visual_tokens == (5 * N,) for record in trace.records)
-        assert all(record.kept_tokens == (5 * N // 2,) for record in trace.records)
-    first, second, *alone = trace.records
+        assert all(record.visual_tokens == (5 * N,) for record in trace.audits)
+        assert all(record.kept_tokens == (5 * N // 2,) for record in trace.audits)
+    first, second, *alone = trace.audits
     assert [first.kept_indices, second.kept_indices] == [record.kept_indices for record in alone]
 
 
@@ -147,7 +147,7 @@ def test_the_fixed_layout_is_every_token_of_every_crop_without_newlines(fixed):
             kept.sequences[row, inputs["input_ids"].shape[1] :],
         )
         assert (logits(kept)[row] - want).abs().max() < 1e-4
-        assert trace.records[row].visual_tokens == trace.records[row].kept_tokens == (5 * N,)
+        assert trace.audits[row].visual_tokens == trace.audits[row].kept_tokens == (5 * N,)
 
 
 def test_kept_tokens_stand_in_the_raster_of_the_mosaic(fixed):
@@ -158,7 +158,7 @@ def test_kept_tokens_stand_in_the_raster_of_the_mosaic(fixed):
     (crops,) = crops_of(model, inputs)
     chosen = {N * crop + index for crop, row in enumerate(rows) if crop for index in row}
     numbers = [3, 15] + [number for number in mosaic().flatten().tolist() if number in chosen]
-    assert trace.records[0].kept_indices == (tuple(numbers),)
+    assert trace.audits[0].kept_indices == (tuple(numbers),)
     visual = crops.flatten(0, 1)[numbers]
     want = language(
         model, around(model, inputs, 0, visual), kept.sequences[0, inputs["input_ids"].shape[1] :]
@@ -187,7 +187,7 @@ def test_anyres_drops_padding_and_newlines_of_empty_rows(anyres):
             line = []
         elif bool((chosen == feature).all(1).any()):
             line.append(feature)
-    assert trace.records[0].kept_tokens == (len(want),)
+    assert trace.audits[0].kept_tokens == (len(want),)
     assert len(want) < len(chosen) + 2 + len(features)
     logits_of = language(
         model,
@@ -202,7 +202,7 @@ def test_divprune_ranks_the_packed_sequence(anyres, fixed):
         batch = encode(inputs, 1)
         with inject(model, build("divprune"), 12, layout=inputs.layout) as trace:
             kept = model.generate(**batch, **STEPS)
-        (record,) = trace.records
+        (record,) = trace.audits
         assert record.kept_tokens == (12,)
         if places:
             packed = crops_of(model, batch)[0].flatten(0, 1)[
@@ -248,7 +248,7 @@ def test_the_crops_of_an_image_are_pruned_together(fixed, budget, keeps):
             .indices.view(2, 5, keep)
         )
         expected[keep] = indices + N * torch.arange(5)[:, None]
-    for record, number in zip(trace.records, range(2), strict=True):
+    for record, number in zip(trace.audits, range(2), strict=True):
         each = [3, 3, 2, 2, 2] if budget == 12 else keeps * 5
         want = torch.cat([expected[keep][number, crop] for crop, keep in enumerate(each)])
         assert sorted(record.kept_indices[0]) == want.tolist()
@@ -261,7 +261,7 @@ def test_an_image_is_pruned_with_its_own_budgets_only(anyres):
     with inject(model, pruner, 16) as trace:
         trace.announce([Sample(name, (7,)) for name in "abc"])
         model.generate(**encode(inputs, 3), max_new_tokens=1)
-    assert [len(record.crops) for record in trace.records] == [5, 4, 5]
+    assert [len(record.crops) for record in trace.audits] == [5, 4, 5]
     shown = [(keep, tokens.image_of_row) for tokens, keep in pruner.seen]
     first, second, third = (0,) * 5, (1,) * 4, (2,) * 5
     assert shown == [(3, first + third), (4, first + second + third)]
@@ -275,7 +275,7 @@ def test_budgets_per_image_and_per_tile(fixed, budget, each):
     model, inputs = fixed
     with inject(model, build("fastervlm"), budget, layout="fixed2880") as trace:
         model.generate(**encode(inputs, 1), **STEPS)
-    kept = torch.tensor(trace.records[0].kept_indices[0])
+    kept = torch.tensor(trace.audits[0].kept_indices[0])
     assert torch.bincount(kept // N, minlength=5).tolist() == each
 
 
@@ -335,7 +335,7 @@ def test_methods_inside_the_language_model_equal_the_reference(either, method, o
         eager, rows, pruner, keep, pruned.sequences[:, batch["input_ids"].shape[1] :]
     )
     assert (logits(pruned) - want).abs().max() < 1e-4
-    assert trace.records[0].visual_tokens == (count,)
+    assert trace.audits[0].visual_tokens == (count,)
 
 
 def test_random_choices_differ_between_crops(fixed):
@@ -343,7 +343,7 @@ def test_random_choices_differ_between_crops(fixed):
     with inject(model, build("random"), 20, layout="fixed2880") as trace:
         trace.announce([Sample("pope/1")])
         model.generate(**encode(inputs, 1), **STEPS)
-    kept = torch.tensor(trace.records[0].kept_indices[0])
+    kept = torch.tensor(trace.audits[0].kept_indices[0])
     crops = [tuple((kept[kept // N == crop] % N).tolist()) for crop in range(5)]
     assert len(set(crops)) > 1
 

@@ -169,7 +169,7 @@ class TestAnswers:
             logits(pruned) - logits(qwen_model.generate(**inputs, **STEPS))
         ).abs().max() > 0.1  # it does matter
         assert [
-            [list(indices) for indices in record.kept_indices] for record in trace.records
+            [list(indices) for indices in record.kept_indices] for record in trace.audits
         ] == kept
         assert torch.equal(pruned.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
 
@@ -200,7 +200,7 @@ def test_a_subset_equals_generation_from_its_embeddings(qwen_model, qwen_process
         inputs = encode(qwen_processor, [[size]])
         with inject(qwen_model, build("random"), "25%") as trace:
             pruned = qwen_model.generate(**inputs, **STEPS)
-        (row,) = kept_rows(prompts(qwen_model, inputs), [[list(trace.records[0].kept_indices[0])]])
+        (row,) = kept_rows(prompts(qwen_model, inputs), [[list(trace.audits[0].kept_indices[0])]])
         options = {
             "inputs_embeds": row.embeds[None],
             "attention_mask": torch.ones(1, len(row.embeds), dtype=torch.long),
@@ -227,7 +227,7 @@ def test_rows_of_a_batch_equal_the_rows_alone(qwen_model, qwen_processor):
         for row, size in enumerate(SIZES):
             one = qwen_model.generate(**encode(qwen_processor, [[size]], first=row), **STEPS)
             assert (logits(one)[0] - logits(together)[row]).abs().max() < 1e-4
-            assert trace.records[-1].kept_indices == trace.records[row].kept_indices
+            assert trace.audits[-1].kept_indices == trace.audits[row].kept_indices
 
 
 def test_the_audit_equals_the_budget(qwen_model, qwen_processor):
@@ -241,7 +241,7 @@ def test_the_audit_equals_the_budget(qwen_model, qwen_processor):
         for name in ("random", "fastervlm", "divprune"):
             with inject(qwen_model, build(name), budget) as trace:
                 qwen_model.generate(**inputs, max_new_tokens=1)
-            first, second = trace.records
+            first, second = trace.audits
             assert first.visual_tokens == (35, 24)
             assert second.visual_tokens == (32,)
             assert first.kept_tokens + second.kept_tokens == keeps
@@ -260,7 +260,7 @@ def test_a_prompt_without_image_passes_through(qwen_model, qwen_processor):
         with inject(qwen_model, pruner, 4) as trace:
             output = qwen_model.generate(**inputs, **STEPS)
         assert torch.equal(logits(output), logits(plain))
-        assert trace.records[0].visual_tokens == ()
+        assert trace.audits[0].visual_tokens == ()
 
 
 # methods before the language model: as they are configured for this family, or why they cannot run
@@ -313,7 +313,7 @@ def test_a_method_runs(qwen_eager, qwen_processor, name):
         name == "none"
     )
     if name not in ("none", "prunesid", "prunesid_dyn"):  # the latter's own least number is 16
-        assert [record.kept_tokens for record in trace.records] == [(12,), (12,)]
+        assert [record.kept_tokens for record in trace.audits] == [(12,), (12,)]
 
 
 @pytest.mark.parametrize("name", REFUSED)

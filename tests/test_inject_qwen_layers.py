@@ -117,7 +117,7 @@ def test_a_schedule_equals_the_layer_by_layer_reference(
     assert [cache.get_seq_length(layer) for layer in range(4)] == [
         length - 16 + count + 7 for count in layer_tokens
     ]
-    for row, record in enumerate(trace.records):
+    for row, record in enumerate(trace.audits):
         assert record.layer_tokens == layer_tokens
         assert record.kept_indices == (tuple(survivors[row]),)
 
@@ -149,7 +149,7 @@ def test_images_of_a_prompt_are_ranked_together(qwen_model, qwen_eager, qwen_pro
     new = pruned.sequences[:, inputs["input_ids"].shape[1] :]
     want, ((*survivors,),) = layered(qwen_eager, prompts(qwen_eager, inputs), pruner, 28, new)
     assert (logits(pruned) - want).abs().max() < 1e-4
-    (record,) = trace.records
+    (record,) = trace.audits
     assert record.visual_tokens == (24, 32)
     assert [*record.kept_indices[0], *(24 + index for index in record.kept_indices[1])] == survivors
 

@@ -8,8 +8,9 @@ from conftest import picture
 from omegaconf import OmegaConf
 from transformers import AutoImageProcessor
 
+from secateur.families import family_of
 from secateur.geometry import random_model, random_processor, tiny
-from secateur.loading import limit_pixels, load
+from secateur.loading import load
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "model"
 SHIPPED = {"llava": "llava_1_5_7b", "llava_next": "llava_next_7b", "qwen2_5_vl": "qwen2_5_vl_7b"}
@@ -100,6 +101,6 @@ def test_limits_of_pixels_hold_in_every_backend(folders, resize):
     image = picture(0).resize((300, 300))
     before = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"]
     assert before.tolist() == [[1, 22, 22]]
-    limit_pixels(processor, "qwen2_5_vl", 28 * 28, 60 * 60)
+    family_of("qwen2_5_vl").limit_pixels(processor, 28 * 28, 60 * 60)
     after = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"]
     assert after.tolist() == [[1, 4, 4]]

@@ -13,7 +13,8 @@ from lmms_eval.protocol import ChatMessages
 from scripts.training.train_shapes import Recipe, train
 from secateur import cell, loaded, models
 from secateur.budget import Budget
-from secateur.injection import contract, selftest
+from secateur.families import contract
+from secateur.injection import selftest
 from secateur.models import PrunedModel
 from secateur.pruners import build
 from secateur.shapes.datasets import build as build_shapes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from secateur.questions import SUFFIX, question_text
+from secateur.prompts import SUFFIX, question_text
 
 PROMPT = f"A chat. USER: \nIs there a cat?{SUFFIX} ASSISTANT:"
 

@@ -9,9 +9,10 @@ import torch
 from test_inject_qwen import SIZES, encode
 from torch import Tensor
 
+from secateur.families import qwen2_5_vl as qwen
 from secateur.geometry import random_model, tiny
-from secateur.injection import inject, qwen
-from secateur.injection.families import adapter_for
+from secateur.injection import inject
+from secateur.injection.session import adapter_for
 from secateur.pruners import Pruner, PrunerError, Selection, VisualTokens, build
 
 GRIDS = [(1, 1), (1, 7), (5, 1), (4, 4), (5, 7), (6, 9), (13, 10)]

@@ -26,7 +26,7 @@ ids = torch.tensor([[1, *[model.config.image_token_id] * 144, 5, 6, 7]])
 inputs = {"input_ids": ids, "pixel_values": image, "max_new_tokens": 3, "do_sample": False}
 with inject(model, build("scope"), budget=16) as trace:
     model.generate(**inputs)
-(record,) = trace.records
+(record,) = trace.audits
 print(record.visual_tokens, record.kept_tokens, "lmms_eval" in sys.modules)
 """
 

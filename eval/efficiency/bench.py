@@ -18,7 +18,7 @@ from transformers import BatchFeature, PreTrainedConfig
 
 from secateur.budget import Budget
 from secateur.cell import environment
-from secateur.efficiency.flops import Crops, conventions, count
+from secateur.efficiency.flops import conventions, count
 from secateur.efficiency.hardware import describe, snapshot
 from secateur.efficiency.latency import (
     Timeline,
@@ -31,8 +31,7 @@ from secateur.efficiency.latency import (
 from secateur.efficiency.memory import footprint
 from secateur.geometry import random_model, random_processor
 from secateur.injection import Sample, Trace, inject
-from secateur.injection.families import adapter_for
-from secateur.injection.session import Layout
+from secateur.injection.session import Layout, adapter_for
 from secateur.inputs import Inputs, Prompt
 from secateur.pruners import InLLMPruner, Pruner, PrunerError
 from secateur.reporting.tables import label
@@ -129,7 +128,7 @@ class Bench:
         )
         self.adapter = adapter_for(self.model, layout)
         self.prompts = [_prompt(inputs, plan, number) for number in range(plan.prompts)]
-        self.crops = _crops(self.config, self.prompts[0][0])
+        self.crops = inputs.family.crops(self.config, self.prompts[0][0])
         self.tokens = sum(rows * columns for rows, columns in self.crops)
         self.timeline = Timeline(plan.device)
 
@@ -227,8 +226,8 @@ class Bench:
         layer_tokens = (setting.tokens,) * len(self.adapter.layers)
         text = inputs["input_ids"].shape[1] - setting.tokens
         if trace is not None:
-            layer_tokens = trace.records[0].layer_tokens
-            text = trace.records[0].prompt_tokens - layer_tokens[0]
+            layer_tokens = trace.audits[0].layer_tokens
+            text = trace.audits[0].prompt_tokens - layer_tokens[0]
         name = "none" if setting.pruner is None else setting.pruner.name
         flops = count(
             self.config, layer_tokens=layer_tokens, text_tokens=text, crops=self.crops, method=name
@@ -279,14 +278,11 @@ class Bench:
 
 def _prompt(inputs: Inputs, plan: Plan, number: int) -> tuple[BatchFeature, Sample]:
     """A prompt on the device: an image between random text. All prompts have the same length."""
-    processor, config = inputs.processor, inputs.config
+    config = inputs.config
     image = render(make_scene(plan.seed, number))
-    text = processor.image_token
     if inputs.image_side:
         image = image.resize((inputs.image_side, inputs.image_side))
-    if inputs.family == "qwen2_5_vl":
-        text = f"<|vision_start|>{text}<|vision_end|>"
-    made = inputs(Prompt(text, [image], ""))
+    made = inputs(Prompt(inputs.family.PLACEHOLDER, [image], ""))
     named = [
         config.text_config.bos_token_id,
         config.text_config.pad_token_id,
@@ -311,17 +307,3 @@ def _prompt(inputs: Inputs, plan: Plan, number: int) -> tuple[BatchFeature, Samp
     question = after[0].tolist()
     sample = Sample(str(number), tuple(question), " ".join(map(str, question)))
     return whole.to(plan.device, getattr(torch, plan.dtype)), sample
-
-
-def _crops(config: Any, inputs: BatchFeature) -> Crops:
-    """(rows, columns) of tokens of each crop of the image."""
-    vision = config.vision_config
-    if (grid := inputs.get("image_grid_thw")) is not None:
-        _, rows, columns = (
-            grid[0]
-            // torch.tensor([1, vision.spatial_merge_size, vision.spatial_merge_size]).to(grid)
-        ).tolist()
-        return [(rows, columns)]
-    side = vision.image_size // vision.patch_size
-    pixels = inputs["pixel_values"]
-    return [(side, side)] * (pixels.shape[1] if pixels.dim() == 5 else 1)

@@ -12,6 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from secateur.families import MODULES, family_of
+from secateur.families.base import Family
+
 # (rows, columns) of tokens after the projector, one entry for each run of the tower
 Crops = Sequence[tuple[int, int]]
 
@@ -138,13 +141,12 @@ def count_row(config: PreTrainedConfig, row: dict[str, Any], method: str) -> Flo
     """
     crops = row.get("crops")
     if crops is None:
-        if config.model_type != "llava":
+        crops = family_of(config.model_type).crops_of(config, row["visual_tokens"])
+        if crops is None:
             raise ValueError(
                 f"rows of {config.model_type} models need a column `crops`: (rows, columns) of "
                 "every crop"
             )
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        crops = [(side, side)] * (row["visual_tokens"] // side**2)
     return count(
         config,
         layer_tokens=row["layer_tokens"],
@@ -159,18 +161,27 @@ def count_row(config: PreTrainedConfig, row: dict[str, Any], method: str) -> Flo
 
 
 def tower(config: PreTrainedConfig, crops: Crops) -> Work:
-    """The image encoder: all blocks, since transformers runs those behind the feature layer too."""
-    encode = _qwen if _is_qwen(config) else _clip
-    return sum((encode(config.vision_config, rows, columns) for rows, columns in crops), Work())
+    """The image encoder: all blocks, since transformers also runs those after the feature layer.
+
+    Raises:
+        ValueError: an image encoder that is not known.
+    """
+    family = _family(config)
+    return sum((Work(*family.tower_flops(config, *crop)) for crop in crops), Work())
 
 
 def projector(config: PreTrainedConfig, crops: Crops) -> Work:
-    """Two linear maps; behind Qwen's tower the merger, which makes one token of a square of patches."""
-    width, entering = config.get_text_config().hidden_size, config.vision_config.hidden_size
-    between = width
-    if _is_qwen(config):
-        between = entering = entering * config.vision_config.spatial_merge_size**2
-    return Work(2 * sum(rows * columns for rows, columns in crops) * between * (entering + width))
+    """The projector, over all tokens of the crops."""
+    tokens = sum(rows * columns for rows, columns in crops)
+    return Work(tokens * _family(config).projector_flops(config))
+
+
+def _family(config: PreTrainedConfig) -> Family:
+    if config.model_type not in MODULES:
+        raise ValueError(
+            f"FLOPs of {config.model_type!r} models are not known; known: {', '.join(MODULES)}"
+        )
+    return family_of(config.model_type)
 
 
 def prefill(
@@ -203,50 +214,6 @@ def _widths(text: Any) -> tuple[int, int, int]:
     """Width of the hidden states, of all queries together, and of all keys together."""
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return text.hidden_size, text.num_attention_heads * size, text.num_key_value_heads * size
-
-
-def _clip(vision: Any, rows: int, columns: int) -> Work:
-    d, patches = vision.hidden_size, rows * columns
-    positions = patches + 1  # CLS
-    embedding = 2 * patches * 3 * vision.patch_size**2 * d
-    block = Work(
-        2 * positions * (4 * d * d + 2 * d * vision.intermediate_size), 4 * positions**2 * d
-    )
-    return Work(
-        embedding + vision.num_hidden_layers * block.linear,
-        vision.num_hidden_layers * block.attention,
-    )
-
-
-def _qwen(vision: Any, rows: int, columns: int) -> Work:
-    d, merged = vision.hidden_size, vision.spatial_merge_size
-    patches = rows * columns * merged**2
-    embedding = 2 * patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * d
-    linear = 2 * patches * (4 * d * d + 3 * d * vision.intermediate_size)
-    side = (
-        vision.window_size // merged // vision.patch_size
-    )  # tokens along a window; those at the edges are smaller
-    windows = [a * b * merged**2 for a in _pieces(rows, side) for b in _pieces(columns, side)]
-    full = len(vision.fullatt_block_indexes)
-    pairs = full * patches**2 + (vision.depth - full) * sum(size**2 for size in windows)
-    return Work(embedding + vision.depth * linear, 4 * pairs * d)
-
-
-def _pieces(length: int, side: int) -> list[int]:
-    return [min(side, length - start) for start in range(0, length, side)]
-
-
-def _is_qwen(config: PreTrainedConfig) -> bool:
-    if (
-        config.model_type in ("llava", "llava_next")
-        and config.vision_config.model_type == "clip_vision_model"
-    ):
-        return False
-    if config.model_type != "qwen2_5_vl":
-        raise ValueError(
-            f"FLOPs of {config.model_type!r} models are not known; known: llava, llava_next (CLIP), qwen2_5_vl"
-        )
-    return True
 
 
 # --- pruners: multiply-adds of the products that dominate; methods that are missing are not counted

@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.generation.streamers import BaseStreamer
 
-from secateur.injection.adapter import Adapter
-from secateur.injection.calls import encoding_by
+from secateur.families.base import Adapter
+from secateur.injection.hooks import encoding_by
 
 PHASES = ("vision", "captures", "selection", "prefill", "rest")
 Marks = list[tuple[str, float]]

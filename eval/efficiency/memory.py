@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from secateur.injection.adapter import Adapter
-from secateur.injection.contract import cache_of
+from secateur.families.base import Adapter
+from secateur.families.contract import cache_of
 
 
 @dataclass(frozen=True)

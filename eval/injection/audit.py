@@ -1,47 +1,78 @@
-"""The audit of a prompt: which visual tokens it had, and which of them went on."""
+"""What a block is told of its prompts, and the audits it gives back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 
 @dataclass(frozen=True)
-class SampleRecord:
-    """The audit of one prompt: tokens before and after, one entry an image.
+class PromptAudit:
+    """The audit of one prompt: tokens before and after, one entry per image.
 
-    Methods inside the language model: what is left behind their last stage. They rank the images of a prompt together; merged
-    tokens, which may come of several images, count for the last and have no index. Diagnostics have an entry a stage.
+    For methods inside the language model: what is left after their last stage. They rank the
+    images of a prompt together. Merged tokens may come from several images; they count for the
+    last image and have no index. Diagnostics have one entry per stage.
     """
 
     id: str
     visual_tokens: tuple[int, ...]
     kept_tokens: tuple[int, ...]
     kept_indices: tuple[tuple[int, ...], ...]  # among the tokens of the image
-    crops: tuple[
-        tuple[int, int], ...
-    ]  # (rows, columns) of every crop that was encoded, over all images
+    crops: tuple[tuple[int, int], ...]  # (rows, columns) of every encoded crop, over all images
     prompt_tokens: int  # positions the language model sees at prefill
-    layer_tokens: tuple[
-        int, ...
-    ]  # visual tokens that each layer of the language model processes at prefill, over all images
+    layer_tokens: tuple[int, ...]  # visual tokens at prefill, per layer of the language model
     diagnostics: dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class ImageAudit:
-    """One image that was pruned for itself."""
+    """One image that was pruned on its own."""
 
     before: int
     after: int
     indices: tuple[int, ...]
     crops: tuple[tuple[int, int], ...]
-    notes: dict[str, float]  # mean over the crops
+    notes: dict[str, float]  # diagnostics, mean over the crops
 
 
-def at_the_entrance(
+@dataclass(frozen=True)
+class Sample:
+    """What the tensors of a call do not tell about one prompt.
+
+    Methods that compare in LLM space read `question_ids`, those that compare in CLIP's space read
+    `question`.
+    """
+
+    id: str  # seeds random choices
+    question_ids: tuple[int, ...] | None = None  # in the model's tokens
+    question: str | None = None  # without template words
+
+
+@dataclass
+class Trace:
+    """The handle of an open block: announce the samples of the next call, read the audits."""
+
+    audits: list[PromptAudit] = field(default_factory=list)
+    _announced: list[Sample] | None = None
+
+    def announce(self, samples: list[Sample]) -> None:
+        """Name the rows of the model's next call."""
+        self._announced = samples
+
+    def take(self, rows: int) -> list[Sample]:
+        """The announced samples, once; without an announcement rows get consecutive numbers."""
+        samples, self._announced = self._announced, None
+        if samples is None:
+            return [Sample(str(len(self.audits) + row)) for row in range(rows)]
+        if len(samples) != rows:
+            raise ValueError(f"{len(samples)} samples were announced for a batch of {rows}")
+        return samples
+
+
+def audit_before_llm(
     name: str, images: list[ImageAudit], prompt_tokens: int, layers: int
-) -> SampleRecord:
-    """The record of a prompt that every one of the `layers` sees alike."""
-    return SampleRecord(
+) -> PromptAudit:
+    """The audit of a prompt that is the same in each of the `layers`."""
+    return PromptAudit(
         id=name,
         visual_tokens=tuple(image.before for image in images),
         kept_tokens=tuple(image.after for image in images),
@@ -56,7 +87,7 @@ def at_the_entrance(
     )
 
 
-def between_layers(
+def audit_in_llm(
     name: str,
     sizes: list[int],
     tokens: list[int],
@@ -64,8 +95,8 @@ def between_layers(
     prompt_tokens: int,
     layer_tokens: tuple[int, ...],
     stages: list[dict[str, float]],
-) -> SampleRecord:
-    """The record of a prompt whose images were ranked together.
+) -> PromptAudit:
+    """The audit of a prompt whose images were ranked together.
 
     Args:
         sizes: visual tokens of every image.
@@ -80,7 +111,7 @@ def between_layers(
     if counts:
         counts[-1] += sum(token < 0 for token in tokens)
     notes = dict.fromkeys(note for stage in stages for note in stage)
-    return SampleRecord(
+    return PromptAudit(
         id=name,
         visual_tokens=tuple(sizes),
         kept_tokens=tuple(counts),

@@ -11,15 +11,15 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from secateur.checkpoints import locate, not_loaded
 
-_QUESTIONS = 2**14  # remembered, more than a task has: 3 KB each
+_QUESTIONS = 2**14  # kept in memory, more than a task has: 3 KB each
 
 
 class ClipRelevance(nn.Module):
     """The parts of CLIP that a model with its vision tower lacks: the text tower and both projections.
 
-    As in the released code of CDPruner (arXiv 2506.10967), in float32 whatever the model's dtype. That includes the norm behind
-    the vision tower, which ran in the model's dtype there. A model that trained its tower further, as LLaVA-NeXT did, is seen
-    through CLIP's own projections, as there.
+    As in the released code of CDPruner (arXiv 2506.10967), but in float32 whatever the model's
+    dtype, the norm after the vision tower included. A model that trained its tower further, as
+    LLaVA-NeXT did, is read through CLIP's own projections, as there.
 
     Args:
         model: in float32; its vision tower is not kept.
@@ -64,18 +64,22 @@ class ClipRelevance(nn.Module):
         # transformers draws missing weights at random, and makes up an empty tokenizer, without an error
         if missing := report["missing_keys"]:
             raise ValueError(
-                f"{pretrained} is no complete CLIP: {len(missing)} weights are missing, {min(missing)} among them"
+                f"{pretrained} is no complete CLIP: {len(missing)} weights are missing, "
+                f"{min(missing)} among them"
             )
         if len(tokenizer) != (known := model.config.text_config.vocab_size):
             raise ValueError(
-                f"the tokenizer of {pretrained} has {len(tokenizer)} tokens, its text tower {known}: the tokenizer's files are "
-                "missing, or another model's"
+                f"the tokenizer of {pretrained} has {len(tokenizer)} tokens, its text tower "
+                f"{known}: the tokenizer's files are missing, or another model's"
             )
         return cls(model, tokenizer).to(device)
 
     @torch.no_grad()
     def patches(self, encoder_features: Tensor) -> Tensor:
-        """Patches of CLIP's second last hidden states [R, N, C], of any floating dtype -> [R, N, P] in the joint space.
+        """Patches in the joint space, [R, N, P].
+
+        Args:
+            encoder_features: CLIP's second last hidden states [R, N, C], of any floating dtype.
 
         Raises:
             ValueError: C is not the width of this CLIP's vision tower.
@@ -83,21 +87,23 @@ class ClipRelevance(nn.Module):
         width, expected = encoder_features.shape[-1], self.visual_projection.in_features
         if width != expected:
             raise ValueError(
-                f"the model's vision tower is {width} wide, that of this CLIP {expected}: relevance in CLIP's space needs the "
-                "CLIP that the model has its vision tower from"
+                f"the model's vision tower is {width} wide, that of this CLIP {expected}: relevance "
+                "in CLIP's space needs the CLIP that the model has its vision tower from"
             )
         return self.visual_projection(
             self.post_layernorm(encoder_features.to(self.visual_projection.weight))
         )
 
     def text(self, question: str) -> Tensor:
-        """The question in segments of 77 tokens, start and end token counted -> [S, P] in the joint space; blank: [0, P].
+        """The question in the joint space, [S, P], one row per segment; a blank one is [0, P].
 
-        Asked again, it is remembered; the tensor is shared, do not write into it.
+        A segment has 77 tokens, start and end token included. The last one is filled up with
+        id 0, masked. Only the first segment has the start token, only the last the end token.
+        `pooler_output` is what transformers makes of such segments: the output at the first end
+        token, or at position 0 without one; with the end token 2 in the config, as in openai's
+        checkpoints, the output at the highest id.
 
-        The last segment is filled up with id 0, masked. All but the first lack the start token, all but the last the end token.
-        `pooler_output` is left to transformers for that: it stands at the first end token, or at position 0 without one; with the
-        end token 2 in the config, as openai's checkpoints have it, at the highest id.
+        Results are kept in memory and shared: do not write into the tensor.
         """
         return self._remembered(question, self.text_projection.weight.device)
 
@@ -106,9 +112,8 @@ class ClipRelevance(nn.Module):
         weight = self.text_projection.weight
         if not question.strip():
             return weight.new_empty(0, len(weight))
-        tokens = self.tokenizer(
-            question, return_tensors="pt", verbose=False
-        )  # verbose warns of more than 77
+        # verbose warns of more than 77 tokens
+        tokens = self.tokenizer(question, return_tensors="pt", verbose=False)
         fill = -tokens["input_ids"].shape[1] % self.segment
         segments = {
             name: pad(tokens[name], (0, fill)).view(-1, self.segment).to(device)

@@ -1,4 +1,4 @@
-"""The core's method that encodes images, answered with what a pruner needs of them kept, and from a cache where there is one."""
+"""The replacement of the core's `get_image_features`: it records captures and caches results."""
 
 import contextlib
 from collections.abc import Callable
@@ -10,27 +10,25 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from secateur.cache import EncodeCache, image_key
-from secateur.injection.adapter import Adapter
-from secateur.injection.contract import Arguments
-from secateur.injection.layout import EncodedImage
+from secateur.families.base import Adapter, EncodedImage
+from secateur.families.contract import Arguments
 
-_CAPTURE = "capture "  # how the names of captures begin in the cache
+_CAPTURE = "capture "  # prefix of the captures' names in the cache
 
 
 @dataclass
 class ImageCache:
-    """What the encoder of one model gave, for all methods that ask it.
+    """The encoded images of one model, for all methods that use it.
 
     Args:
-        cache: where it is kept.
-        model: what identifies the model: weights, dtype, attention kernel, libraries.
+        cache: the storage.
+        model: identifies the model: weights, dtype, attention kernel, libraries.
     """
 
     cache: EncodeCache
     model: str
-    asked: frozenset[str] = (
-        frozenset()
-    )  # captures that any method has asked for: who encodes an image encodes them for the next
+    # captures that any method has asked for: an image is encoded once, with all of them
+    asked: frozenset[str] = frozenset()
 
     def entry(
         self,
@@ -38,7 +36,7 @@ class ImageCache:
         arguments: dict[str, Any],
         encode: Callable[[frozenset[str]], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """The tensors of one image, from the cache or from `encode`, with at least the captures `needs`."""
+        """The tensors of one image, from the cache or from `encode`, with the captures in `needs`."""
         self.asked |= needs
         pixels = [value for _, value in sorted(arguments.items()) if isinstance(value, Tensor)]
         names = {_CAPTURE + need for need in needs - {"grid"}}  # a shape, no tensor
@@ -46,7 +44,10 @@ class ImageCache:
 
 
 class Encoder:
-    """Stands in for the core's `get_image_features` within a block; `images` is what the last call encoded."""
+    """Wraps `get_image_features`: records captures, caches results.
+
+    `images` holds the images of the last call.
+    """
 
     def __init__(
         self,
@@ -64,10 +65,11 @@ class Encoder:
         if self.cache is None:
             output, self.images = self._run(arguments, self.needs)
             return output
-        # one by one: what an image gives must not depend on the images beside it
+        # one by one: the features of an image must not depend on the other images
         found = [self._cached(self.cache, mine) for mine in self.adapter.one_by_one(arguments)]
         self.images = [image for image, _ in found]
-        return BaseModelOutputWithPooling(pooler_output=[features for _, features in found])  # type: ignore[arg-type]
+        pooled: Any = [features for _, features in found]
+        return BaseModelOutputWithPooling(pooler_output=pooled)
 
     def _run(
         self, arguments: dict[str, Any], needs: frozenset[str]
@@ -81,15 +83,14 @@ class Encoder:
             return output, self.adapter.encoded(needs, raw, arguments)
 
     def _cached(self, cache: ImageCache, arguments: dict[str, Any]) -> tuple[EncodedImage, Tensor]:
-        """An image, and what the prompt gets in place of its placeholders [P, D]."""
+        """An image, and the embeddings of its placeholders [P, D]."""
 
         def encode(needs: frozenset[str]) -> dict[str, Tensor]:
             output, (image,) = self._run(arguments, needs)
             tensors = {_CAPTURE + name: value for name, value in image.captures.items()}
             shape = torch.tensor([*image.grid, image.crops])
-            packed = (
-                {"packed": output.pooler_output[0]} if image.crops > 1 else {}
-            )  # else the features themselves
+            # with one crop they are the features themselves
+            packed = {"packed": output.pooler_output[0]} if image.crops > 1 else {}
             return tensors | packed | {"tokens": image.tokens, "shape": shape}
 
         tensors = cache.entry(self.needs, arguments, encode)

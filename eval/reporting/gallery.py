@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image
 
+from secateur.families import family_of
 from secateur.reporting.comparison import Cell
 from secateur.store import Store
 
@@ -177,15 +178,7 @@ def as_seen(
     with Qwen2.5-VL unless `image_side` is set.
     """
     side = math.isqrt(row["visual_tokens"])
-    family = model.get("family", "llava")
-    whole = family == "llava" or (family == "qwen2_5_vl" and model.get("image_side"))
-    if len(images) != 1 or not whole or side**2 != row["visual_tokens"]:
+    if len(images) != 1 or side**2 != row["visual_tokens"]:
         return None
-    image = images[0]
-    if family == "qwen2_5_vl":
-        seen = image.resize((max(image.size),) * 2)
-    elif model.get("geometry") == "pad":
-        seen = ImageOps.pad(image, (max(image.size),) * 2, color="gray")
-    else:  # CLIP's processor cuts out the middle square
-        seen = ImageOps.fit(image, (min(image.size),) * 2)
-    return seen, (side, side)
+    seen = family_of(model.get("family", "llava")).as_seen(model, images[0])
+    return None if seen is None else (seen, (side, side))

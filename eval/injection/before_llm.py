@@ -1,6 +1,7 @@
-"""Methods before the language model: visual tokens leave at its entrance."""
+"""Methods before the language model: they remove visual tokens from its input."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -8,26 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from secateur.budget import Budget
-from secateur.injection.adapter import Adapter
-from secateur.injection.arrange import Kept, arrange
-from secateur.injection.audit import at_the_entrance
-from secateur.injection.calls import Calls, Sample, Trace, real_positions
-from secateur.injection.contract import Keywords
+from secateur.families.base import NEWLINE, Adapter
+from secateur.families.contract import Keywords
+from secateur.injection.audit import ImageAudit, Sample, Trace, audit_before_llm
 from secateur.injection.encoder import ImageCache
-from secateur.injection.layout import NEWLINE, PlacedImage
-from secateur.injection.shorten import Shortened, shorten
-from secateur.pruners import Pruner, PrunerError, Selection, VisualTokens
+from secateur.injection.hooks import Hooks, real_positions
+from secateur.injection.prompt import Edit, PlacedImage, PrunedPrompt, prune_prompt
+from secateur.pruners import EXTRA, Pruner, PrunerError, Selection, VisualTokens
 
-if TYPE_CHECKING:  # a pruned model needs no CLIP beside it as a rule
+if TYPE_CHECKING:  # few methods need CLIP beside the model
     from secateur.injection.clip import ClipRelevance
 
-# captures that do not come out of the image encoder
+# captures that the image encoder does not make
 _TEXT = frozenset({"text_embeddings"})
 _CLIP = frozenset({"clip_patches", "clip_text"})
 
 
-class Entrance(Calls):
-    """Takes tokens out of what enters the language model."""
+@dataclass(frozen=True)
+class Kept:
+    """One crop's row of a selection."""
+
+    indices: Tensor  # [K] positions in the crop, or EXTRA
+    features: Tensor | None  # [K, D] in LLM width
+    notes: dict[str, float]
+
+
+class BeforeLLM(Hooks):
+    """Removes visual tokens from the input of the language model."""
 
     def __init__(
         self,
@@ -41,11 +49,12 @@ class Entrance(Calls):
     ) -> None:
         self.pruner, self.compact, self.clip = pruner, compact, clip
         super().__init__(adapter, budget, trace, cache)
-        self.shortened: Shortened
+        self.pruned: PrunedPrompt
         if pruner.needs & _CLIP and clip is None:
             raise ValueError(
-                f"pruner {pruner.name!r} compares with the question in CLIP's space: give inject(clip=...), in configs "
-                "model.clip, or set relevance_space to a value that needs no CLIP text tower"
+                f"pruner {pruner.name!r} compares with the question in CLIP's space: give "
+                "inject(clip=...), in configs model.clip, or set relevance_space to a value that "
+                "needs no CLIP text tower"
             )
         adapter.check_known(self._encoded())
 
@@ -56,38 +65,38 @@ class Entrance(Calls):
     def _prompt(self, kwargs: Keywords, visual: Tensor, images: list[PlacedImage]) -> Keywords:
         samples = self.trace.take(len(visual))
         selected = self._select(images, samples, kwargs["inputs_embeds"])
-        arranged = [
-            arrange(image, kept, self.adapter.keeps_newlines)
+        merged = [
+            merge_crops(image, kept, self.adapter.keeps_newlines)
             for image, kept in zip(images, selected, strict=True)
         ]
-        edits = [edit for edit, _ in arranged]
-        shorter, self.shortened = shorten(
+        edits = [edit for edit, _ in merged]
+        kwargs, self.pruned = prune_prompt(
             kwargs, real_positions(kwargs, visual), edits, self.compact
         )
         for row, (sample, length) in enumerate(
-            zip(samples, self.shortened.mask.sum(1).tolist(), strict=True)
+            zip(samples, self.pruned.mask.sum(1).tolist(), strict=True)
         ):
-            mine = [audit for edit, audit in arranged if edit.row == row]
-            self.trace.records.append(
-                at_the_entrance(sample.id, mine, length, len(self.adapter.layers))
+            mine = [audit for edit, audit in merged if edit.row == row]
+            self.trace.audits.append(
+                audit_before_llm(sample.id, mine, length, len(self.adapter.layers))
             )
-        return shorter
+        return kwargs
 
     def _step(self, kwargs: Keywords, past: int) -> Keywords:
-        return self.shortened.step(kwargs, past)
+        return self.pruned.step(kwargs, past)
 
     def _select(
         self, images: list[PlacedImage], samples: list[Sample], embeds: Tensor
     ) -> list[list[Kept]]:
-        """Per image and crop what goes on; crops of one size and kind of question go to the pruner together.
+        """The kept tokens per image and crop.
 
-        A budget that the crops do not divide leaves them with two of their own: all crops are then pruned with either, since a
-        method may compare the crops of an image.
+        Crops of one size and one kind of question go to the pruner together. Where a budget does
+        not divide evenly, the crops of an image have two different budgets. All its crops are then
+        pruned with each of them, since a method may compare the crops of an image.
         """
         questions = {image.row: self._text(samples[image.row]) for image in images}
-        rows: list[
-            tuple[int, int, VisualTokens, int]
-        ] = []  # image, crop, what the pruner sees of it, its budget
+        # image, crop, what the pruner sees of it, its budget
+        rows: list[tuple[int, int, VisualTokens, int]] = []
         for number, image in enumerate(images):
             name = f"{samples[image.row].id}|{image.number}"
             for crop, (tokens, keep) in enumerate(
@@ -159,12 +168,13 @@ class Entrance(Calls):
         kept = selection.indices.shape[1]
         if kept != keep and not self.pruner.adaptive and self.pruner.name != "none":
             raise PrunerError(
-                f"pruner {self.pruner.name!r} kept {kept} tokens of {tokens.shape[1]}; the budget is {keep}"
+                f"pruner {self.pruner.name!r} kept {kept} tokens of {tokens.shape[1]}; the budget "
+                f"is {keep}"
             )
         return selection
 
     def _text(self, sample: Sample) -> dict[str, Tensor]:
-        """The question as the pruner needs it, one row."""
+        """The question in the form that the pruner needs, one row."""
         needs, made = self.pruner.needs, {}
         announced = {"text_embeddings": sample.question_ids, "clip_text": sample.question}
         if any(announced[name] is None for name in needs & announced.keys()):
@@ -184,13 +194,13 @@ class Entrance(Calls):
 
 
 def _kind(tokens: VisualTokens) -> tuple[int, ...]:
-    """What rows must share to be pruned together: tokens, grid, segments of text."""
+    """Rows that agree in this can be pruned together: tokens, grid, segments of text."""
     segments = -1 if tokens.clip_text is None else tokens.clip_text.shape[1]
     return (tokens.shape[1], *(tokens.grid or (0, 0)), segments)
 
 
 def _batch(rows: list[VisualTokens], images: list[int]) -> VisualTokens:
-    """Rows of one kind as a batch; texts of different length are padded at the end."""
+    """Rows of one kind as a batch; texts of different lengths are padded at the end."""
     tensors: dict[str, Tensor] = {}
     for name in rows[0].tensors():
         parts = [row.tensors()[name] for row in rows]
@@ -201,3 +211,83 @@ def _batch(rows: list[VisualTokens], images: list[int]) -> VisualTokens:
     ids = tuple(name for row in rows for name in row.sample_ids or ())
     owners = tuple(images) if len(set(images)) < len(images) else None
     return VisualTokens(**tensors, grid=rows[0].grid, image_of_row=owners, sample_ids=ids)
+
+
+def merge_crops(
+    image: PlacedImage, kept: list[Kept], keeps_newlines: bool
+) -> tuple[Edit, ImageAudit]:
+    """Put an image's kept tokens into the order in which they enter the language model.
+
+    One crop: the selection's order. Several crops: the base crop's tokens as selected; the tiles'
+    tokens in the raster order of the whole mosaic, with the newlines of rows that still hold
+    tokens; the extra tokens from the start of the tiles' rows; those from their end. Tokens without
+    a place in the layout (padding) are dropped.
+    """
+    slots_of, counted = image.slots(), image.tokens != NEWLINE
+    if len(kept) < image.crops:  # one selection over the packed sequence
+        slots = (
+            torch.arange(len(image.tokens), device=image.tokens.device)[counted | keeps_newlines]
+        )[kept[0].indices]
+        numbers, key, vectors = image.tokens[slots], slots, None
+    else:
+        numbers = torch.cat(
+            [
+                torch.where(k.indices == EXTRA, EXTRA, k.indices + c * image.per_crop)
+                for c, k in enumerate(kept)
+            ]
+        )
+        slots = torch.where(numbers == EXTRA, -1, slots_of[numbers])
+        key = torch.cat([_rank(k.indices, c, slots_of, image) for c, k in enumerate(kept)])
+        vectors = (
+            torch.cat([k.features for k in kept if k.features is not None])
+            if kept[0].features is not None
+            else None
+        )
+        placed = (numbers == EXTRA) | (slots >= 0)
+        if not bool(placed.all()):
+            numbers, slots, key = numbers[placed], slots[placed], key[placed]
+            vectors = None if vectors is None else vectors[placed]
+        if keeps_newlines and image.crops > 1:
+            lines = image.newlines(numbers[numbers != EXTRA])
+            newline = torch.full_like(lines, NEWLINE)
+            numbers, slots, key = (
+                torch.cat([numbers, newline]),
+                torch.cat([slots, lines]),
+                torch.cat([key, lines]),
+            )
+            if vectors is not None:
+                vectors = torch.cat([vectors, vectors.new_zeros(len(lines), vectors.shape[1])])
+    extra = slots == -1
+    if len(kept) > 1:
+        order = key.argsort(stable=True)
+        numbers, slots, extra = numbers[order], slots[order], extra[order]
+        vectors = None if vectors is None else vectors[order]
+    if len(slots) > len(image.places):
+        raise ValueError(
+            f"{len(slots)} tokens do not fit into the {len(image.places)} places of an image; "
+            "lower the budget"
+        )
+    # an extra token has the position of the place that it is moved to
+    own = torch.arange(len(slots), device=slots.device)
+    replaced = extra | ((numbers != NEWLINE) if vectors is not None else False)
+    edit = Edit(
+        image.row, image.places, image.places[torch.where(extra, own, slots)], vectors, replaced
+    )
+    before = len(image.tokens) if keeps_newlines else int(counted.sum())
+    notes = {name: sum(k.notes[name] for k in kept) / len(kept) for name in kept[0].notes}
+    return edit, ImageAudit(
+        before, len(slots), tuple(numbers.tolist()), (image.grid,) * image.crops, notes
+    )
+
+
+def _rank(indices: Tensor, crop: int, slots: Tensor, image: PlacedImage) -> Tensor:
+    """[K] sort keys of one crop's tokens among all of its image's tokens.
+
+    The base crop comes first, then the tiles' tokens by their places, then extra tokens.
+    """
+    if crop == 0:
+        return torch.arange(len(indices), device=indices.device) - len(indices)
+    end, real = len(image.tokens), indices != EXTRA
+    leading = ~real & (real.cumsum(0) == 0)
+    extra = torch.where(leading, end + crop, end + image.crops + crop)
+    return torch.where(real, slots[indices.clamp_min(0) + crop * image.per_crop], extra)

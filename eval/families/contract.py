@@ -1,4 +1,4 @@
-"""What injection reads of transformers by name: looked up once, in the signatures of what is called."""
+"""What injection reads of transformers by name, looked up once in the called signatures."""
 
 import inspect
 import operator
@@ -17,12 +17,12 @@ SPELLINGS = {"cache": ("cache", "past_key_values")}  # `cache` since 5.24
 
 
 class ContractError(ValueError):
-    """The model, as the installed transformers makes it, lacks something that injection reads by name."""
+    """The model lacks something that injection reads by name."""
 
     def __init__(self, lacking: str) -> None:
         super().__init__(
-            f"{lacking}, which injection reads. Pass the model itself, without a wrapper; if it has none, "
-            f"transformers {transformers.__version__} names it otherwise: {cure()}"
+            f"{lacking}, which injection reads. Pass the model itself, without a wrapper; if it has "
+            f"none, transformers {transformers.__version__} names it otherwise: {cure()}"
         )
 
 
@@ -83,8 +83,8 @@ class Arguments:
         read = {self._ours.get(name, name): value for name, value in pairs}
         if len(read) < len(args) + len(kwargs):
             raise ValueError(
-                f"a call with {len(args)} arguments by position and {', '.join(kwargs) or 'none'} by keyword does not fit "
-                f"the signature ({', '.join(self._order)}), or gives an argument twice"
+                f"a call with {len(args)} arguments by position and {', '.join(kwargs) or 'none'} "
+                f"by keyword does not fit the signature ({', '.join(self._order)}), or gives an argument twice"
             )
         return read
 

@@ -1,9 +1,8 @@
-"""What every kind of injection shares: the calls of a model as hooks see them, and the names of their samples."""
+"""The hooks that both kinds of injection share."""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
@@ -11,54 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from secateur.budget import Budget
-from secateur.injection.adapter import Adapter
-from secateur.injection.audit import SampleRecord
-from secateur.injection.contract import Arguments, Keywords
+from secateur.families.base import Adapter
+from secateur.families.contract import Arguments, Keywords
+from secateur.injection.audit import Trace
 from secateur.injection.encoder import Encoder, ImageCache
-from secateur.injection.layout import PlacedImage, place
+from secateur.injection.prompt import PlacedImage, place
 
 _INJECTED: WeakSet[nn.Module] = WeakSet()  # cores with a block open
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What a call's tensors do not tell: a name that seeds random choices, and the question without template words.
+class Hooks:
+    """The hooks that both kinds of injection share.
 
-    Methods that compare in LLM space read `question_ids` (the model's tokens), those that compare in CLIP's space `question`.
-    """
-
-    id: str
-    question_ids: tuple[int, ...] | None = None
-    question: str | None = None
-
-
-@dataclass
-class Trace:
-    """Handle of an open block: announce the samples of the next call, read the records of past ones."""
-
-    records: list[SampleRecord] = field(default_factory=list)
-    _announced: list[Sample] | None = None
-
-    def announce(self, samples: list[Sample]) -> None:
-        """Name the rows of the next call of the model."""
-        self._announced = samples
-
-    def take(self, rows: int) -> list[Sample]:
-        """The announced samples, used up; rows without announcement are numbered through."""
-        samples, self._announced = self._announced, None
-        if samples is None:
-            return [Sample(str(len(self.records) + row)) for row in range(rows)]
-        if len(samples) != rows:
-            raise ValueError(f"{len(samples)} samples were announced for a batch of {rows}")
-        return samples
-
-
-class Calls:
-    """The hooks every kind of injection shares.
-
-    An encoder in place of the core's own keeps what the pruner needs of images; the core's pre-hook shows which positions are
-    visual, the language model's tells a prompt from a step behind it. Subclasses write `_prompt` and `_step`: the keyword
-    arguments that the language model gets instead of its own.
+    An `Encoder` replaces the core's image encoding and keeps the captures. The core's pre-hook
+    reads which positions are visual. The language model's pre-hook tells prompts from decoding
+    steps. Subclasses write `_prompt` and `_step`, which return the keyword arguments that the
+    language model gets instead of its own.
     """
 
     def __init__(
@@ -75,9 +42,8 @@ class Calls:
             "cache",
         )
         self.input_ids: Tensor | None = None
-        self.prompt: Tensor | None = (
-            None  # [B, L] ids of the last prompt, padding included; None before the first
-        )
+        # [B, L] ids of the last prompt, padding included; None before the first prompt
+        self.prompt: Tensor | None = None
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -89,7 +55,8 @@ class Calls:
         core = self.adapter.core
         if core in _INJECTED:
             raise ValueError(
-                "a pruner is injected into this model already, and prompts cannot be pruned twice: leave its block first"
+                "a pruner is injected into this model already, and prompts cannot be pruned "
+                "twice: leave its block first"
             )
         with contextlib.ExitStack() as stack:
             _INJECTED.add(core)
@@ -104,7 +71,7 @@ class Calls:
         yield self.adapter.language_model.register_forward_pre_hook(self._enter, with_kwargs=True)
 
     def _encoded(self) -> frozenset[str]:
-        """Captures of the image encoder that are wanted."""
+        """Captures that the image encoder must provide."""
         return frozenset()
 
     def _prompt(self, kwargs: Keywords, visual: Tensor, images: list[PlacedImage]) -> Keywords:
@@ -124,7 +91,8 @@ class Calls:
         past = cache.get_seq_length() if cache is not None else 0
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise ValueError(
-                "pruning needs the mask of the prompt, [B, L]: generate with a dynamic cache, not with a static one"
+                "pruning needs the mask of the prompt, [B, L]: generate with a dynamic cache, not "
+                "with a static one"
             )
         if past:
             if self.prompt is None:
@@ -138,43 +106,44 @@ class Calls:
                 and bool((ids == self.adapter.image_token_id).any())
             ):
                 raise ValueError(
-                    "image placeholders behind a filled cache cannot be pruned: give the prompt in one piece"
+                    "image placeholders after a filled cache cannot be pruned: give the prompt in "
+                    "one piece"
                 )
             return (), self.arguments.write(self._step(kwargs, past))
         if self.input_ids is None:
             raise ValueError(
-                "a pruned model needs input_ids: inputs_embeds do not tell which positions are visual"
+                "a pruned model needs input_ids: inputs_embeds do not tell which positions are "
+                "visual"
             )
         visual = self.input_ids == self.adapter.image_token_id
-        # in transformers 5.0 `generate` gives a prompt no cache, but asks for one
+        # in transformers 5.0 `generate` passes no cache with a prompt, but asks for one
         self._check_prompt(
             self.input_ids, visual, cached=cache is not None or bool(kwargs.get("use_cache"))
         )
-        images, self.encoder.images = (
-            place(self.encoder.images, visual),
-            [],
-        )  # used up: the next prompt must encode its own
+        # used once: the next prompt must encode its own images
+        images, self.encoder.images = place(self.encoder.images, visual), []
         new = self._prompt(kwargs, visual, images)
         self.prompt = self.input_ids
         return (), self.arguments.write(new)
 
     def _check_prompt(self, ids: Tensor, visual: Tensor, cached: bool) -> None:
-        """Refuse what is a step of the prompt before rather than a prompt, though it comes without a filled cache.
+        """Refuse a decoding step of the last prompt that comes without a filled cache.
 
         Args:
             ids: [B, L] of the call.
             visual: [B, L] True at image placeholders.
-            cached: an empty cache came with it, or one was asked for.
+            cached: an empty cache came with the call, or the call asks for one.
 
         Raises:
             ValueError: it is such a step.
         """
-        if self.prompt is None:  # the first call of a block is a prompt, were it of one position
+        if self.prompt is None:  # the first call of a block is a prompt, even one of one position
             return
         if ids.shape[1] == 1 and not bool(visual.any()):
             raise ValueError(
-                "a call of one position without an image came with an empty cache, after a prompt: a decoding step needs the "
-                "cache that the prompt filled; for a prompt of one token open a block of its own"
+                "a call of one position without an image came with an empty cache, after a "
+                "prompt: a decoding step needs the cache that the prompt filled; for a prompt of "
+                "one token open a block of its own"
             )
         if (
             not cached
@@ -182,16 +151,19 @@ class Calls:
             and torch.equal(ids[:, :-1], self.prompt)
         ):
             raise ValueError(
-                "the prompt came again with one token more and no cache, as use_cache=False does: it would be pruned "
-                "anew at every step; generate with a cache"
+                "the prompt came again with one token more and no cache, as use_cache=False does: "
+                "it would be pruned anew at every step; generate with a cache"
             )
 
 
 @contextlib.contextmanager
 def encoding_by(core: Any, encode: Callable[..., Any]) -> Iterator[None]:
-    """`encode` in place of the core's `get_image_features`, under its signature; behind the block the core has what it had."""
+    """Replace the core's `get_image_features` by `encode` within the block.
+
+    The replacement keeps the signature; after the block the core is as before.
+    """
     own = vars(core).get("get_image_features")
-    # partial: wraps writes into what it is given
+    # partial, because wraps writes attributes into its argument
     core.get_image_features = functools.wraps(core.get_image_features)(functools.partial(encode))
     try:
         yield

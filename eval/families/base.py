@@ -1,0 +1,333 @@
+"""What a model family tells the rest of the harness.
+
+A `Family` describes it without a model: configurations, processor, prompts, FLOPs. Its `Adapter`
+knows the modules of a loaded model. No other file reads a module or a model type by name.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from secateur.families.contract import require
+from secateur.prompts import PROMPTS
+
+if TYPE_CHECKING:  # the library works without lmms-eval
+    from lmms_eval.protocol import ChatMessages
+
+NEWLINE = -1  # a placeholder of no image token: it holds the embedding that ends a row of tiles
+
+# cosines and sines as a family's layers get them: [B or 1, L, d]; with M-RoPE [3, B or 1, L, d]
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One encoded image: the captures of its crops, and the tokens that the prompt has places for.
+
+    Token t of crop c has number c * N + t. The first of several crops is the whole image; the
+    others tile it.
+    """
+
+    captures: dict[str, Tensor]  # [crops, N, ...], as VisualTokens defines them
+    grid: tuple[int, int]  # (rows, columns) of a crop, rows * columns = N
+    crops: int
+    tokens: Tensor  # [P] number of the token each placeholder holds, or NEWLINE
+
+    @property
+    def per_crop(self) -> int:
+        """N, the tokens of a crop."""
+        return self.grid[0] * self.grid[1]
+
+
+class Adapter:
+    """The modules of a loaded model; this class knows the decoder, which is alike in all families.
+
+    Subclasses say how images are encoded: `SOURCES`, `hooks`, `encoded`, `one_by_one`, `project`.
+    """
+
+    # capture that a pruner may need -> the raw tensors it is made from, by the hooks' names
+    SOURCES: ClassVar[dict[str, tuple[str, ...]]]
+    # attributes of the model that are read by name
+    PARTS: ClassVar[tuple[str, ...]] = (
+        "config.image_token_id",
+        "model.get_image_features",
+        "model.language_model.layers.0",
+    )
+    LANGUAGE_PARTS: ClassVar[tuple[str, ...]] = (  # of the language model, for methods inside it
+        "norm",
+        "rotary_emb",
+        "layers.0.input_layernorm",
+        "layers.0.self_attn.q_proj",
+        "layers.0.self_attn.k_proj",
+        "layers.0.self_attn.head_dim",
+        "layers.0.self_attn.scaling",
+    )
+    # arguments of get_image_features that are read by name
+    IMAGE_ARGUMENTS: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    # position policies; the first is the default
+    POSITIONS: ClassVar[tuple[str, ...]] = ("compact", "original")
+    keeps_newlines: bool = True  # False: the embeddings that end rows of tiles are removed
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        require(model, *self.PARTS)
+        self.model: Any = model
+        self.core: Any = self.model.model
+        self.language_model: Any = self.core.language_model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The language model's decoder layers."""
+        return self.language_model.layers
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def hooks(self, needs: frozenset[str], into: dict[str, Tensor]) -> Iterator[RemovableHandle]:
+        """Forward hooks for one call of the encoder; they store only what `needs` asks for."""
+        raise NotImplementedError
+
+    def encoded(
+        self, needs: frozenset[str], raw: dict[str, Tensor], arguments: dict[str, Any]
+    ) -> list[EncodedImage]:
+        """The images of one call of the encoder, with `features` and the captures in `needs`.
+
+        Args:
+            raw: what the hooks stored.
+            arguments: of the core's `get_image_features`, by name.
+        """
+        raise NotImplementedError
+
+    def one_by_one(self, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The arguments of the core's `get_image_features`, one image at a time."""
+        raise NotImplementedError
+
+    def project(self, features: Tensor) -> Tensor:
+        """Encoder features [..., C] -> LLM width [..., D], in the model's dtype."""
+        raise NotImplementedError
+
+    def check_known(self, needs: frozenset[str]) -> None:
+        """Raise ValueError for captures that this family does not provide."""
+        unknown = sorted(need for need in needs if need not in self.SOURCES)
+        if unknown:
+            family = type(self).__name__.removesuffix("Adapter")
+            raise ValueError(f"{family} models do not provide {', '.join(unknown)}")
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids -> LLM embeddings."""
+        return self.model.get_input_embeddings()(ids)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The language model's final norm of hidden states [B, L, D]."""
+        return self.language_model.norm(hidden)
+
+    def projections(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """The modules that make a layer's queries and keys.
+
+        Their outputs [B, L, H d] hold the heads side by side, without the rotary embedding.
+        """
+        attention: Any = self.layers[layer].self_attn
+        return attention.q_proj, attention.k_proj
+
+    def before_attention(self, layer: int, hidden: Tensor) -> Tensor:
+        """What the projections of a layer receive when `hidden` [B, L, D] enters it."""
+        block: Any = self.layers[layer]
+        return block.input_layernorm(hidden)
+
+    def rotary(self, hidden: Tensor, positions: Tensor) -> Rotary:
+        """The rotary embedding of positions [B, L] of running text; `hidden` gives the dtype."""
+        return self.language_model.rotary_emb(hidden, positions)
+
+    def rotary_rows(self, rotary: Rotary, index: Tensor) -> Rotary:
+        """The rotary embedding of the positions `index` [B, K] alone."""
+        row = torch.arange(len(index), device=index.device)[:, None]
+        cos, sin = (part.expand(len(index), -1, -1)[row, index] for part in rotary)
+        return cos, sin
+
+    def heads(self, layer: int, projected: Tensor, rotary: Rotary) -> Tensor:
+        """[B, L, H d] of one of the projections -> [B, H, L, d], rotary embedding applied."""
+        attention: Any = self.layers[layer].self_attn
+        x = projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        cos, sin = (part[:, None] for part in rotary)
+        return rotate(x, cos, sin)
+
+    def scaling(self, layer: int) -> float:
+        """The factor that a layer applies to products of queries and keys."""
+        attention: Any = self.layers[layer].self_attn
+        return attention.scaling
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotary embedding of x [..., L, d], first half against second."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Family:
+    """One family of models. Subclasses fill in what differs.
+
+    The defaults are those of most models: the checkpoint's own chat template, image processing
+    and layout.
+    """
+
+    MODEL_TYPE: ClassVar[str]  # of the family's configs
+    TITLE: ClassVar[str]  # as people write it
+    NEW_TOKENS: ClassVar[int]  # longest answer where a task sets none, as in lmms-eval's classes
+    PLACEHOLDER: ClassVar[str]  # an image in a prompt's text
+    MARKERS: ClassVar[tuple[str, ...]] = ()  # special tokens beside the processor's image token
+
+    # allowed values of the input fields, see `secateur.inputs.Inputs`
+    PROMPTS: ClassVar[tuple[str, ...]] = ("hub", *PROMPTS)
+    GEOMETRIES: ClassVar[tuple[str, ...]] = ("processor",)
+    LAYOUTS: ClassVar[tuple[str, ...]] = ()  # the first is the default; empty: no such field
+    HAS_IMAGE_SIDE: ClassVar[bool] = False
+
+    # configurations without weights: hub checkpoints by the file name in configs/model, tiny ones
+    CONFIGS: ClassVar[dict[str, Callable[[], PreTrainedConfig]]]
+    TINY: ClassVar[dict[str, Callable[[], PreTrainedConfig]]]
+    # the self-test of injection: its tiny form, and the height and width of its image
+    SELFTEST: ClassVar[str]
+    SELFTEST_SIZE: ClassVar[tuple[int, int]] = (112, 112)
+    # fields of the vision config: number of blocks, number of heads
+    VISION_FIELDS: ClassVar[tuple[str, str]] = ("num_hidden_layers", "num_attention_heads")
+
+    # --- models
+
+    def adapter(self, model: PreTrainedModel, layout: str | None) -> Adapter:
+        """The adapter of a loaded model; `layout` is None or one of `LAYOUTS`."""
+        raise NotImplementedError
+
+    def processor(self, config: PreTrainedConfig) -> ProcessorMixin:
+        """A processor with the image geometry of `config` and a byte tokenizer."""
+        raise NotImplementedError
+
+    def reduced(self, config: Any) -> None:
+        """Make the rest of a config fit after its layers and widths were reduced."""
+
+    # --- inputs
+
+    def use_layout(self, processor: Any, config: Any, layout: str | None) -> None:
+        """Set up `processor` and `config` for a layout."""
+
+    def limit_pixels(self, processor: Any, least: int | None, most: int | None) -> None:
+        """Set the smallest and the largest number of pixels that images are resized to.
+
+        Raises:
+            ValueError: the family has no such limits.
+        """
+        if least is not None or most is not None:
+            raise ValueError(
+                "model.min_pixels and model.max_pixels are for Qwen2.5-VL, not for the family "
+                f"{self.MODEL_TYPE!r}"
+            )
+
+    def chat(
+        self,
+        processor: Any,
+        chat: "ChatMessages",
+        images: list[Image.Image],
+        template: str | None,
+        image_side: int | None,
+    ) -> tuple[str, list[Image.Image]]:
+        """The prompt's text, and its images as the processor gets them.
+
+        Args:
+            template: the chat template; None: the checkpoint's own.
+            image_side: resize every image to this square first.
+        """
+        text = processor.apply_chat_template(
+            chat.model_dump()["messages"],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return text, images
+
+    def tensors(
+        self,
+        processor: Any,
+        config: Any,
+        text: str,
+        images: list[Image.Image],
+        layout: str | None,
+    ) -> BatchFeature:
+        """The tensors of one prompt."""
+        return processor(text=[text], images=images or None, return_tensors="pt")
+
+    # --- images
+
+    def crops(self, config: Any, inputs: BatchFeature) -> list[tuple[int, int]]:
+        """(rows, columns) of tokens of every crop of the one image in `inputs`."""
+        raise NotImplementedError
+
+    def crops_of(self, config: Any, visual_tokens: int) -> list[tuple[int, int]] | None:
+        """The crops of prompts with so many visual tokens; None where the number does not tell."""
+        return None
+
+    def as_seen(self, model: dict[str, Any], image: Image.Image) -> Image.Image | None:
+        """The part of an image that one square grid of tokens covers; None where no grid does.
+
+        Args:
+            model: the model's settings.
+        """
+        return None
+
+    # --- the self-test of injection
+
+    def places(self, kept: Sequence[int], visual: int) -> list[int]:
+        """The placeholders that remain when the tokens `kept` of the self-test's image do."""
+        return list(kept)
+
+    def positions(self, inputs: BatchFeature, visual: Tensor, length: int) -> Tensor:
+        """[1, length] positions of the self-test's prompt and of what follows it.
+
+        Args:
+            visual: [P] positions of the placeholders.
+        """
+        return torch.arange(length)[None]
+
+    def encoder_saliency(self, model: Any, inputs: dict[str, Tensor]) -> Tensor | None:
+        """[crops, H, N] saliency as the eager encoder gives it out; None: it does not."""
+        return None
+
+    # --- FLOPs
+
+    def tower_flops(self, config: Any, rows: int, columns: int) -> tuple[float, float]:
+        """Of one crop in the image encoder: products with weights, and products of attention.
+
+        Args:
+            rows, columns: tokens of the crop after the projector.
+
+        Raises:
+            ValueError: an image encoder that is not known.
+        """
+        raise NotImplementedError
+
+    def projector_flops(self, config: Any) -> int:
+        """Of one token in the projector."""
+        raise NotImplementedError
+
+
+def language_fields(
+    hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int
+) -> dict[str, Any]:
+    """The sizes of a language model by their names in its config."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "vocab_size": vocabulary,
+    }

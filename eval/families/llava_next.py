@@ -1,0 +1,182 @@
+"""LLaVA-NeXT: LLaVA-1.5's tower on several crops of an image."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    BatchFeature,
+    LlavaNextConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from secateur.families.base import NEWLINE, Adapter, EncodedImage
+from secateur.families.llava import (
+    CLIP_L_336,
+    TINY_CLIP,
+    TINY_VICUNA,
+    VICUNA_7B,
+    Llava,
+    LlavaAdapter,
+    clip_grid,
+    clip_processor,
+    llava_config,
+    square,
+)
+
+_PINPOINTS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]  # in crops
+
+
+class LlavaNextAdapter(LlavaAdapter):
+    """LLaVA-NeXT: crops in LLaVA-1.5's tower, first the whole image, then its tiles row by row.
+
+    Args:
+        layout: `anyres`, as Hugging Face packs crops: no tokens of padding, a newline after every
+            row of tiles. `fixed2880`, as the papers' codes do: all tokens of all crops, no
+            newlines; it needs square image sizes, so that nothing counts as padding.
+    """
+
+    PARTS: ClassVar = (*LlavaAdapter.PARTS, "model.pack_image_features")
+    IMAGE_ARGUMENTS: ClassVar = ("pixel_values", "image_sizes")
+
+    def __init__(self, model: PreTrainedModel, layout: str) -> None:
+        super().__init__(model)
+        if layout not in ("anyres", "fixed2880"):
+            raise ValueError(f"layout={layout!r} is not one of 'anyres', 'fixed2880'")
+        self.keeps_newlines = layout == "anyres"
+
+    def _crops(self, sizes: Iterable[Any]) -> list[int]:
+        """How many crops images of these sizes (height, width) have."""
+        pinpoints, side = (
+            self.model.config.image_grid_pinpoints,
+            self.model.config.vision_config.image_size,
+        )
+        return [image_size_to_num_patches(size, pinpoints, side) for size in sizes]
+
+    def one_by_one(self, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        # without the zeros that pad an image to the number of crops of the largest one
+        for mine, crops in zip(
+            super().one_by_one(arguments), self._crops(arguments["image_sizes"]), strict=True
+        ):
+            yield mine | {"pixel_values": mine["pixel_values"][:, :crops]}
+
+    def encoded(
+        self, needs: frozenset[str], raw: dict[str, Tensor], arguments: dict[str, Any]
+    ) -> list[EncodedImage]:
+        captures, (rows, count) = self._captures(needs, raw), raw["features"].shape[:2]
+        sizes, device = arguments["image_sizes"], raw["features"].device
+        crops = self._crops(sizes)
+        # the model's own code packs token numbers instead of features, and so tells which
+        # placeholder holds which token; float64 holds the numbers exactly
+        numbers = [
+            torch.arange(n * count, dtype=torch.float64, device=device).view(n, count, 1)
+            for n in crops
+        ]
+        newline = torch.tensor([float(NEWLINE)], dtype=torch.float64, device=device)
+        packed, _ = self.core.pack_image_features(
+            numbers, sizes, vision_feature_select_strategy="default", image_newline=newline
+        )
+        images, first = [], 0
+        for number, tokens in zip(crops, packed, strict=True):
+            mine = {name: value[first : first + number] for name, value in captures.items()}
+            images.append(EncodedImage(mine, square(count), number, tokens.flatten().long()))
+            first += number
+        assert first == rows, "the encoder ran on other crops than the image sizes say"
+        for image in images:
+            if (
+                not self.keeps_newlines
+                and int((image.tokens != NEWLINE).sum()) != image.crops * count
+            ):
+                raise ValueError(
+                    "layout='fixed2880' needs inputs without padding; secateur.inputs prepares them"
+                )
+        return images
+
+
+class LlavaNext(Llava):
+    """LLaVA-NeXT."""
+
+    MODEL_TYPE = "llava_next"
+    TITLE = "LLaVA-NeXT"
+    GEOMETRIES = ("processor",)
+    LAYOUTS = ("anyres", "fixed2880")
+    # from config.json of llava-hf/llava-v1.6-vicuna-7b-hf
+    CONFIGS: ClassVar = {
+        "llava_next_7b": lambda: llava_config(LlavaNextConfig, CLIP_L_336, VICUNA_7B, _PINPOINTS),
+    }
+    # crops of 4 x 4 tokens; llava_next_fixed has the mosaic of 2 x 2 alone: all images are 1 + 4
+    TINY: ClassVar = {
+        "llava_next": lambda: llava_config(LlavaNextConfig, TINY_CLIP, TINY_VICUNA, _PINPOINTS),
+        "llava_next_fixed": lambda: llava_config(LlavaNextConfig, TINY_CLIP, TINY_VICUNA, [[2, 2]]),
+    }
+    SELFTEST = "llava_next_fixed"
+
+    def adapter(self, model: PreTrainedModel, layout: str | None) -> Adapter:
+        return LlavaNextAdapter(model, layout or "anyres")
+
+    def processor(self, config: Any) -> ProcessorMixin:
+        from transformers import LlavaNextImageProcessor, LlavaNextProcessor  # slow to import
+
+        return clip_processor(
+            config,
+            LlavaNextProcessor,
+            LlavaNextImageProcessor,
+            image_grid_pinpoints=config.image_grid_pinpoints,
+        )
+
+    def use_layout(self, processor: Any, config: Any, layout: str | None) -> None:
+        if layout == "fixed2880":  # the one mosaic of 2 x 2 tiles
+            side = 2 * config.vision_config.image_size
+            pinpoints = [[side, side]]
+            config.image_grid_pinpoints = pinpoints
+            processor.image_processor.image_grid_pinpoints = pinpoints
+
+    def tensors(
+        self,
+        processor: Any,
+        config: Any,
+        text: str,
+        images: list[Image.Image],
+        layout: str | None,
+    ) -> BatchFeature:
+        if layout != "fixed2880" or not images:
+            return super().tensors(processor, config, text, images, layout)
+        # image sizes are square, so that no token of the tiles counts as padding
+        vision = config.vision_config
+        side, per_side = 2 * vision.image_size, vision.image_size // vision.patch_size
+        pixels = processor.image_processor(images=images, return_tensors="pt")
+        pixels["image_sizes"] = torch.tensor([[side, side]] * len(images))
+        # every row of tiles ends in a newline, which is removed before the language model
+        places = 5 * per_side**2 + 2 * per_side
+        token = processor.image_token
+        tokens = processor.tokenizer([text.replace(token, token * places)], return_tensors="pt")
+        return BatchFeature({**tokens, **pixels})
+
+    def crops(self, config: Any, inputs: BatchFeature) -> list[tuple[int, int]]:
+        return [clip_grid(config)] * inputs["pixel_values"].shape[1]
+
+    def crops_of(self, config: Any, visual_tokens: int) -> list[tuple[int, int]] | None:
+        return None
+
+    def as_seen(self, model: dict[str, Any], image: Image.Image) -> Image.Image | None:
+        return None
+
+    def places(self, kept: Sequence[int], visual: int) -> list[int]:
+        # the self-test's image is a base crop and 2 x 2 tiles without padding: 5 S^2 tokens and
+        # 2 S newlines. A newline remains while its row of the mosaic holds a kept token.
+        side = next(side for side in range(1, visual) if 5 * side**2 + 2 * side == visual)
+        held = [{number} for number in range(side**2)]
+        for row in range(2 * side):
+            line = [
+                (1 + row // side * 2 + column // side) * side**2 + row % side * side + column % side
+                for column in range(2 * side)
+            ]
+            held += [*({number} for number in line), set(line)]
+        return [place for place, tokens in enumerate(held) if tokens & set(kept)]
+
+
+FAMILY = LlavaNext()
