@@ -475,7 +475,7 @@ def test_calls_that_cannot_be_pruned_are_errors(model, processor):
         inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
         with inject(model, fastv, 8), pytest.raises(ValueError, match="use batch size 1"):
             model.generate(**inputs, max_new_tokens=1)
-    with inject(model, fastv, 8), pytest.raises(ValueError, match="text behind the image"):
+    with inject(model, fastv, 8), pytest.raises(ValueError, match="text after the image"):
         model.generate(
             **processor(text=["USER: <image>"], images=[picture(0)], return_tensors="pt"),
             max_new_tokens=1,

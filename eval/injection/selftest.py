@@ -195,8 +195,8 @@ class _Case:
             states = _run(model, states, positions).hidden_states[layer]
             model = copy.deepcopy(model)
             model.layers = model.layers[layer:]
-        count = int(stays.sum())
-        positions = positions[..., :count] if self._compact and not layer else positions[..., stays]
+        compact = self.adapter.POSITIONS[0] == "compact" and not layer
+        positions = positions[..., : int(stays.sum())] if compact else positions[..., stays]
         hidden = _run(model, states[:, stays], positions).last_hidden_state
         return self.model.lm_head(hidden[0, -len(new) - 1 :])
 
