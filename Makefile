@@ -41,7 +41,7 @@ sweep: $(READY)  ## run the grid of EXPERIMENT (default: shapes); takes Hydra ov
 test: $(READY)  ## run the tests
 	$(PYTHON) -m pytest
 
-# the tested releases of transformers, as in eval/injection/contract.py
+# the tested releases of transformers, as in eval/families/contract.py
 MATRIX := 5.0.0 5.17.0 5.23.0 5.24.0
 INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry.py \
 	tests/test_families.py tests/test_bench.py

@@ -1,6 +1,6 @@
 """Model families: everything that is known of one family stands in its file.
 
-A new family is a file here with a `FAMILY` and a line in `MODULES`; CONTRIBUTING.md says more.
+A new family is a file here with a `FAMILY` and a line in `MODULES`.
 """
 
 import importlib
