@@ -30,7 +30,8 @@ def load(
     """The model, ready to answer, and its processor; fields as in `secateur.models.PrunedModel`.
 
     Raises:
-        FileNotFoundError: the checkpoint is neither on disk nor reachable, or its files are damaged.
+        FileNotFoundError: the checkpoint is neither on disk nor reachable, or its files are
+            damaged.
         ValueError: unknown weights or resize.
     """
     if weights == "random":
@@ -62,7 +63,7 @@ def load(
 
 
 def _backend(resize: str) -> dict[str, Any]:
-    """The keyword of `AutoImageProcessor` for a backend; its name differs in early releases of 5."""
+    """The keyword of `AutoImageProcessor` for a backend; early releases of 5 name it otherwise."""
     if resize not in ("pil", "torchvision"):
         raise ValueError(f"model.resize={resize!r} is not one of pil, torchvision")
     known = hasattr(image_processing_auto, "_resolve_backend")

@@ -21,8 +21,8 @@ class ContractError(ValueError):
 
     def __init__(self, lacking: str) -> None:
         super().__init__(
-            f"{lacking}, which injection reads. Pass the model itself, without a wrapper; if it has "
-            f"none, transformers {transformers.__version__} names it otherwise: {cure()}"
+            f"{lacking}, which injection reads. Pass the model itself, without a wrapper; if it "
+            f"has none, transformers {transformers.__version__} names it otherwise: {cure()}"
         )
 
 
@@ -84,7 +84,8 @@ class Arguments:
         if len(read) < len(args) + len(kwargs):
             raise ValueError(
                 f"a call with {len(args)} arguments by position and {', '.join(kwargs) or 'none'} "
-                f"by keyword does not fit the signature ({', '.join(self._order)}), or gives an argument twice"
+                f"by keyword does not fit the signature ({', '.join(self._order)}), or "
+                "gives an argument twice"
             )
         return read
 

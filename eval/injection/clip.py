@@ -15,7 +15,7 @@ _QUESTIONS = 2**14  # kept in memory, more than a task has: 3 KB each
 
 
 class ClipRelevance(nn.Module):
-    """The parts of CLIP that a model with its vision tower lacks: the text tower and both projections.
+    """The parts of CLIP beside its vision tower: the text tower and both projections.
 
     As in the released code of CDPruner (arXiv 2506.10967), but in float32 whatever the model's
     dtype, the norm after the vision tower included. A model that trained its tower further, as
@@ -44,10 +44,13 @@ class ClipRelevance(nn.Module):
         revision: str = "main",
         device: str | torch.device = "cpu",
     ) -> "ClipRelevance":
-        """The CLIP of a hub id or in a folder (absolute, or relative to the working directory or the project).
+        """The CLIP of a hub id or in a folder.
+
+        A folder is absolute, or relative to the working directory or the project.
 
         Raises:
-            FileNotFoundError: the checkpoint is neither on disk nor reachable, or its files are damaged.
+            FileNotFoundError: the checkpoint is neither on disk nor reachable, or its files are
+                damaged.
             ValueError: it lacks a part of CLIP, or the tokenizer.
         """
         place = str(locate(pretrained))
@@ -61,7 +64,8 @@ class ClipRelevance(nn.Module):
                 not_loaded(pretrained, revision, error, "model.clip")
             ) from error
         model, report = loaded
-        # transformers draws missing weights at random, and makes up an empty tokenizer, without an error
+        # transformers draws missing weights at random, and makes an empty tokenizer, without an
+        # error
         if missing := report["missing_keys"]:
             raise ValueError(
                 f"{pretrained} is no complete CLIP: {len(missing)} weights are missing, "
@@ -87,8 +91,8 @@ class ClipRelevance(nn.Module):
         width, expected = encoder_features.shape[-1], self.visual_projection.in_features
         if width != expected:
             raise ValueError(
-                f"the model's vision tower is {width} wide, that of this CLIP {expected}: relevance "
-                "in CLIP's space needs the CLIP that the model has its vision tower from"
+                f"the model's vision tower is {width} wide, that of this CLIP {expected}: "
+                "relevance in CLIP's space needs the CLIP that the model has its vision tower from"
             )
         return self.visual_projection(
             self.post_layernorm(encoder_features.to(self.visual_projection.weight))

@@ -36,7 +36,7 @@ class ImageCache:
         arguments: dict[str, Any],
         encode: Callable[[frozenset[str]], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """The tensors of one image, from the cache or from `encode`, with the captures in `needs`."""
+        """The tensors of one image with the captures in `needs`, cached or from `encode`."""
         self.asked |= needs
         pixels = [value for _, value in sorted(arguments.items()) if isinstance(value, Tensor)]
         names = {_CAPTURE + need for need in needs - {"grid"}}  # a shape, no tensor

@@ -263,16 +263,16 @@ class InLLM(Hooks):
         counts = visual.sum(1).tolist()
         if len(set(counts)) > 1 or len(set(budgets)) > 1:
             raise ValueError(
-                f"budgets of {', '.join(map(str, budgets))} of {', '.join(map(str, counts))} visual "
-                f"tokens in the prompts of a batch: pruner {self.pruner.name!r} acts inside the "
+                f"budgets of {', '.join(map(str, budgets))} of {', '.join(map(str, counts))} "
+                f"visual tokens in the prompts of a batch: pruner {self.pruner.name!r} acts inside the "
                 "language model, where all must be equal; use batch size 1"
             )
         layers = len(self.adapter.layers)
         self.now.plan = self.pruner.schedule(counts[0], layers, budgets[0])
         if not all(0 < number < layers for number in self.now.plan):
             self.pruner.fail(
-                f"cannot act before layers {sorted(self.now.plan)}: the model has 0..{layers - 1}, and 0 "
-                "sees all tokens"
+                f"cannot act before layers {sorted(self.now.plan)}: the model has 0..{layers - 1}, "
+                "and 0 sees all tokens"
             )
 
         where = visual.nonzero()[:, 1].view(batch, -1)

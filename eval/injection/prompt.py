@@ -57,8 +57,8 @@ def place(images: list[EncodedImage], visual: Tensor) -> list[PlacedImage]:
                 "with use_cache=False the prompt comes again at every step, without its image)"
             )
         raise ValueError(
-            f"{len(positions)} image placeholders for images of {', '.join(map(str, sizes))} tokens "
-            "(beam search, or several answers per prompt, repeat the prompt without its image: "
+            f"{len(positions)} image placeholders for images of {', '.join(map(str, sizes))} "
+            "tokens (beam search, or several answers per prompt, repeat the prompt without its image: "
             "generate one answer per prompt)"
         )
     placed: list[PlacedImage] = []
