@@ -94,11 +94,11 @@ class Selection:
     features: Tensor | None = None
     space: Space = "projected"
     counts: Tensor | None = None  # [B]
-    in_order: bool = False  # True: the method's own order; False: ascending
+    custom_order: bool = False  # True: the method's own order; False: ascending
     diagnostics: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # name -> [B]
 
     def check(self, who: str, batch: int, tokens: int) -> None:
-        """Raise PrunerError unless indices are in range, distinct and ascending (unless `in_order`), and all else as declared."""
+        """Raise PrunerError unless indices are in range, distinct and ascending (unless `custom_order`), and all else as declared."""
 
         def wrong(what: str) -> typing.NoReturn:
             raise PrunerError(
@@ -140,10 +140,10 @@ class Selection:
         distinct = torch.where(real & (index != EXTRA), index, tokens + places).sort(1).values
         if bool((distinct[:, 1:] == distinct[:, :-1]).any()):
             wrong("the same token more than once, as NaN scores do")
-        if not self.in_order and bool(
+        if not self.custom_order and bool(
             ((index[:, 1:] <= index[:, :-1]) & real[:, 1:] & (index[:, :-1] != EXTRA)).any()
         ):
-            wrong("indices that do not ascend, without in_order=True")
+            wrong("indices that do not ascend, without custom_order=True")
         if self.features is not None:
             if self.features.shape[:2] != index.shape:
                 wrong(
@@ -263,12 +263,12 @@ class LayerTokens:
     visual: Tensor  # [B, n] long, positions of the visual tokens, ascending
     text: Tensor  # [B, L] True at the real positions behind the image
     hidden: Tensor | None = (
-        None  # [B, L, D] states that enter the next layer (through the final norm if `normed`)
+        None  # [B, L, D] states that enter the next layer (through the final norm if `apply_final_norm`)
     )
     attention: Tensor | None = (
         None  # [B, H, Q, L] softmax rows of the positions in `queries`, rows padded at the end
     )
-    asked: Tensor | None = None  # [B, Q] True at real rows of `attention`; None: all real
+    query_mask: Tensor | None = None  # [B, Q] True at real rows of `attention`; None: all real
     keys: Tensor | None = None  # [B, H, L, d] keys of the layer before, after the rotary embedding
 
     @property
@@ -281,11 +281,12 @@ class LayerTokens:
         return x[torch.arange(len(x), device=x.device)[:, None], self.visual]
 
     def relevance(self) -> Tensor:
-        """[B, n] attention the visual tokens get, mean over heads and asked rows."""
+        """[B, n] attention the visual tokens get, mean over heads and over the real rows."""
         assert self.attention is not None
         rows = self.attention.mean(1)
-        asked = torch.ones_like(rows[..., 0]) if self.asked is None else self.asked.to(rows.dtype)
-        received = (rows * asked[..., None]).sum(1) / asked.sum(1, keepdim=True)
+        mask = torch.ones_like(rows[..., 0])
+        mask = mask if self.query_mask is None else self.query_mask.to(rows.dtype)
+        received = (rows * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return received.gather(1, self.visual)
 
     def survivors(self, kept: Tensor) -> Tensor:
@@ -310,7 +311,7 @@ class InLLMPruner(Method):
     attention_of: ClassVar[Literal["previous", "next"]] = (
         "previous"  # layer whose rows `attention` holds
     )
-    normed: ClassVar[bool] = False  # hidden states go through the LLM's final norm first
+    apply_final_norm: ClassVar[bool] = False  # hidden states go through the LLM's final norm first
 
     @property
     def positions(self) -> Literal["original", "reindex"]:
@@ -331,7 +332,7 @@ class InLLMPruner(Method):
         """
         return text & (text.cumsum(1) == text.sum(1, keepdim=True))
 
-    def passed(self, tokens: int, keep: int) -> int:
+    def tokens_after(self, tokens: int, keep: int) -> int:
         """How many of `tokens` visual tokens go on after `prune` with `keep`; here `keep`."""
         return keep
 
@@ -339,7 +340,7 @@ class InLLMPruner(Method):
         """Visual tokens that each layer processes, by the schedule for `tokens` of them and a nominal budget `keep`."""
         plan, counts = self.schedule(tokens, layers, keep), []
         for layer in range(layers):
-            tokens = self.passed(tokens, plan[layer]) if layer in plan else tokens
+            tokens = self.tokens_after(tokens, plan[layer]) if layer in plan else tokens
             counts.append(tokens)
         return counts
 
@@ -369,7 +370,7 @@ class InLLMPruner(Method):
 
     def _check_input(self, tokens: LayerTokens, keep: int) -> None:
         sizes: dict[str, int] = {}
-        for name in ("visual", "text", *sorted(self.needs), "asked"):
+        for name in ("visual", "text", *sorted(self.needs), "query_mask"):
             tensor = getattr(tokens, name)
             if tensor is None and name in self.needs:
                 self.fail(f"needs {name!r}, which this call does not provide")
@@ -407,7 +408,7 @@ _AXES = {
     "text": ("B", "L"),
     "hidden": ("B", "L", "D"),
     "attention": ("B", "H", "Q", "L"),
-    "asked": ("B", "Q"),
+    "query_mask": ("B", "Q"),
     "keys": ("B", "G", "L", "d"),
 }
 _MAY_BE_EMPTY = ("M", "S")  # a question can have no tokens, or no segments

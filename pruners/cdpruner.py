@@ -56,7 +56,7 @@ class CDPruner(Pruner):
         picks = greedy_map(kernel, keep, fallback=relevance)
         return Selection(
             picks if self.order == "picked" else picks.sort(1).values,
-            in_order=self.order == "picked",
+            custom_order=self.order == "picked",
         )
 
     def relevance(self, tokens: VisualTokens) -> Tensor:

@@ -21,7 +21,7 @@ class Dart(SingleCut):
     Args:
         layer: 0-based layer before which the tokens go (released: 2).
         budget: `average` compares methods at an equal mean over the layers; `after` hands `keep` to the selection as it is
-            (released). Both before the rounding above, which `passed` reports.
+            (released). Both before the rounding above, which `tokens_after` reports.
         image_pivots: pivots among the visual tokens (released: 4).
         text_pivots: pivots among the positions behind the image (released: 4).
         pivot_order: order in which pivots choose: of a CPython set of the positions (released), or `sorted`.
@@ -38,14 +38,14 @@ class Dart(SingleCut):
     paper = "arXiv 2502.11494"
     status = "official"
     needs = frozenset({"hidden", "keys"})
-    normed = True
+    apply_final_norm = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.image_pivots + self.text_pivots == 0:
             self.fail("image_pivots=0 and text_pivots=0 leave no pivot")
 
-    def passed(self, tokens: int, keep: int) -> int:
+    def tokens_after(self, tokens: int, keep: int) -> int:
         if keep == tokens:
             return tokens
         pivots = self.image_pivots + self.text_pivots

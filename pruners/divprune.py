@@ -32,5 +32,5 @@ class DivPrune(Pruner):
         picks = farthest_point(distance, most_isolated(distance)[:, None], keep)
         return Selection(
             picks if self.order == "picked" else picks.sort(1).values,
-            in_order=self.order == "picked",
+            custom_order=self.order == "picked",
         )

@@ -10,9 +10,9 @@ from secateur.pruners.fields import Range
 from secateur.pruners.linalg import (
     cosine_gram,
     farthest_point,
+    gather_rows,
     merge_into_anchors,
     min_max,
-    take,
     top_k,
 )
 from secateur.pruners.relevance import clip_relevance
@@ -92,7 +92,7 @@ class FSR(Pruner):
         indices, place = picks.sort(1)
         scanned = place >= focus_count[:, None]
         dropped = torch.ones_like(phi, dtype=torch.bool).scatter_(1, indices, False)
-        affinity = take(similarity, indices).masked_fill_(
+        affinity = gather_rows(similarity, indices).masked_fill_(
             ~(scanned[:, :, None] & dropped[:, None]), -torch.inf
         )
         limit = (self.kappa * (keep - focus_count)).floor().long()

@@ -42,5 +42,5 @@ class HiPrune(Pruner):
         first = torch.zeros_like(tokens.output_attention, dtype=torch.bool).scatter(1, block, True)
         picks = top_k(tokens.output_attention.masked_fill(first, torch.inf), keep)
         if self.order == "picked":
-            return Selection(picks, in_order=True)
+            return Selection(picks, custom_order=True)
         return Selection(picks.sort(1).values)

@@ -334,13 +334,15 @@ def merge_into_anchors(
         (slot[:, None] == slots) & valid[:, None], weights.gather(1, source)[:, None], 0.0
     )  # [B, K, most]
     own = weights.gather(1, anchors)[..., None]
-    kept = take(features, anchors)
-    merged = (own * kept + inflow @ take(features, source)) / (own + inflow.sum(-1, keepdim=True))
+    kept = gather_rows(features, anchors)
+    merged = (own * kept + inflow @ gather_rows(features, source)) / (
+        own + inflow.sum(-1, keepdim=True)
+    )
     touched = inflow.sum(-1, keepdim=True) > 0
     return torch.where(touched, merged, kept), source.masked_fill(~valid, -1), slot
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` [B, K] of x [B, N, D]: [B, K, D]."""
     rows = index + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, rows.flatten()).view(*index.shape, x.shape[-1])

@@ -64,7 +64,7 @@ class PromPrune(Pruner):
         picks = concatenate_rows(salient, count, diverse)
         diagnostics = {"entropy": entropy, "saliency_ratio": ratio, "T_sal": count}
         if self.order == "official":
-            return Selection(picks, in_order=True, diagnostics=diagnostics)
+            return Selection(picks, custom_order=True, diagnostics=diagnostics)
         return Selection(picks.sort(1).values, diagnostics=diagnostics)
 
     def saliency_ratio(self, entropy: Tensor) -> Tensor:

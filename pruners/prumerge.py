@@ -6,7 +6,7 @@ from torch import Tensor
 
 from secateur.pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
 from secateur.pruners.fields import Range
-from secateur.pruners.linalg import complement, normalize, take, top_k
+from secateur.pruners.linalg import complement, gather_rows, normalize, top_k
 
 
 @register("prumerge")
@@ -51,7 +51,7 @@ class PruMerge(Pruner):
         keys = normalize(tokens.last_keys[:, 1:])
         # columns in the order of the candidates: other centres first, then the rest ascending
         columns = order[:, None].expand(-1, width, -1)
-        similarity = (take(keys, centres) @ keys.transpose(1, 2)).gather(2, columns)
+        similarity = (gather_rows(keys, centres) @ keys.transpose(1, 2)).gather(2, columns)
         itself = torch.eye(order.shape[1], dtype=torch.bool, device=order.device)[:width]
         near = top_k(
             similarity.masked_fill_(itself, -torch.inf), min(self.neighbours, order.shape[1] - 1)
@@ -60,18 +60,20 @@ class PruMerge(Pruner):
         spread = torch.zeros_like(similarity).scatter_(
             2, near, attention[:, None].expand_as(similarity).gather(2, near)
         )
-        merged = take(features, centres) + spread @ features
+        merged = gather_rows(features, centres) + spread @ features
         loose = torch.zeros_like(attention).scatter_(1, order, attention.gather(1, order) * ~inside)
         extra = loose[:, None] @ features
         places = torch.cat([centres, torch.full_like(order[:, :1], EXTRA)], 1)
         merged = torch.cat([merged, extra], 1)
         if counts is None:
-            return Selection(places, merged, "encoder", in_order=True)
+            return Selection(places, merged, "encoder", custom_order=True)
         # the sum follows the last centre of its row, padding comes behind it
         last = torch.arange(width + 1, device=order.device)
         column = torch.where(last == counts[:, None], width, last)
         places = places.gather(1, column).masked_fill(last > counts[:, None], 0)
-        return Selection(places, take(merged, column), "encoder", counts + 1, in_order=True)
+        return Selection(
+            places, gather_rows(merged, column), "encoder", counts + 1, custom_order=True
+        )
 
     def attention(self, tokens: VisualTokens) -> Tensor:
         """Step 1: [B, N] softmax attention of CLS over all rows, patch columns."""

@@ -8,11 +8,11 @@ from torch import Tensor
 from secateur.pruners.base import EXTRA, Pruner, Selection, Status, VisualTokens, register
 from secateur.pruners.linalg import (
     cosine_gram,
+    gather_rows,
     largest_remainder,
     mean_similarity,
     non_maximum_suppression,
     principal_axes,
-    take,
     top_k,
 )
 
@@ -92,15 +92,15 @@ class PruneSID(Pruner):
         picks = result.picks if in_groups else result.picks.sort(1).values
         diagnostics = {"rho": result.redundancy, "survivors": result.survivors.sum(1)}
         if not self._cls:
-            return Selection(picks, in_order=in_groups, diagnostics=diagnostics)
+            return Selection(picks, custom_order=in_groups, diagnostics=diagnostics)
         assert tokens.cls_token is not None
-        features = torch.cat([tokens.cls_token[:, None], take(x, picks)], 1)
+        features = torch.cat([tokens.cls_token[:, None], gather_rows(x, picks)], 1)
         extra = picks.new_full((len(picks), 1), EXTRA)
         return Selection(
             torch.cat([extra, picks], 1),
             features,
             "encoder",
-            in_order=in_groups,
+            custom_order=in_groups,
             diagnostics=diagnostics,
         )
 

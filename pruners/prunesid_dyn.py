@@ -61,7 +61,7 @@ class PruneSIDDyn(PruneSID):
             torch.cat(features) if features else None,
             rows[0].space,
             counts=budgets,
-            in_order=any(row.in_order for row in rows),
+            custom_order=any(row.custom_order for row in rows),
             diagnostics={"phi": phi}
             | {
                 name: torch.cat([row.diagnostics[name] for row in rows])

@@ -45,5 +45,5 @@ class Scope(Pruner):
             cosine_gram(tokens.encoder_features), weights, keep, additive=self.combine == "add"
         )
         if self.order == "picked":
-            return Selection(picks, in_order=True)
+            return Selection(picks, custom_order=True)
         return Selection(picks.sort(1).values)

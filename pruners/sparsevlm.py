@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur.pruners.base import EXTRA, InLLMPruner, LayerTokens, Selection, register
 from secateur.pruners.fields import Range
-from secateur.pruners.linalg import complement, take, top_k
+from secateur.pruners.linalg import complement, gather_rows, top_k
 
 # budget at 576 visual tokens -> tokens kept at each stage, before merging
 _KEPT = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
@@ -19,7 +19,7 @@ class SparseVLM(InLLMPruner):
     """Visual tokens that question words related to the image attend to; the best of the rest merged into cluster means.
 
     Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025,
-    arXiv 2410.04417, with the released code's fixed counts. Merged tokens follow the kept ones; `passed` counts both.
+    arXiv 2410.04417, with the released code's fixed counts. Merged tokens follow the kept ones; `tokens_after` counts both.
 
     Args:
         stages: 0-based layers before which tokens go, ranked by the attention of the layer before (released: behind 2, 6, 15).
@@ -69,16 +69,16 @@ class SparseVLM(InLLMPruner):
         plan = {}
         for stage, count in zip(self.stages, kept, strict=True):
             plan[stage] = max(1, min(count, tokens - 1))
-            tokens = self.passed(tokens, plan[stage])
+            tokens = self.tokens_after(tokens, plan[stage])
         return plan
 
-    def passed(self, tokens: int, keep: int) -> int:
+    def tokens_after(self, tokens: int, keep: int) -> int:
         return keep + _merged(tokens - keep) * self.merge
 
     def queries(self, embeddings: Tensor, visual: Tensor, text: Tensor) -> Tensor:
         """Text positions that the image points at above average: softmax over text of image . text, mean over the image."""
         embeddings = embeddings.float()
-        products = take(embeddings, visual) @ embeddings.transpose(1, 2)
+        products = gather_rows(embeddings, visual) @ embeddings.transpose(1, 2)
         share = products.masked_fill(~text[:, None], -torch.inf).softmax(2).mean(1)
         raters = text & (share > share.sum(1, keepdim=True) / text.sum(1, keepdim=True))
         return torch.where(raters.any(1, keepdim=True), raters, text)
@@ -92,10 +92,12 @@ class SparseVLM(InLLMPruner):
         states = tokens.visual_rows(tokens.hidden)
         dropped = complement(kept, tokens.shape[1])
         best = top_k(relevance.gather(1, dropped), int(0.3 * dropped.shape[1]) + 1)
-        merged = self.cluster(take(states, dropped.gather(1, best)), _merged(dropped.shape[1]))
+        merged = self.cluster(
+            gather_rows(states, dropped.gather(1, best)), _merged(dropped.shape[1])
+        )
         indices = torch.cat([kept, torch.full_like(merged[..., 0], EXTRA, dtype=torch.long)], 1)
         return Selection(
-            indices, torch.cat([take(states, kept), merged], 1), "hidden", in_order=True
+            indices, torch.cat([gather_rows(states, kept), merged], 1), "hidden", custom_order=True
         )
 
     def cluster(self, x: Tensor, clusters: int) -> Tensor:
@@ -111,7 +113,7 @@ class SparseVLM(InLLMPruner):
         furthest = distance.amax((1, 2), keepdim=True)
         separation = torch.where(denser, distance, furthest).amin(2)
         centres = top_k(separation * density, clusters)
-        joined = take(distance, centres).argmin(1)
+        joined = gather_rows(distance, centres).argmin(1)
         joined = joined.scatter(
             1, centres, torch.arange(clusters, device=x.device).expand_as(centres)
         )

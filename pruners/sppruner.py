@@ -13,9 +13,9 @@ from secateur.pruners.linalg import (
     cosine_gram,
     evenly_spaced,
     farthest_point,
+    gather_rows,
     merge_into_anchors,
     min_max,
-    take,
     top_k,
 )
 from secateur.pruners.relevance import clip_relevance, embedding_relevance, range_over_image
@@ -115,7 +115,7 @@ class SPpruner(Pruner):
         receives = none.scatter(1, context, True).gather(1, indices)
         dropped = ~none.scatter(1, indices, True)
         near = within_radius(indices, tokens.grid, self.merge_radius)
-        affinity = take(similarity, indices).masked_fill_(
+        affinity = gather_rows(similarity, indices).masked_fill_(
             ~(receives[..., None] & dropped[:, None] & near), -torch.inf
         )
         limit = min(floor(self.merge_factor * context.shape[1]), phi.shape[1])

@@ -5,7 +5,7 @@ import torch
 
 from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 from secateur.pruners.fields import Range
-from secateur.pruners.linalg import cosine_gram, farthest_point, take, top_k
+from secateur.pruners.linalg import cosine_gram, farthest_point, gather_rows, top_k
 from secateur.pruners.relevance import mean_text, text_mask
 
 
@@ -43,8 +43,8 @@ class TrimTokenator(Pruner):
         asked = text_mask(tokens).any(1, keepdim=True)
         order = torch.where(asked, top_k(alignment, count), raster)  # numbers the tokens of stage 2
         stays = (raster < max(int(self.survivors * count), keep)) | ~asked
-        similarity = take(
-            take(cosine_gram(tokens.features, eps=1e-8), order).transpose(1, 2), order
+        similarity = gather_rows(
+            gather_rows(cosine_gram(tokens.features, eps=1e-8), order).transpose(1, 2), order
         )
         first = (
             (similarity @ stays[..., None].float())[..., 0].masked_fill(~stays, torch.inf).argmin(1)
@@ -53,5 +53,5 @@ class TrimTokenator(Pruner):
         picks = order.gather(1, farthest_point(distance, first[:, None], keep, update=torch.add))
         return Selection(
             picks if self.order == "picked" else picks.sort(1).values,
-            in_order=self.order == "picked",
+            custom_order=self.order == "picked",
         )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur.pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
 from secateur.pruners.fields import Range
-from secateur.pruners.linalg import complement, normalize, take, top_k
+from secateur.pruners.linalg import complement, gather_rows, normalize, top_k
 
 
 @register("visionzip")
@@ -50,20 +50,25 @@ class VisionZip(Pruner):
         dominant = self.dominant(tokens, keep - context - self.keep_cls)
         rest = complement(dominant, count)
         targets, others = self.split(rest, context)
-        merged = take(tokens.encoder_features, targets)
+        merged = gather_rows(tokens.encoder_features, targets)
         if context:
             member = torch.nn.functional.one_hot(self.assign(tokens, targets, others), context).to(
                 merged.dtype
             )
-            sums = member.transpose(1, 2) @ take(tokens.encoder_features, others)
+            sums = member.transpose(1, 2) @ gather_rows(tokens.encoder_features, others)
             merged = merged + sums / member.sum(1).clamp_min(1)[..., None]
         ascending = dominant.sort(1).values
-        indices, features = [ascending, targets], [take(tokens.encoder_features, ascending), merged]
+        indices, features = (
+            [ascending, targets],
+            [gather_rows(tokens.encoder_features, ascending), merged],
+        )
         if self.keep_cls:
             assert tokens.cls_token is not None
             indices.insert(0, torch.full_like(rest[:, :1], EXTRA))
             features.insert(0, tokens.cls_token[:, None])
-        return Selection(torch.cat(indices, 1), torch.cat(features, 1), "encoder", in_order=True)
+        return Selection(
+            torch.cat(indices, 1), torch.cat(features, 1), "encoder", custom_order=True
+        )
 
     def dominant(self, tokens: VisualTokens, count: int) -> Tensor:
         """Step 1: patches of largest attention summed over heads, descending, [B, count]."""
@@ -88,4 +93,6 @@ class VisionZip(Pruner):
                 f"the {heads} heads"
             )
         metric = normalize(keys[:, -count:].unflatten(2, (heads, -1)).mean(2))
-        return (take(metric, others) @ take(metric, targets).transpose(1, 2)).argmax(2)
+        return (gather_rows(metric, others) @ gather_rows(metric, targets).transpose(1, 2)).argmax(
+            2
+        )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from secateur.pruners.base import Pruner, Selection, VisualTokens, register
 from secateur.pruners.fields import Range
-from secateur.pruners.linalg import cosine_gram, take, top_k
+from secateur.pruners.linalg import cosine_gram, gather_rows, top_k
 
 
 @register("vispruner")
@@ -46,13 +46,14 @@ class VisPruner(Pruner):
                 [
                     picks,
                     rest.gather(
-                        1, self.thin_out(take(tokens.encoder_features, rest), keep - important)
+                        1,
+                        self.thin_out(gather_rows(tokens.encoder_features, rest), keep - important),
                     ),
                 ],
                 1,
             )
         if self.order == "picked":
-            return Selection(picks, in_order=True)
+            return Selection(picks, custom_order=True)
         return Selection(picks.sort(1).values)
 
     def thin_out(self, x: Tensor, keep: int) -> Tensor:

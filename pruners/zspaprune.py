@@ -59,7 +59,7 @@ class ZSPAPrune(Pruner):
         picks = farthest_point(distance, seeds, keep, count, update=RULES[self.diversity_rule])
         return Selection(
             picks if self.order == "picked" else picks.sort(1).values,
-            in_order=self.order == "picked",
+            custom_order=self.order == "picked",
         )
 
     def relevance(self, tokens: VisualTokens) -> Tensor:

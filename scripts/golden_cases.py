@@ -215,7 +215,7 @@ def _dart(case: Case, t: Tensors) -> list[Comparison]:
         Comparison("retained_sorted", kept, t["retained_sorted"]),
         Comparison(
             "retained",
-            torch.tensor(pruner.passed(visual.shape[1], case["budget"])),
+            torch.tensor(pruner.tokens_after(visual.shape[1], case["budget"])),
             torch.tensor(case["retained"]),
         ),
     ]

@@ -74,7 +74,7 @@ def layer_tokens(
         text=(torch.arange(length) >= 3 + count).repeat(batch, 1),
         hidden=states.features,
         attention=torch.zeros_like(attention) if kind == "no_saliency" else attention,
-        asked=torch.tensor([[True, False]]).repeat(batch, 1),
+        query_mask=torch.tensor([[True, False]]).repeat(batch, 1),
         keys=torch.zeros_like(keys) if kind == "zero" else keys,
     )
 

@@ -33,7 +33,7 @@ class Fixed(Pruner):
     """Keeps given rows of indices, or shifts one list along the batch."""
 
     rows: tuple[tuple[int, ...], ...] = ()
-    in_order: bool = False
+    custom_order: bool = False
     counts: tuple[int, ...] | None = None
 
     name = "fixed"
@@ -46,7 +46,7 @@ class Fixed(Pruner):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         counts = None if self.counts is None else torch.tensor(self.counts)
-        return Selection(torch.tensor(self.rows), in_order=self.in_order, counts=counts)
+        return Selection(torch.tensor(self.rows), custom_order=self.custom_order, counts=counts)
 
 
 def encode(processor, batch: int, images_each: int = 1):
@@ -123,7 +123,7 @@ class TestAnswers:
     def test_an_official_order_reaches_the_model(self, model, processor, batch, positions):
         inputs = encode(processor, batch)
         rows = ((9, 0, 15, 4), (2, 11, 1, 7))[:batch]
-        with inject(model, Fixed(rows, in_order=True), 4, positions):
+        with inject(model, Fixed(rows, custom_order=True), 4, positions):
             pruned = model.generate(**inputs, **STEPS)
         new = pruned.sequences[:, inputs["input_ids"].shape[1] :]
         want = reference(model, inputs, [list(row) for row in rows], new, positions)

@@ -63,13 +63,13 @@ class Spy(InLLMPruner):
     needs = property(lambda self: self.inner.needs)  # type: ignore[assignment]
     positions = property(lambda self: self.inner.positions)  # type: ignore[assignment]
     attention_of = property(lambda self: self.inner.attention_of)  # type: ignore[assignment]
-    normed = property(lambda self: self.inner.normed)  # type: ignore[assignment]
+    apply_final_norm = property(lambda self: self.inner.apply_final_norm)  # type: ignore[assignment]
 
     def schedule(self, tokens: int, layers: int, keep: int) -> dict[int, int]:
         return self.inner.schedule(tokens, layers, keep)
 
-    def passed(self, tokens: int, keep: int) -> int:
-        return self.inner.passed(tokens, keep)
+    def tokens_after(self, tokens: int, keep: int) -> int:
+        return self.inner.tokens_after(tokens, keep)
 
     def queries(self, embeddings: Tensor, visual: Tensor, text: Tensor) -> Tensor:
         return self.inner.queries(embeddings, visual, text)
@@ -169,7 +169,9 @@ def reference(
                     LayerTokens(
                         visual=torch.tensor([visual]),
                         text=torch.tensor([[i > visual[-1] for i in range(length)]]),
-                        hidden=(language.norm(hidden) if pruner.normed else hidden)[:, :length],
+                        hidden=(language.norm(hidden) if pruner.apply_final_norm else hidden)[
+                            :, :length
+                        ],
                         attention=weights[:, :, [length + i for i in asked], :length],
                         keys=cache.layers[number - 1].keys[:, :, :length],
                     ),
@@ -446,7 +448,7 @@ def test_nothing_is_left_behind(model, processor):
         (Planned(rows=((0, 0, 1),)), "more than once"),
         (Planned(rows=((0, 1, N),)), "outside 0..15"),
         (Planned(rows=((0, 1),)), "let 2 of 16 tokens pass before layer 1; its schedule says 3"),
-        (Planned(rows=((0, 5, 2),), answer={"in_order": True}), "do not ascend"),
+        (Planned(rows=((0, 5, 2),), answer={"custom_order": True}), "do not ascend"),
         (Planned(rows=((0, 2, 5),), answer={"counts": torch.tensor([2])}), "its schedule says 3"),
         (Planned(rows=((0, 2, 5),), answer={"features": torch.zeros(1, 3, 64)}), "'projected'"),
         (Planned(count=N + 1), "cannot keep 17 of 16"),

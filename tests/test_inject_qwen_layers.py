@@ -57,7 +57,9 @@ def layered(
                     LayerTokens(
                         visual=visual[None],
                         text=(torch.arange(length) > visual[-1])[None],
-                        hidden=(language.norm(hidden) if pruner.normed else hidden)[:, :length],
+                        hidden=(language.norm(hidden) if pruner.apply_final_norm else hidden)[
+                            :, :length
+                        ],
                         attention=weights[:, :, length + asked, :length],
                         keys=cache.layers[number - 1].keys[:, :, :length],
                     ),

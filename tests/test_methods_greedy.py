@@ -194,8 +194,8 @@ def test_prunesid_leaves_the_global_generator_alone():
 def test_prunesid_qwen_official_order_depends_on_the_budget():
     tokens = VisualTokens(features=noise(1, 400, 64))
     pruner = build("prunesid", variant="qwen", order="official")
-    assert pruner.prune(tokens, 150).in_order
-    assert not pruner.prune(tokens, 151).in_order
+    assert pruner.prune(tokens, 150).custom_order
+    assert not pruner.prune(tokens, 151).custom_order
 
 
 def test_prunesid_dyn_gives_redundant_images_less():

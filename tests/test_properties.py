@@ -61,7 +61,7 @@ def promise(selection: Selection, batch: int, count: int, passed: int, adaptive:
         patches = [i for i in row[:n] if i != EXTRA]
         assert all(0 <= i < count for i in patches)
         assert len(set(patches)) == len(patches)
-        assert selection.in_order or patches == sorted(patches)
+        assert selection.custom_order or patches == sorted(patches)
     if selection.features is None:
         assert bool((index != EXTRA).all())
     else:
@@ -151,7 +151,7 @@ def test_contract_inside(
     keep = data.draw(st.integers(1, count))
     before = copy(tokens)
     selection = pruner.prune(tokens, keep)
-    promise(selection, batch, count, pruner.passed(count, keep), pruner.adaptive)
+    promise(selection, batch, count, pruner.tokens_after(count, keep), pruner.adaptive)
     assert same(selection, pruner.prune(tokens, keep))
     assert all(torch.equal(before[key], value) for key, value in copy(tokens).items())
 
@@ -425,7 +425,9 @@ def test_tokens_by_layer(name: str) -> None:
     assert counts[: min(plan)] == [576] * min(plan)
     for layer in range(1, 32):
         after = (
-            pruner.passed(counts[layer - 1], plan[layer]) if layer in plan else counts[layer - 1]
+            pruner.tokens_after(counts[layer - 1], plan[layer])
+            if layer in plan
+            else counts[layer - 1]
         )
         assert counts[layer] == after
     assert pruner.average(576, 32, 192) == sum(counts) / 32

@@ -143,7 +143,7 @@ def test_dart() -> None:
 
 @pytest.mark.parametrize(("budget", "kept"), [(192, 196), (128, 132), (64, 68)])
 def test_dart_passes_more_than_its_budget(budget: int, kept: int) -> None:
-    assert build("dart").passed(576, budget) == kept
+    assert build("dart").tokens_after(576, budget) == kept
 
 
 def test_pyramiddrop_of_the_paper() -> None:
@@ -172,7 +172,7 @@ def test_pyramiddrop_at_equal_averages(budget: int, plan: dict) -> None:
 def test_sparsevlm_counts(budget: int, counts: list[int]) -> None:
     pruner, tokens, passed = build("sparsevlm"), 576, []
     for keep in pruner.schedule(576, 32, budget).values():
-        tokens = pruner.passed(tokens, keep)
+        tokens = pruner.tokens_after(tokens, keep)
         passed.append(tokens)
     assert passed == counts
 

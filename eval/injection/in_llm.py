@@ -136,7 +136,7 @@ class LayerCaptures:
         if "keys" in needs:
             keys = self.adapter.heads(number - 1, self.projected["keys", number - 1], rotary)
         if "hidden" in needs:
-            states = self.adapter.normed(hidden) if self.pruner.normed else hidden
+            states = self.adapter.normed(hidden) if self.pruner.apply_final_norm else hidden
         self.projected.clear()
         # padding goes to the end: a method that reads positions, as DART does, must not see the
         # lengths of other prompts
@@ -148,7 +148,7 @@ class LayerCaptures:
             attention=None
             if attention is None
             else gather_rows(attention.transpose(1, 3), front).transpose(1, 3),
-            asked=asked,
+            query_mask=asked,
             keys=None if keys is None else gather_rows(keys.transpose(1, 2), front).transpose(1, 2),
         )
 
@@ -312,7 +312,7 @@ class InLLM(Hooks):
         index, count, passed = (
             selection.indices,
             tokens.shape[1],
-            self.pruner.passed(tokens.shape[1], keep),
+            self.pruner.tokens_after(tokens.shape[1], keep),
         )
         if selection.counts is not None or index.shape[1] != passed:
             self.pruner.fail(
