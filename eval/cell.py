@@ -173,11 +173,11 @@ def _flops(model: "PrunedModel", rows: "pd.DataFrame") -> dict[str, float | None
 
     from secateur.efficiency.flops import conventions, count_row
 
-    method, config, found = model.method.name, model.model.config, []
+    config, found = model.model.config, []
     for row in rows.to_dict("records"):
         text = row["prompt_tokens"] - row["layer_tokens"][0]
         habits = conventions(config, row["layer_tokens"], text, row["crops"])
-        count = count_row(config, row, method)  # type: ignore[arg-type]
+        count = count_row(config, row, model.method)  # type: ignore[arg-type]
         found.append(
             count.record() | {name: habits[name] for name in ("macs_visual", "flops_prompt")}
         )

@@ -25,17 +25,9 @@ from secateur.pruners import (
     vispruner,
     zspaprune,
 )
-from secateur.pruners.base import (
-    EXTRA,
-    REGISTRY,
-    InLLMPruner,
-    LayerTokens,
-    Pruner,
-    PrunerError,
-    Selection,
-    VisualTokens,
-    build,
-)
+from secateur.pruners.base import EXTRA, Pruner, PrunerError, Selection, VisualTokens
+from secateur.pruners.in_llm import InLLMPruner, LayerTokens
+from secateur.pruners.registry import REGISTRY, build
 
 __all__ = [
     "EXTRA",

@@ -1,62 +1,55 @@
-"""The contract between pruning maths and everything else: tensors in, indices out. Knows no model."""
+"""The contract of the pruners before the LLM: tensors in, indices out. It knows no model."""
 
 import dataclasses
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from functools import cache
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from secateur.pruners.fields import Range, describe, fits
-
-EXTRA = (
-    -1
-)  # index of an output token that stands for no single patch (a kept CLS token, PruMerge's sum)
+# index of an output token that stands for no single patch: a kept CLS token, PruMerge's sum
+EXTRA = -1
 Status = Literal["official", "paper", "secondary", "reconstruction", "baseline"]
 Space = Literal["encoder", "projected", "hidden"]
 
 
 class PrunerError(ValueError):
-    """A pruner was asked for the impossible, fed wrong tensors, or answered wrongly."""
+    """A wrong option, budget or input of a pruner, or a wrong answer of its `select`."""
 
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """What a pruner may look at, for B images (or crops) of N tokens each; only the captures it `needs` are filled.
+    """What a pruner may look at, for B images (or crops) of N tokens each.
 
-    All rows share N and the grid. Without a CLS token (Qwen) `saliency` is the attention a token receives.
+    Only the captures that the pruner `needs` are filled. All rows share N and the grid. Without a
+    CLS token (Qwen) `saliency` is the attention that a token receives.
     """
 
     features: Tensor  # [B, N, D] projected tokens, LLM width
     grid: tuple[int, int] | None = None  # (rows, columns), rows * columns = N, raster order
     encoder_features: Tensor | None = None  # [B, N, C] what the projector receives
-    cls_token: Tensor | None = None  # [B, C] hidden state of the CLS row beside encoder_features
-    saliency: Tensor | None = (
-        None  # [B, H, N] per head: softmax attention CLS -> patch, CLS column dropped, not renormalised
-    )
-    object_attention: Tensor | None = (
-        None  # [B, N] attention received in a middle block, mean over heads and all queries
-    )
+    cls_token: Tensor | None = None  # [B, C] hidden state of CLS, same layer as encoder_features
+    # [B, H, N] softmax attention CLS -> patch per head; CLS column dropped, not renormalised
+    saliency: Tensor | None = None
+    # [B, N] attention received in a middle block, mean over heads and all queries
+    object_attention: Tensor | None = None
     output_attention: Tensor | None = None  # [B, N] the same in the block of encoder_features
-    encoder_keys: Tensor | None = (
-        None  # [B, 1+N, C] k_proj output in the block of encoder_features, first CLS if there is one
-    )
+    # [B, 1+N, C] k_proj output in the block of encoder_features; CLS first if there is one
+    encoder_keys: Tensor | None = None
     last_queries: Tensor | None = None  # [B, 1+N, C] q_proj output of the encoder's last block
     last_keys: Tensor | None = None  # [B, 1+N, C] k_proj output of the encoder's last block
-    text_embeddings: Tensor | None = (
-        None  # [B, M, D] question tokens in LLM space, rows padded at the end
-    )
-    text_mask: Tensor | None = None  # [B, M] True for real question tokens; None: all real
+    # [B, M, D] question tokens in LLM space, rows padded at the end
+    text_embeddings: Tensor | None = None
+    text_mask: Tensor | None = None  # [B, M] True for real question tokens; None: all are real
     clip_patches: Tensor | None = None  # [B, N, P] patches in CLIP's joint space
     clip_text: Tensor | None = None  # [B, S, P] question segments in CLIP's joint space
-    relevance: Tensor | None = (
-        None  # [B, N] relevance to the question, where the caller scores it himself
-    )
-    image_of_row: tuple[int, ...] | None = (
-        None  # which image each row is a crop of; None: every row its own image
-    )
+    # [B, N] relevance to the question, when the caller supplies it
+    relevance: Tensor | None = None
+    # the image that each row is a crop of; None: every row is its own image
+    image_of_row: tuple[int, ...] | None = None
     sample_ids: tuple[str, ...] | None = None  # "document|crop" per row, seeds random choices
 
     @property
@@ -73,7 +66,7 @@ class VisualTokens:
         }
 
     def in_float32(self) -> "VisualTokens":
-        """The same with every floating capture in contiguous float32, the precision all scoring runs in."""
+        """A copy whose floating captures are contiguous float32, the precision of all scoring."""
         tensors = {
             name: t.float().contiguous() if t.is_floating_point() else t
             for name, t in self.tensors().items()
@@ -83,11 +76,12 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tokens go on, in the order the LLM receives them.
+    """The tokens that the LLM receives, in that order.
 
-    `features` replaces the tokens where a method merges or adds; `space` tells whether it is [B, K, C] for the projector,
-    [B, K, D] behind it, or hidden states inside the LLM. Adaptive methods give `counts`; places of a row behind its count are
-    padding (index 0).
+    `features` replaces the kept tokens when a method merges or adds. `space` says what they are:
+    `encoder` [B, K, C] enter the projector, `projected` [B, K, D] left it, `hidden` are states
+    inside the LLM. An adaptive method gives `counts`; a row's places after its count are padding
+    (index 0).
     """
 
     indices: Tensor  # [B, K] long, positions in 0..N-1 or EXTRA
@@ -97,23 +91,36 @@ class Selection:
     custom_order: bool = False  # True: the method's own order; False: ascending
     diagnostics: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # name -> [B]
 
-    def check(self, who: str, batch: int, tokens: int) -> None:
-        """Raise PrunerError unless indices are in range, distinct and ascending (unless `custom_order`), and all else as declared."""
+    @classmethod
+    def ordered(cls, picks: Tensor, custom_order: bool, **rest: Any) -> "Selection":
+        """`picks` [B, K] as they are with `custom_order`, else ascending."""
+        indices = picks if custom_order else picks.sort(1).values
+        return cls(indices, custom_order=custom_order, **rest)
+
+    def check(self, pruner: str, batch: int, tokens: int) -> None:
+        """Check the answer of `pruner` for `batch` images of `tokens` tokens.
+
+        Raises:
+            PrunerError: indices out of range, repeated, or not ascending without `custom_order`;
+                a wrong shape, dtype, space or count; features that are not finite.
+        """
 
         def wrong(what: str) -> typing.NoReturn:
             raise PrunerError(
-                f"pruner {who!r} returned {what}, for {batch} images of {tokens} tokens; its select() is wrong"
+                f"pruner {pruner!r} returned {what}, for {batch} images of {tokens} tokens; "
+                "its select() is wrong"
             )
 
         index = self.indices
         if index.dtype != torch.long or index.dim() != 2 or index.shape[0] != batch:
             wrong(
-                f"indices of shape {tuple(index.shape)} and dtype {index.dtype}, expected [{batch}, K] of torch.int64"
+                f"indices of shape {tuple(index.shape)} and dtype {index.dtype}, "
+                f"expected [{batch}, K] of torch.int64"
             )
         if index.shape[1] == 0:
             wrong("no indices at all")
-        if not fits(Space, self.space):
-            wrong(f"space={self.space!r}, which is not {describe(Space)}")
+        if self.space not in typing.get_args(Space):
+            wrong(f"space={self.space!r}, which is not one of {typing.get_args(Space)}")
         per_row = {f"diagnostic {name!r}": values for name, values in self.diagnostics.items()}
         for what, values in (
             per_row | ({} if self.counts is None else {"counts": self.counts})
@@ -133,7 +140,8 @@ class Selection:
         low = EXTRA if self.features is not None else 0
         if bool(((index < low) | (index >= tokens))[real].any()):
             wrong(
-                f"an index outside {low}..{tokens - 1}: {index[real].min().item()}..{index[real].max().item()}"
+                f"an index outside {low}..{tokens - 1}: "
+                f"{index[real].min().item()}..{index[real].max().item()}"
             )
         # padding and EXTRA get values of their own, so that only patches can repeat
         places = torch.arange(index.shape[1], device=index.device)
@@ -147,7 +155,8 @@ class Selection:
         if self.features is not None:
             if self.features.shape[:2] != index.shape:
                 wrong(
-                    f"features of shape {tuple(self.features.shape)} for indices of shape {tuple(index.shape)}"
+                    f"features of shape {tuple(self.features.shape)} "
+                    f"for indices of shape {tuple(index.shape)}"
                 )
             if not bool(
                 torch.isfinite(torch.stack([self.features.amin(2), self.features.amax(2)]))[
@@ -159,7 +168,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Method:
-    """What every method is: a frozen dataclass whose fields are the hyper-parameters, and facts about it."""
+    """A frozen dataclass: its fields are the hyper-parameters, its class attributes facts.
+
+    A field gets the type of its annotation (1 becomes 1.0, a list a tuple). Values that do not fit
+    raise PrunerError.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
@@ -169,44 +182,92 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the inputs that `select` reads; a plain class attribute where they depend on no option."""
+        """Names of the inputs that `select` reads; a class attribute if no option changes them."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:
-        """Check every field against its annotation: type, choices of a Literal, Range of a number."""
-        hints = typing.get_type_hints(type(self), include_extras=True)
-        for name in (f.name for f in dataclasses.fields(self)):
-            if not fits(hints[name], getattr(self, name)):
-                self.fail(f"{name}={getattr(self, name)!r} is not {describe(hints[name])}")
+        """Convert every field to the type of its annotation, and check it."""
+        for name, adapter in _adapters(type(self)).items():
+            value = getattr(self, name)
+            try:
+                # configs give lists; strict pydantic accepts no list as a tuple
+                fit = adapter.validate_python(tuple(value) if isinstance(value, list) else value)
+            except ValidationError as error:
+                reasons = dict.fromkeys(part["msg"] for part in error.errors())
+                self.fail(f"{name}={value!r}: {'; '.join(reasons)}")
+            object.__setattr__(self, name, fit)
 
     def fail(self, what: str) -> typing.NoReturn:
         """Raise PrunerError in the name of this pruner."""
         raise PrunerError(f"pruner {self.name!r}: {what}")
 
 
+@cache
+def _adapters(cls: type[Method]) -> dict[str, TypeAdapter[Any]]:
+    """A check of each field; strict: a bool or a string is no number, NaN and infinity are refused."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    config = ConfigDict(strict=True, allow_inf_nan=False)
+    return {f.name: TypeAdapter(hints[f.name], config=config) for f in dataclasses.fields(cls)}
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """The sizes that decide a pruner's FLOPs for one image or crop."""
+
+    tokens: int  # N
+    kept: float  # K; a fraction when several crops share a budget
+    width: int  # D, of the LLM
+    encoder_width: int  # C, of the image encoder
+
+    @property
+    def cls_attention(self) -> int:
+        """FLOPs of the `saliency` capture: scores of the CLS query and all keys."""
+        return 2 * (self.tokens + 1) * self.encoder_width
+
+    @property
+    def gram(self) -> int:
+        """FLOPs of the Gram matrix of all projected tokens, without its symmetry."""
+        return 2 * self.tokens**2 * self.width
+
+    @property
+    def encoder_gram(self) -> int:
+        """FLOPs of the Gram matrix of all encoder tokens, without its symmetry."""
+        return 2 * self.tokens**2 * self.encoder_width
+
+
 @dataclass(frozen=True)
 class Pruner(Method):
-    """Base of every method that acts before the LLM. Subclasses write `select`; users call `prune`, which checks both ends.
+    """Base of every method before the LLM.
 
-    Images of several crops are pruned crop by crop, unless `packed`: then as one row, the sequence the LLM would receive.
+    Subclasses write `select` and `flops`; users call `prune`, which checks the input and the
+    answer. Crops are pruned one by one, unless `packed`: then all crops of an image are one row, the
+    sequence that the LLM would receive.
     """
 
     packed: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the captures that `select` reads; a plain class attribute where they depend on no option."""
+        """Names of the captures that `select` reads."""
         return frozenset({"features"})
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` of N tokens (1 <= keep < N) per row; inputs are float32 and finite."""
         raise NotImplementedError
 
+    def flops(self, shape: ImageShape) -> float | None:
+        """FLOPs of the dominating matrix products, for one image or crop; None: not counted.
+
+        A multiply-add is 2 FLOPs. Captures that the model does not compute anyway count as well.
+        """
+        return None
+
     def prune(self, tokens: VisualTokens, keep: int) -> Selection:
         """`select` between checks; all tokens untouched when keep = N.
 
         Raises:
-            PrunerError: keep outside 1..N, a missing or misshapen or non-finite capture, or a wrong answer of `select`.
+            PrunerError: keep outside 1..N; a capture that is missing, misshapen or not finite; a
+                wrong answer of `select`.
         """
         self._check_input(tokens, keep)
         batch, count = tokens.shape
@@ -224,13 +285,11 @@ class Pruner(Method):
             )
         if tokens.features.dim() != 3 or 0 in tokens.features.shape:
             self.fail(
-                f"features have shape {tuple(tokens.features.shape)}, expected [B, N, D] with none of them 0"
+                f"features have shape {tuple(tokens.features.shape)}, "
+                "expected [B, N, D] with none of them 0"
             )
         batch, count = tokens.shape
-        if not fits(Annotated[int, Range(1, count)], keep):
-            self.fail(
-                f"cannot keep {keep!r} of {count} tokens; the budget must be an integer between 1 and {count}"
-            )
+        check_keep(self, keep, count)
         for name in sorted(self.needs):
             if getattr(tokens, name) is None:
                 self.fail(f"needs {name!r}, which this model or call does not provide")
@@ -245,150 +304,20 @@ class Pruner(Method):
                 )
         sizes = {"B": batch, "N": count, "1+N": count + 1, "D": tokens.features.shape[2]}
         for name, tensor in tokens.tensors().items():
-            _check_shape(self, name, tensor, sizes)
+            check_shape(self, name, tensor, _AXES[name], sizes)
         checked = {name: t for name, t in tokens.tensors().items() if name in self.needs}
         if integers := [
             f"{name} {t.dtype}" for name, t in checked.items() if not t.is_floating_point()
         ]:
             self.fail(f"expects floating point, and got {', '.join(integers)}")
-        if not bool(torch.stack([_finite(t) for t in checked.values()]).all()):
-            bad = [f"{name} {list(t.shape)}" for name, t in checked.items() if not bool(_finite(t))]
+        if not bool(torch.stack([is_finite(t) for t in checked.values()]).all()):
+            bad = [
+                f"{name} {list(t.shape)}" for name, t in checked.items() if not bool(is_finite(t))
+            ]
             self.fail(f"NaN or infinite values in {', '.join(bad)}")
 
 
-@dataclass(frozen=True)
-class LayerTokens:
-    """What an in-LLM pruner may look at between two layers, for B prompts of L positions with n visual tokens each."""
-
-    visual: Tensor  # [B, n] long, positions of the visual tokens, ascending
-    text: Tensor  # [B, L] True at the real positions behind the image
-    hidden: Tensor | None = (
-        None  # [B, L, D] states that enter the next layer (through the final norm if `apply_final_norm`)
-    )
-    attention: Tensor | None = (
-        None  # [B, H, Q, L] softmax rows of the positions in `queries`, rows padded at the end
-    )
-    query_mask: Tensor | None = None  # [B, Q] True at real rows of `attention`; None: all real
-    keys: Tensor | None = None  # [B, H, L, d] keys of the layer before, after the rotary embedding
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(B, n)."""
-        return self.visual.shape[0], self.visual.shape[1]
-
-    def visual_rows(self, x: Tensor) -> Tensor:
-        """[B, L, ...] -> [B, n, ...]: the rows of the visual tokens."""
-        return x[torch.arange(len(x), device=x.device)[:, None], self.visual]
-
-    def relevance(self) -> Tensor:
-        """[B, n] attention the visual tokens get, mean over heads and over the real rows."""
-        assert self.attention is not None
-        rows = self.attention.mean(1)
-        mask = torch.ones_like(rows[..., 0])
-        mask = mask if self.query_mask is None else self.query_mask.to(rows.dtype)
-        received = (rows * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return received.gather(1, self.visual)
-
-    def survivors(self, kept: Tensor) -> Tensor:
-        """Visual tokens that stay, [B, k] in 0..n-1 -> every position that stays, [B, L-n+k], ascending."""
-        stays = (
-            torch.ones_like(self.text)
-            .scatter(1, self.visual, False)
-            .scatter(1, self.visual.gather(1, kept), True)
-        )
-        length = stays.shape[1] - self.visual.shape[1] + kept.shape[1]
-        return stays.sort(dim=1, descending=True, stable=True).indices[:, :length]
-
-
-@dataclass(frozen=True)
-class InLLMPruner(Method):
-    """Base of every method that drops visual tokens between LLM layers.
-
-    The harness asks `schedule` once, `queries` once before layer 0, and `prune` at every layer of the schedule, before it runs.
-    Subclasses write `schedule` and `select`, whose indices count visual tokens (0..n-1); EXTRA rows with features follow them.
-    """
-
-    attention_of: ClassVar[Literal["previous", "next"]] = (
-        "previous"  # layer whose rows `attention` holds
-    )
-    apply_final_norm: ClassVar[bool] = False  # hidden states go through the LLM's final norm first
-
-    @property
-    def positions(self) -> Literal["original", "reindex"]:
-        """Whether survivors keep their position ids; a field where a method leaves the choice."""
-        return "original"
-
-    def schedule(self, tokens: int, layers: int, keep: int) -> dict[int, int]:
-        """0-based layer -> `keep` of the `prune` before it, for `tokens` visual tokens and a nominal budget `keep`."""
-        raise NotImplementedError
-
-    def queries(self, embeddings: Tensor, visual: Tensor, text: Tensor) -> Tensor:
-        """[B, L] mask of the positions whose attention is wanted; here the last prompt position.
-
-        Args:
-            embeddings: [B, L, D] what enters layer 0.
-            visual: [B, n] as in LayerTokens.
-            text: [B, L] as in LayerTokens.
-        """
-        return text & (text.cumsum(1) == text.sum(1, keepdim=True))
-
-    def tokens_after(self, tokens: int, keep: int) -> int:
-        """How many of `tokens` visual tokens go on after `prune` with `keep`; here `keep`."""
-        return keep
-
-    def layer_tokens(self, tokens: int, layers: int, keep: int) -> list[int]:
-        """Visual tokens that each layer processes, by the schedule for `tokens` of them and a nominal budget `keep`."""
-        plan, counts = self.schedule(tokens, layers, keep), []
-        for layer in range(layers):
-            tokens = self.tokens_after(tokens, plan[layer]) if layer in plan else tokens
-            counts.append(tokens)
-        return counts
-
-    def average(self, tokens: int, layers: int, keep: int) -> float:
-        """Mean of `layer_tokens`: what the budgets of in-LLM methods are compared by."""
-        return sum(self.layer_tokens(tokens, layers, keep)) / layers
-
-    def select(self, tokens: LayerTokens, keep: int) -> Selection:
-        """Choose `keep` of n visual tokens (1 <= keep < n) per row; inputs are float32 and finite."""
-        raise NotImplementedError
-
-    def prune(self, tokens: LayerTokens, keep: int) -> Selection:
-        """`select` between checks; all tokens untouched when keep = n.
-
-        Raises:
-            PrunerError: keep outside 1..n, a missing or misshapen or non-finite input, or a wrong answer of `select`.
-        """
-        self._check_input(tokens, keep)
-        batch, count = tokens.shape
-        if keep == count:
-            return Selection(torch.arange(count, device=tokens.visual.device).expand(batch, -1))
-        floats = {name: getattr(tokens, name).float().contiguous() for name in self.needs}
-        with torch.no_grad():
-            selection = self.select(dataclasses.replace(tokens, **floats), keep)
-        selection.check(self.name, batch, count)
-        return selection
-
-    def _check_input(self, tokens: LayerTokens, keep: int) -> None:
-        sizes: dict[str, int] = {}
-        for name in ("visual", "text", *sorted(self.needs), "query_mask"):
-            tensor = getattr(tokens, name)
-            if tensor is None and name in self.needs:
-                self.fail(f"needs {name!r}, which this call does not provide")
-            if tensor is not None:
-                _check_shape(self, name, tensor, sizes)
-                if tensor.is_floating_point() and not bool(_finite(tensor)):
-                    self.fail(f"NaN or infinite values in {name} {list(tensor.shape)}")
-        if not fits(Annotated[int, Range(1, sizes["n"])], keep):
-            self.fail(
-                f"cannot keep {keep!r} of {sizes['n']} tokens; the budget must be an integer between 1 and {sizes['n']}"
-            )
-        if not bool(tokens.text.any(1).all()):
-            self.fail(
-                "text has a row without a real position; the prompt needs text behind the image"
-            )
-
-
-# input -> its axes; a letter stands for the same size wherever it appears
+# capture -> its axes; a letter stands for the same size wherever it appears
 _AXES = {
     "features": ("B", "N", "D"),
     "encoder_features": ("B", "N", "C"),
@@ -404,28 +333,33 @@ _AXES = {
     "clip_patches": ("B", "N", "P"),
     "clip_text": ("B", "S", "P"),
     "relevance": ("B", "N"),
-    "visual": ("B", "n"),
-    "text": ("B", "L"),
-    "hidden": ("B", "L", "D"),
-    "attention": ("B", "H", "Q", "L"),
-    "query_mask": ("B", "Q"),
-    "keys": ("B", "G", "L", "d"),
 }
 _MAY_BE_EMPTY = ("M", "S")  # a question can have no tokens, or no segments
 
 
-def _finite(x: Tensor) -> Tensor:
-    """Whether all values are finite; the extremes tell, NaN included, at a fraction of the cost of asking every value."""
-    return (
-        torch.isfinite(torch.stack(x.aminmax())).all()
-        if x.numel()
-        else torch.ones((), dtype=torch.bool, device=x.device)
-    )
+def check_keep(method: Method, keep: int, tokens: int) -> None:
+    """Raise PrunerError unless `keep` is an integer in 1..tokens."""
+    if not isinstance(keep, int) or isinstance(keep, bool) or not 1 <= keep <= tokens:
+        method.fail(
+            f"cannot keep {keep!r} of {tokens} tokens; "
+            f"the budget must be an integer between 1 and {tokens}"
+        )
 
 
-def _check_shape(method: Method, name: str, tensor: Tensor, sizes: dict[str, int]) -> None:
-    """Compare with _AXES; sizes seen for the first time are noted in `sizes`."""
-    axes = _AXES[name]
+def is_finite(x: Tensor) -> Tensor:
+    """Whether all values are finite.
+
+    Only the two extremes are tested, which is much cheaper: a NaN makes both of them NaN.
+    """
+    if not x.numel():
+        return torch.ones((), dtype=torch.bool, device=x.device)
+    return torch.isfinite(torch.stack(x.aminmax())).all()
+
+
+def check_shape(
+    method: Method, name: str, tensor: Tensor, axes: tuple[str, ...], sizes: dict[str, int]
+) -> None:
+    """Raise PrunerError unless `tensor` has `axes`; `sizes` collects the size of each axis."""
     fits = tensor.dim() == len(axes) and all(
         size == sizes.setdefault(axis, size) and (size or axis in _MAY_BE_EMPTY)
         for axis, size in zip(axes, tensor.shape, strict=True)
@@ -435,35 +369,3 @@ def _check_shape(method: Method, name: str, tensor: Tensor, sizes: dict[str, int
             f"{axis} = {sizes[axis]}" if sizes.get(axis) else axis for axis in axes
         )
         method.fail(f"{name} has shape {tuple(tensor.shape)}, expected [{expected}]")
-
-
-REGISTRY: dict[str, type[Pruner] | type[InLLMPruner]] = {}
-P = TypeVar("P", Pruner, InLLMPruner)
-
-
-def register(name: str) -> Callable[[type[P]], type[P]]:
-    """Class decorator: make a pruner known by `name` to configs, command lines and tests."""
-
-    def add(cls: type[P]) -> type[P]:
-        if name in REGISTRY:
-            raise PrunerError(
-                f"two pruners are called {name!r}: {REGISTRY[name].__qualname__} and {cls.__qualname__}"
-            )
-        cls.name = name
-        REGISTRY[name] = cls
-        return cls
-
-    return add
-
-
-def build(name: str, **options: Any) -> Any:
-    """The Pruner or InLLMPruner called `name` with its fields set; unknown names and options are errors that list the known."""
-    if name not in REGISTRY:
-        raise PrunerError(f"unknown pruner {name!r}; known: {', '.join(sorted(REGISTRY))}")
-    known = [f.name for f in dataclasses.fields(REGISTRY[name])]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise PrunerError(
-            f"pruner {name!r} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}"
-        )
-    return REGISTRY[name](**options)

@@ -2,11 +2,12 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
 from secateur.pruners.linalg import cosine_gram, greedy_map
+from secateur.pruners.registry import register
 from secateur.pruners.relevance import clip_relevance, embedding_relevance, range_over_image
 
 
@@ -32,7 +33,7 @@ class CDPruner(Pruner):
     """
 
     relevance_space: Literal["clip", "llm_embed"] = "clip"
-    theta: Annotated[float, Range(0, 1, open_high=True)] | None = None
+    theta: Annotated[float, Field(ge=0, lt=1)] | None = None
     order: Literal["spatial", "picked"] = "spatial"
 
     paper = "arXiv 2506.10967"
@@ -54,10 +55,11 @@ class CDPruner(Pruner):
         )
         kernel = cosine_gram(tokens.features).mul_(weights[:, :, None]).mul_(weights[:, None])
         picks = greedy_map(kernel, keep, fallback=relevance)
-        return Selection(
-            picks if self.order == "picked" else picks.sort(1).values,
-            custom_order=self.order == "picked",
-        )
+        return Selection.ordered(picks, self.order == "picked")
+
+    def flops(self, shape: ImageShape) -> float:
+        """The Gram matrix and the Cholesky updates; CLIP is left out."""
+        return shape.gram + 2 * shape.kept**2 * shape.tokens
 
     def relevance(self, tokens: VisualTokens) -> Tensor:
         """[B, N] between 1e-6 / range and a little above 1, scaled over all crops of an image together."""

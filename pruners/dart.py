@@ -2,12 +2,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from secateur.pruners.base import LayerTokens, Selection, register
+from secateur.pruners.base import Selection
 from secateur.pruners.fastv import SingleCut
-from secateur.pruners.fields import Range
+from secateur.pruners.in_llm import LayerTokens, PromptShape
 from secateur.pruners.linalg import normalize, top_k
+from secateur.pruners.registry import register
 
 
 @register("dart")
@@ -30,8 +32,8 @@ class Dart(SingleCut):
     Deviations: a pivot takes what is left when fewer candidates remain than its share.
     """
 
-    image_pivots: Annotated[int, Range(0)] = 4
-    text_pivots: Annotated[int, Range(0)] = 4
+    image_pivots: Annotated[int, Field(ge=0)] = 4
+    text_pivots: Annotated[int, Field(ge=0)] = 4
     pivot_order: Literal["cpython_set", "sorted"] = "cpython_set"
     positions: Literal["original", "reindex"] = "original"
 
@@ -83,3 +85,8 @@ class Dart(SingleCut):
             kept = kept.scatter(1, taken, True)
             left -= taken.shape[1]
         return Selection(kept.sort(dim=1, descending=True, stable=True).indices[:, : count - left])
+
+    def flops(self, shape: PromptShape) -> float:
+        """The similarity of pivots and visual tokens."""
+        pivots = self.image_pivots + self.text_pivots
+        return sum(2 * pivots * n * shape.width for n, _ in shape.cuts)

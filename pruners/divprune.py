@@ -1,8 +1,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
 from secateur.pruners.linalg import cosine_gram, farthest_point, most_isolated
+from secateur.pruners.registry import register
 
 
 @register("divprune")
@@ -30,7 +31,8 @@ class DivPrune(Pruner):
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         distance = cosine_gram(tokens.features).neg_().add_(1)
         picks = farthest_point(distance, most_isolated(distance)[:, None], keep)
-        return Selection(
-            picks if self.order == "picked" else picks.sort(1).values,
-            custom_order=self.order == "picked",
-        )
+        return Selection.ordered(picks, self.order == "picked")
+
+    def flops(self, shape: ImageShape) -> float:
+        """The Gram matrix."""
+        return shape.gram

@@ -1,12 +1,15 @@
 from dataclasses import dataclass
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
-from secateur.pruners.linalg import top_k
+from torch import Tensor
+
+from secateur.pruners.base import ImageShape, VisualTokens
+from secateur.pruners.registry import register
+from secateur.pruners.scoring import ScoreTopK
 
 
 @register("fastervlm")
 @dataclass(frozen=True)
-class FasterVLM(Pruner):
+class FasterVLM(ScoreTopK):
     """The tokens that CLS attends to most (mean over heads), in raster order.
 
     Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning", arXiv 2412.01818v1.
@@ -17,6 +20,10 @@ class FasterVLM(Pruner):
     status = "official"
     needs = frozenset({"features", "saliency"})
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+    def score(self, tokens: VisualTokens) -> Tensor:
         assert tokens.saliency is not None
-        return Selection(top_k(tokens.saliency.mean(1), keep).sort(1).values)
+        return tokens.saliency.mean(1)
+
+    def flops(self, shape: ImageShape) -> float:
+        """The attention of CLS."""
+        return shape.cls_attention

@@ -2,11 +2,13 @@ from dataclasses import dataclass
 from math import floor
 from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor
 
-from secateur.pruners.base import InLLMPruner, LayerTokens, Selection, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import Selection
+from secateur.pruners.in_llm import InLLMPruner, LayerTokens, PromptShape
 from secateur.pruners.linalg import top_k
+from secateur.pruners.registry import register
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class SingleCut(InLLMPruner):
             budget from `layer` on.
     """
 
-    layer: Annotated[int, Range(1)] = 2
+    layer: Annotated[int, Field(ge=1)] = 2
     budget: Literal["average", "after"] = "average"
 
     def schedule(self, tokens: int, layers: int, keep: int) -> dict[int, int]:
@@ -64,3 +66,7 @@ class FastV(SingleCut):
 
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
         return Selection(self.rank(tokens, keep).sort(1).values)
+
+    def flops(self, shape: PromptShape) -> float:
+        """The attention scores of the last position, at the cut."""
+        return sum(2 * (n + shape.text_tokens) * shape.query_width for n, _ in shape.cuts)

@@ -3,10 +3,10 @@ from math import floor
 from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
 from secateur.pruners.linalg import (
     cosine_gram,
     farthest_point,
@@ -15,6 +15,7 @@ from secateur.pruners.linalg import (
     min_max,
     top_k,
 )
+from secateur.pruners.registry import register
 from secateur.pruners.relevance import clip_relevance
 
 
@@ -52,10 +53,10 @@ class FSR(Pruner):
     a question without segments leaves saliency alone.
     """
 
-    alpha: Annotated[float, Range(0)] = 3.0
-    beta: Annotated[float, Range(0)] = 1.0
-    rho: Annotated[float, Range(0, 1)] = 0.9
-    kappa: Annotated[float, Range(0)] = 1.0
+    alpha: Annotated[float, Field(ge=0)] = 3.0
+    beta: Annotated[float, Field(ge=0)] = 1.0
+    rho: Annotated[float, Field(ge=0, le=1)] = 0.9
+    kappa: Annotated[float, Field(ge=0)] = 1.0
     relevance_space: Literal["clip", "none", "given"] = "clip"
     relevance_sign: Literal["+", "-"] = "+"
     space: Literal["encoder", "projected"] = "encoder"
@@ -77,6 +78,14 @@ class FSR(Pruner):
         return Selection(
             stages.indices, stages.features, self.space, diagnostics={"focus": stages.focus_count}
         )
+
+    def flops(self, shape: ImageShape) -> float:
+        """The Gram matrix, the CLS attention and the merging; CLIP is left out."""
+        encoder = self.space == "encoder"
+        width = shape.encoder_width if encoder else shape.width
+        gram = shape.encoder_gram if encoder else shape.gram
+        most = min(self.kappa * (shape.kept - 1), shape.tokens)
+        return gram + shape.cls_attention + 2 * shape.kept * most * width
 
     def stages(self, tokens: VisualTokens, keep: int) -> Stages:
         """The selection with its intermediate results."""

@@ -2,10 +2,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
 from secateur.pruners.linalg import top_k
+from secateur.pruners.registry import register
 
 
 @register("hiprune")
@@ -24,7 +25,7 @@ class HiPrune(Pruner):
     from the second stage by a mask (released: minus 1, which a map of sums can exceed) and are at most keep / 5.
     """
 
-    alpha: Annotated[float, Range(0, 1)] = 0.1
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.1
     order: Literal["spatial", "picked"] = "spatial"
 
     paper = "arXiv 2508.00553"
@@ -41,6 +42,8 @@ class HiPrune(Pruner):
         block = (anchors[:, :, None] + shifts).clamp(0, count - 1).flatten(1)
         first = torch.zeros_like(tokens.output_attention, dtype=torch.bool).scatter(1, block, True)
         picks = top_k(tokens.output_attention.masked_fill(first, torch.inf), keep)
-        if self.order == "picked":
-            return Selection(picks, custom_order=True)
-        return Selection(picks.sort(1).values)
+        return Selection.ordered(picks, self.order == "picked")
+
+    def flops(self, shape: ImageShape) -> float:
+        """The attention of all tokens in two blocks."""
+        return 2 * 2 * (shape.tokens + 1) ** 2 * shape.encoder_width

@@ -2,7 +2,8 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
+from secateur.pruners.registry import register
 
 
 @register("none")
@@ -16,3 +17,7 @@ class NoPruning(Pruner):
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         batch, count = tokens.shape
         return Selection(torch.arange(count, device=tokens.features.device).expand(batch, -1))
+
+    def flops(self, shape: ImageShape) -> float:
+        """No product."""
+        return 0

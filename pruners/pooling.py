@@ -3,7 +3,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
+from secateur.pruners.registry import register
 
 
 @register("pooling")
@@ -45,3 +46,7 @@ class Pooling(Pruner):
             + cells[:, :, 1, :, 1]
         ).flatten(1, 2) / 4
         return Selection(corners.expand(len(means), -1), means)
+
+    def flops(self, shape: ImageShape) -> float:
+        """No product: means are additions."""
+        return 0

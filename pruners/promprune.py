@@ -3,11 +3,12 @@ from math import log
 from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
 from secateur.pruners.linalg import concatenate_rows, cosine_gram, greedy_map, normalize, top_k
+from secateur.pruners.registry import register
 
 
 @register("promprune")
@@ -33,9 +34,9 @@ class PromPrune(Pruner):
     """
 
     mu: float = 0.42
-    tau: Annotated[float, Range(0)] = 0.02
-    kr_min: Annotated[float, Range(0, 1)] = 0.0
-    kr_max: Annotated[float, Range(0, 1)] = 1.0
+    tau: Annotated[float, Field(ge=0)] = 0.02
+    kr_min: Annotated[float, Field(ge=0, le=1)] = 0.0
+    kr_max: Annotated[float, Field(ge=0, le=1)] = 1.0
     order: Literal["spatial", "official"] = "spatial"
 
     paper = "arXiv 2603.14892"
@@ -63,9 +64,11 @@ class PromPrune(Pruner):
 
         picks = concatenate_rows(salient, count, diverse)
         diagnostics = {"entropy": entropy, "saliency_ratio": ratio, "T_sal": count}
-        if self.order == "official":
-            return Selection(picks, custom_order=True, diagnostics=diagnostics)
-        return Selection(picks.sort(1).values, diagnostics=diagnostics)
+        return Selection.ordered(picks, self.order == "official", diagnostics=diagnostics)
+
+    def flops(self, shape: ImageShape) -> float:
+        """The Gram matrix and the CLS attention; the eigenvalues, O(N^3), are left out."""
+        return shape.gram + shape.cls_attention
 
     def saliency_ratio(self, entropy: Tensor) -> Tensor:
         """Share of the budget for salient tokens, per image."""

@@ -2,11 +2,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from secateur.pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import EXTRA, ImageShape, Pruner, Selection, VisualTokens
 from secateur.pruners.linalg import complement, gather_rows, normalize, top_k
+from secateur.pruners.registry import register
 
 
 @register("prumerge")
@@ -28,7 +29,7 @@ class PruMerge(Pruner):
     """
 
     adaptive: bool = False  # type: ignore[misc]
-    neighbours: Annotated[int, Range(0)] = 32
+    neighbours: Annotated[int, Field(ge=0)] = 32
 
     paper = "arXiv 2403.15388"
     status = "official"
@@ -74,6 +75,11 @@ class PruMerge(Pruner):
         return Selection(
             places, gather_rows(merged, column), "encoder", counts + 1, custom_order=True
         )
+
+    def flops(self, shape: ImageShape) -> float:
+        """The similarity of centres and tokens, and the attention of CLS; the merging is left out."""
+        similarity = 2 * shape.kept * shape.tokens * shape.encoder_width
+        return similarity + shape.cls_attention
 
     def attention(self, tokens: VisualTokens) -> Tensor:
         """Step 1: [B, N] softmax attention of CLS over all rows, patch columns."""

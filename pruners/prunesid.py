@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.pruners.base import EXTRA, Pruner, Selection, Status, VisualTokens, register
+from secateur.pruners.base import EXTRA, ImageShape, Pruner, Selection, Status, VisualTokens
 from secateur.pruners.linalg import (
     cosine_gram,
     gather_rows,
@@ -15,6 +15,7 @@ from secateur.pruners.linalg import (
     principal_axes,
     top_k,
 )
+from secateur.pruners.registry import register
 
 
 class Allocation(NamedTuple):
@@ -103,6 +104,17 @@ class PruneSID(Pruner):
             custom_order=in_groups,
             diagnostics=diagnostics,
         )
+
+    def flops(self, shape: ImageShape) -> float:
+        """The Gram matrix, the CLS attention and 5 products of the randomised components.
+
+        The QR factorisations are left out.
+        """
+        qwen = self.variant == "qwen"
+        width = shape.width if qwen else shape.encoder_width
+        gram = shape.gram if qwen else shape.encoder_gram
+        attention = shape.cls_attention if self._attention else 0
+        return gram + attention + 2 * 5 * shape.tokens * width * (shape.kept // 4)
 
     def loadings(self, x: Tensor, keep: int) -> Tensor:
         """[B, N, groups] absolute loadings of the tokens x [B, N, C] on the leading components of their sigmoid."""

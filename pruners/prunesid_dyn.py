@@ -3,13 +3,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from secateur.pruners.base import Selection, VisualTokens, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import ImageShape, Selection, VisualTokens
 from secateur.pruners.linalg import cosine_gram, mean_similarity
 from secateur.pruners.prunesid import PruneSID
+from secateur.pruners.registry import register
 
 
 @register("prunesid_dyn")
@@ -30,8 +31,8 @@ class PruneSIDDyn(PruneSID):
     one, because the number of groups depends on them.
     """
 
-    mean_phi: Annotated[float, Range(0, 2, open_low=True)] | None = None
-    min_tokens: Annotated[int, Range(1)] = 16
+    mean_phi: Annotated[float, Field(gt=0, le=2)] | None = None
+    min_tokens: Annotated[int, Field(ge=1)] = 16
 
     paper = "arXiv 2603.09480"
     status = "paper"
@@ -68,6 +69,11 @@ class PruneSIDDyn(PruneSID):
                 for name in rows[0].diagnostics
             },
         )
+
+    def flops(self, shape: ImageShape) -> float:
+        """Those of PruneSID, and the Gram matrix that the budget needs first."""
+        gram = shape.gram if self.variant == "qwen" else shape.encoder_gram
+        return super().flops(shape) + gram
 
 
 def _row(tokens: VisualTokens, i: int) -> VisualTokens:

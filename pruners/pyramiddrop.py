@@ -3,9 +3,12 @@ from itertools import pairwise
 from operator import mul
 from typing import Annotated, Literal
 
-from secateur.pruners.base import InLLMPruner, LayerTokens, Selection, register
-from secateur.pruners.fields import Range
+from pydantic import Field
+
+from secateur.pruners.base import Selection
+from secateur.pruners.in_llm import InLLMPruner, LayerTokens, PromptShape
 from secateur.pruners.linalg import top_k
+from secateur.pruners.registry import register
 
 
 @register("pyramiddrop")
@@ -28,8 +31,8 @@ class PyramidDrop(InLLMPruner):
     x = 0.307).
     """
 
-    stages: tuple[Annotated[int, Range(1)], ...] = (8, 16, 24)
-    ratios: tuple[Annotated[float, Range(0, 1)], ...] | None = None
+    stages: tuple[Annotated[int, Field(ge=1)], ...] = (8, 16, 24)
+    ratios: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
     positions: Literal["reindex", "original"] = "reindex"
 
     paper = "arXiv 2410.17247"
@@ -39,9 +42,6 @@ class PyramidDrop(InLLMPruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("stages", "ratios"):  # configs give lists
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(value))
         if not self.stages or any(a >= b for a, b in pairwise(self.stages)):
             self.fail(f"stages={self.stages} have to be at least one and ascend")
         if self.ratios is not None and (
@@ -76,6 +76,15 @@ class PyramidDrop(InLLMPruner):
 
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
         return Selection(top_k(tokens.relevance(), keep).sort(1).values)
+
+    def flops(self, shape: PromptShape) -> float:
+        """The last position's query, all keys and their scores, in the layer after each cut."""
+
+        def cut(length: int) -> int:
+            query, keys = shape.width * shape.query_width, length * shape.width * shape.key_width
+            return 2 * (query + keys + length * shape.query_width)
+
+        return sum(cut(n + shape.text_tokens) for n, _ in shape.cuts)
 
 
 def _lengths(stages: tuple[int, ...], layers: int) -> list[int]:

@@ -3,7 +3,8 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
+from secateur.pruners.registry import register
 
 
 @register("random")
@@ -28,6 +29,10 @@ class Random(Pruner):
         ids = tokens.sample_ids or tuple(f"{row}|0" for row in range(batch))
         rows = [torch.randperm(count, generator=self._generator(sample))[:keep] for sample in ids]
         return Selection(torch.stack(rows).sort(1).values.to(tokens.features.device))
+
+    def flops(self, shape: ImageShape) -> float:
+        """No product."""
+        return 0
 
     def _generator(self, sample: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}|{sample}".encode()).digest()

@@ -2,10 +2,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
 from secateur.pruners.linalg import cosine_gram, facility_location
+from secateur.pruners.registry import register
 
 
 @register("scope")
@@ -26,7 +27,7 @@ class Scope(Pruner):
     the number of images in a call).
     """
 
-    alpha: Annotated[float, Range(0)] = 1.0
+    alpha: Annotated[float, Field(ge=0)] = 1.0
     combine: Literal["multiply", "add"] = "multiply"
     saliency: Literal["cls", "none"] = "cls"
     order: Literal["spatial", "picked"] = "spatial"
@@ -44,6 +45,8 @@ class Scope(Pruner):
         picks = facility_location(
             cosine_gram(tokens.encoder_features), weights, keep, additive=self.combine == "add"
         )
-        if self.order == "picked":
-            return Selection(picks, custom_order=True)
-        return Selection(picks.sort(1).values)
+        return Selection.ordered(picks, self.order == "picked")
+
+    def flops(self, shape: ImageShape) -> float:
+        """The Gram matrix and the CLS attention; the coverage consists of additions."""
+        return shape.encoder_gram + shape.cls_attention

@@ -3,11 +3,13 @@ from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from secateur.pruners.base import EXTRA, InLLMPruner, LayerTokens, Selection, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import EXTRA, Selection
+from secateur.pruners.in_llm import InLLMPruner, LayerTokens, PromptShape
 from secateur.pruners.linalg import complement, gather_rows, top_k
+from secateur.pruners.registry import register
 
 # budget at 576 visual tokens -> tokens kept at each stage, before merging
 _KEPT = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
@@ -33,8 +35,8 @@ class SparseVLM(InLLMPruner):
     rates when no position stands out. Counts derived from the rank of the attention (paper) and version 2 are left out.
     """
 
-    stages: tuple[Annotated[int, Range(1)], ...] = (3, 7, 16)
-    kept: tuple[Annotated[int, Range(1)], ...] | None = None
+    stages: tuple[Annotated[int, Field(ge=1)], ...] = (3, 7, 16)
+    kept: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     merge: bool = True
     seed: int = 0
     positions: Literal["reindex", "original"] = "reindex"
@@ -46,9 +48,6 @@ class SparseVLM(InLLMPruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("stages", "kept"):  # configs give lists
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(value))
         if not self.stages or any(a >= b for a, b in pairwise(self.stages)):
             self.fail(f"stages={self.stages} have to be at least one and ascend")
         if self.kept is not None and len(self.kept) != len(self.stages):
@@ -99,6 +98,25 @@ class SparseVLM(InLLMPruner):
         return Selection(
             indices, torch.cat([gather_rows(states, kept), merged], 1), "hidden", custom_order=True
         )
+
+    def flops(self, shape: PromptShape) -> float:
+        """The raters, and at each cut their attention scores, the clustering and the means.
+
+        The number of raters depends on the prompt; all text positions are counted.
+        """
+
+        def cut(n: int, after: int) -> int:
+            scores = shape.text_tokens * (n + shape.text_tokens) * shape.query_width
+            if not self.merge:
+                return 2 * scores
+            # the first count that leaves `after` tokens, merged ones included
+            kept = next(keep for keep in range(1, n) if self.tokens_after(n, keep) == after)
+            best, clusters = int(0.3 * (n - kept)) + 1, _merged(n - kept)
+            return 2 * (scores + (best + clusters) * best * shape.width)
+
+        first = shape.layer_tokens[0]
+        raters = 2 * first * (first + shape.text_tokens) * shape.width
+        return raters + sum(cut(*cut_tokens) for cut_tokens in shape.cuts)
 
     def cluster(self, x: Tensor, clusters: int) -> Tensor:
         """Density-peak clustering of x [B, n, C], density over as many neighbours as clusters; their means, [B, clusters, C]."""

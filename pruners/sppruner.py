@@ -3,11 +3,11 @@ from math import floor
 from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
 from secateur.pruners.linalg import (
     complement,
     cosine_gram,
@@ -18,6 +18,7 @@ from secateur.pruners.linalg import (
     min_max,
     top_k,
 )
+from secateur.pruners.registry import register
 from secateur.pruners.relevance import clip_relevance, embedding_relevance, range_over_image
 
 PRODUCT_EXPONENTS = 3, 1  # of relevance and saliency, as in FSR (arXiv 2602.05809)
@@ -65,15 +66,15 @@ class SPpruner(Pruner):
     """
 
     focus_score: Literal["additive", "product"] = "additive"
-    saliency_weight: Annotated[float, Range(0, 1)] = 0.5
-    interplay: Annotated[float, Range(0)] = 1.0
-    focus_share: Annotated[float, Range(0, 1)] = 0.5
-    window: Annotated[int, Range(0)] = 1
-    scan_weight: Annotated[float, Range(0)] = 1.0
+    saliency_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    interplay: Annotated[float, Field(ge=0)] = 1.0
+    focus_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    window: Annotated[int, Field(ge=0)] = 1
+    scan_weight: Annotated[float, Field(ge=0)] = 1.0
     anchors: Literal["scan", "grid"] = "scan"
     merge: bool = True
-    merge_radius: Annotated[int, Range(0)] = 3
-    merge_factor: Annotated[float, Range(0)] = 1.0
+    merge_radius: Annotated[int, Field(ge=0)] = 3
+    merge_factor: Annotated[float, Field(ge=0)] = 1.0
     relevance_space: Literal["clip", "llm_embed", "given"] = "clip"
     saliency_norm: Literal["minmax", "rank"] = "minmax"
 
@@ -93,6 +94,10 @@ class SPpruner(Pruner):
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         stages = self.stages(tokens, keep)
         return Selection(stages.indices, stages.features if self.merge else None)
+
+    def flops(self, shape: ImageShape) -> float:
+        """The Gram matrix and the CLS attention; CLIP and the merging are left out."""
+        return shape.gram + shape.cls_attention
 
     def stages(self, tokens: VisualTokens, keep: int) -> Stages:
         """The selection with its intermediate results."""

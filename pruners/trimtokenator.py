@@ -2,10 +2,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
 from secateur.pruners.linalg import cosine_gram, farthest_point, gather_rows, top_k
+from secateur.pruners.registry import register
 from secateur.pruners.relevance import mean_text, text_mask
 
 
@@ -25,7 +26,7 @@ class TrimTokenator(Pruner):
     stage 1, which therefore mostly drops tokens of large norm.
     """
 
-    survivors: Annotated[float, Range(0, 1)] = 0.8
+    survivors: Annotated[float, Field(ge=0, le=1)] = 0.8
     order: Literal["spatial", "picked"] = "spatial"
 
     paper = "arXiv 2509.00320"
@@ -51,7 +52,8 @@ class TrimTokenator(Pruner):
         )
         distance = similarity.masked_fill_(~stays[:, None], torch.inf).neg_()
         picks = order.gather(1, farthest_point(distance, first[:, None], keep, update=torch.add))
-        return Selection(
-            picks if self.order == "picked" else picks.sort(1).values,
-            custom_order=self.order == "picked",
-        )
+        return Selection.ordered(picks, self.order == "picked")
+
+    def flops(self, shape: ImageShape) -> float:
+        """The Gram matrix, the products with the question and the sums of similarities."""
+        return shape.gram + 2 * shape.tokens * (shape.width + shape.tokens)

@@ -5,8 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from secateur.pruners.base import Pruner, PrunerError, Selection, VisualTokens, register
+from secateur.pruners.base import ImageShape, Pruner, PrunerError, Selection, VisualTokens
 from secateur.pruners.linalg import evenly_spaced
+from secateur.pruners.registry import register
 
 
 @register("uniform")
@@ -34,6 +35,10 @@ class Uniform(Pruner):
         else:
             index = _lattice(*tokens.grid, keep)
         return Selection(index.to(tokens.features.device).expand(batch, -1))
+
+    def flops(self, shape: ImageShape) -> float:
+        """No product."""
+        return 0
 
 
 def _lattice(height: int, width: int, keep: int) -> Tensor:

@@ -3,11 +3,12 @@ from math import floor
 from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from secateur.pruners.base import EXTRA, Pruner, Selection, VisualTokens, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import EXTRA, ImageShape, Pruner, Selection, VisualTokens
 from secateur.pruners.linalg import complement, gather_rows, normalize, top_k
+from secateur.pruners.registry import register
 
 
 @register("visionzip")
@@ -27,7 +28,7 @@ class VisionZip(Pruner):
     Deviations: float32 (released: float16); a key of length zero has cosine 0 (released: NaN).
     """
 
-    contextual: Annotated[int, Range(0)] | None = None
+    contextual: Annotated[int, Field(ge=0)] | None = None
     keep_cls: bool = True
 
     paper = "arXiv 2412.04467"
@@ -41,7 +42,7 @@ class VisionZip(Pruner):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         assert tokens.encoder_features is not None
-        context = floor(keep * 5 / 32 + 0.5) if self.contextual is None else self.contextual
+        context = self.context(keep)
         if context > keep - self.keep_cls:
             self.fail(
                 f"{context} contextual tokens do not fit into a budget of {keep}{' beside CLS' * self.keep_cls}"
@@ -69,6 +70,19 @@ class VisionZip(Pruner):
         return Selection(
             torch.cat(indices, 1), torch.cat(features, 1), "encoder", custom_order=True
         )
+
+    def flops(self, shape: ImageShape) -> float:
+        """The CLS attention and the cluster means.
+
+        The similarity of the keys, as many times smaller as there are heads, is left out.
+        """
+        context = self.context(shape.kept)
+        others = shape.tokens - shape.kept + self.keep_cls
+        return shape.cls_attention + 2 * context * others * shape.encoder_width
+
+    def context(self, keep: float) -> int:
+        """How many contextual tokens a budget has."""
+        return floor(keep * 5 / 32 + 0.5) if self.contextual is None else self.contextual
 
     def dominant(self, tokens: VisualTokens, count: int) -> Tensor:
         """Step 1: patches of largest attention summed over heads, descending, [B, count]."""

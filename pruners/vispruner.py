@@ -2,11 +2,12 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
 from secateur.pruners.linalg import cosine_gram, gather_rows, top_k
+from secateur.pruners.registry import register
 
 
 @register("vispruner")
@@ -26,8 +27,8 @@ class VisPruner(Pruner):
     puts the middle one in the half that is dropped from; a zero vector has cosine 0.
     """
 
-    important_ratio: Annotated[float, Range(0, 1)] = 0.5
-    step: Annotated[int, Range(1)] = 8
+    important_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
+    step: Annotated[int, Field(ge=1)] = 8
     order: Literal["spatial", "picked"] = "spatial"
 
     paper = "arXiv 2412.01818"
@@ -52,9 +53,12 @@ class VisPruner(Pruner):
                 ],
                 1,
             )
-        if self.order == "picked":
-            return Selection(picks, custom_order=True)
-        return Selection(picks.sort(1).values)
+        return Selection.ordered(picks, self.order == "picked")
+
+    def flops(self, shape: ImageShape) -> float:
+        """The CLS attention and the Gram matrix of the tokens without the important ones."""
+        rest = shape.tokens - int(shape.kept * self.important_ratio)
+        return shape.cls_attention + 2 * rest**2 * shape.encoder_width
 
     def thin_out(self, x: Tensor, keep: int) -> Tensor:
         """The rounds: [B, keep] of the tokens x [B, R, C], numbered as they come, in the order the last round leaves."""

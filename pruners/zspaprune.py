@@ -4,12 +4,13 @@ from math import floor
 from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
-from secateur.pruners.fields import Range
+from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
 from secateur.pruners.linalg import cosine_gram, farthest_point, most_isolated, normalize, top_k
+from secateur.pruners.registry import register
 from secateur.pruners.relevance import embedding_relevance, text_mask
 
 RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -40,7 +41,7 @@ class ZSPAPrune(Pruner):
     that `maxmin` becomes DivPrune.
     """
 
-    core_ratio: Annotated[float, Range(0, 1)] = 0.6
+    core_ratio: Annotated[float, Field(ge=0, le=1)] = 0.6
     diversity_rule: Literal["maxmin", "mean", "minmin"] = "maxmin"
     pool: Literal["mean", "max"] = "mean"
     order: Literal["spatial", "picked"] = "spatial"
@@ -57,10 +58,11 @@ class ZSPAPrune(Pruner):
         seeds = torch.where(asked[:, None], seeds, most_isolated(distance)[:, None])
         count = torch.where(asked, core, 1)
         picks = farthest_point(distance, seeds, keep, count, update=RULES[self.diversity_rule])
-        return Selection(
-            picks if self.order == "picked" else picks.sort(1).values,
-            custom_order=self.order == "picked",
-        )
+        return Selection.ordered(picks, self.order == "picked")
+
+    def flops(self, shape: ImageShape) -> float:
+        """The Gram matrix; the relevance, N times smaller, is left out."""
+        return shape.gram
 
     def relevance(self, tokens: VisualTokens) -> Tensor:
         """[B, N] cosine of token and prompt; meaningless without prompt tokens."""

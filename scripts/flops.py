@@ -24,7 +24,7 @@ from secateur.efficiency.flops_published import (
     visual_tokens,
 )
 from secateur.paths import CONFIGS, ROOT
-from secateur.pruners import REGISTRY, PrunerError
+from secateur.pruners import REGISTRY, PrunerError, build
 from secateur.reporting.reported import load_efficiency
 
 INSIDE = ("fastv", "pyramiddrop")  # schedules inside the LLM, beside one cut before it
@@ -84,7 +84,7 @@ def pruner_costs(text_tokens: int) -> pd.DataFrame:
                 layer_tokens=tokens,
                 text_tokens=text_tokens,
                 crops=crops,
-                method=method,
+                pruner=build(method),
             ).pruner
             row[f"{model} {keep}"] = None if flops is None else flops / 1e9
         rows.append(row)

@@ -14,8 +14,7 @@ from secateur.cache import EncodeCache
 from secateur.geometry import config_of, random_model, random_processor, tiny
 from secateur.injection import inject
 from secateur.models import PrunedModel
-from secateur.pruners import InLLMPruner, build
-from secateur.pruners.base import REGISTRY
+from secateur.pruners import REGISTRY, InLLMPruner, build
 from secateur.shapes.datasets import build as build_shapes
 from secateur.tasks import TASKS
 from secateur.tasks.load import load_tasks, task_manager

@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from secateur import sweep as engine
 from secateur.progress import Bar, Interrupt
 from secateur.pruners import REGISTRY
-from secateur.pruners.base import Pruner, Selection, VisualTokens, register
+from secateur.pruners.base import Pruner, Selection, VisualTokens
+from secateur.pruners.registry import register
 from secateur.store import Store
 
 GRID = ("-m", "pruner=none,random")

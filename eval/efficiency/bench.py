@@ -230,7 +230,11 @@ class Bench:
             text = trace.audits[0].prompt_tokens - layer_tokens[0]
         name = "none" if setting.pruner is None else setting.pruner.name
         flops = count(
-            self.config, layer_tokens=layer_tokens, text_tokens=text, crops=self.crops, method=name
+            self.config,
+            layer_tokens=layer_tokens,
+            text_tokens=text,
+            crops=self.crops,
+            pruner=setting.pruner,
         )
         return {
             "kind": setting.kind,

@@ -5,15 +5,17 @@ positions although a causal mask forbids half of them. Both are as in torch.util
 the tests require equality with it. `conventions` gives the other counts of the literature.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from secateur.families import MODULES, family_of
 from secateur.families.base import Family
+from secateur.pruners import InLLMPruner, Pruner
+from secateur.pruners.base import ImageShape
+from secateur.pruners.in_llm import PromptShape
 
 # (rows, columns) of tokens after the projector, one entry for each run of the tower
 Crops = Sequence[tuple[int, int]]
@@ -88,7 +90,7 @@ def count(
     text_tokens: int,
     crops: Crops,
     new_tokens: int = 1,
-    method: str = "none",
+    pruner: Pruner | InLLMPruner | None = None,
 ) -> Flops:
     """FLOPs of one prompt and its answer.
 
@@ -99,8 +101,8 @@ def count(
         crops: one (24, 24) per image of LLaVA-1.5, several for LLaVA-NeXT; for Qwen2.5-VL the grid
             of merged tokens of each image.
         new_tokens: length of the answer; the prefill gives its first token.
-        method: name of the pruner, whose own cost counts. For methods before the LLM it is
-            computed as if each crop kept an equal share.
+        pruner: the method, for its own cost; None: the unpruned model. For methods before the LLM
+            the cost is computed as if each crop kept an equal share.
 
     Raises:
         ValueError: the family is not supported, or `layer_tokens` has another length than the LLM
@@ -121,7 +123,7 @@ def count(
     return Flops(
         tower=tower(config, crops),
         projector=projector(config, crops),
-        pruner=_pruner(config, method, layer_tokens, text_tokens, crops),
+        pruner=_pruner(config, pruner, layer_tokens, text_tokens, crops),
         layers=prefill(config, layer_tokens, text_tokens),
         head=head(config),
         step=step(1),
@@ -129,8 +131,11 @@ def count(
     )
 
 
-def count_row(config: PreTrainedConfig, row: dict[str, Any], method: str) -> Flops:
+def count_row(
+    config: PreTrainedConfig, row: dict[str, Any], pruner: Pruner | InLLMPruner | None = None
+) -> Flops:
     """FLOPs of one row of a sweep.
+
 
     Args:
         row: its columns `layer_tokens`, `prompt_tokens`, `new_tokens` and `crops`. LLaVA-1.5 needs
@@ -153,7 +158,7 @@ def count_row(config: PreTrainedConfig, row: dict[str, Any], method: str) -> Flo
         text_tokens=row["prompt_tokens"] - row["layer_tokens"][0],
         crops=crops,
         new_tokens=row["new_tokens"],
-        method=method,
+        pruner=pruner,
     )
 
 
@@ -216,61 +221,29 @@ def _widths(text: Any) -> tuple[int, int, int]:
     return text.hidden_size, text.num_attention_heads * size, text.num_key_value_heads * size
 
 
-# --- pruners: multiply-adds of the products that dominate; methods that are missing are not counted
-
-# before the LLM: of n tokens keep k, for tokens d wide that were c wide in the tower. A Gram matrix counts in full, n n d; a row
-# of CLS attention is (n + 1) c.
-_BEFORE: dict[str, Callable[[int, float, int, int], float]] = {
-    "none": lambda n, k, d, c: 0,
-    "random": lambda n, k, d, c: 0,
-    "uniform": lambda n, k, d, c: 0,
-    "fastervlm": lambda n, k, d, c: (n + 1) * c,
-    "divprune": lambda n, k, d, c: n * n * d,
-    "zspaprune": lambda n, k, d, c: n * n * d,
-    "sppruner": lambda n, k, d, c: n * n * d + (n + 1) * c,
-    "cdpruner": lambda n, k, d, c: n * n * d + k * k * n,  # without CLIP's text tower
-    "promprune": lambda n, k, d, c: n * n * d + (n + 1) * c,  # without the eigenvalues, n^3
-    "scope": lambda n, k, d, c: n * n * c + (n + 1) * c,  # the coverage itself is k n n additions
-    "prunesid": lambda n, k, d, c: (
-        n * n * c + (n + 1) * c + 5 * n * c * (k // 4)
-    ),  # without the QR factorisations
-    "prumerge": lambda n, k, d, c: k * n * c + (n + 1) * c,
-}
-# inside it, per cut: of n visual tokens among `length` positions
-_INSIDE: dict[str, Callable[[Any, int, int], int]] = {
-    # scores of the last position
-    "fastv": lambda text, n, length: length * _widths(text)[1],
-    # the same in the layer ahead, whose keys are made for it
-    "pyramiddrop": lambda text, n, length: (
-        text.hidden_size * (_widths(text)[1] + length * _widths(text)[2])
-        + length * _widths(text)[1]
-    ),
-    # 4 + 4 pivots
-    "dart": lambda text, n, length: 8 * n * text.hidden_size,
-}
+# --- the pruner
 
 
 def _pruner(
     config: PreTrainedConfig,
-    method: str,
+    pruner: Pruner | InLLMPruner | None,
     layer_tokens: Sequence[int],
     text_tokens: int,
     crops: Crops,
 ) -> float | None:
+    """The pruner's own count; every crop counts as if it kept an equal share."""
     text = config.get_text_config()
-    if method in _INSIDE:
-        cuts = [n for n, after in pairwise(layer_tokens) if after != n]
-        return 2 * sum(_INSIDE[method](text, n, n + text_tokens) for n in cuts)
-    if method not in _BEFORE:
-        return None
+    if pruner is None:
+        return 0
+    if isinstance(pruner, InLLMPruner):
+        return pruner.flops(PromptShape(tuple(layer_tokens), text_tokens, *_widths(text)))
     sizes, kept = [rows * columns for rows, columns in crops], layer_tokens[0]
     if kept >= sum(sizes):
         return 0
-    share = kept / sum(sizes)
-    return 2 * sum(
-        _BEFORE[method](n, share * n, text.hidden_size, config.vision_config.hidden_size)
-        for n in sizes
-    )
+    share, widths = kept / sum(sizes), (text.hidden_size, config.vision_config.hidden_size)
+    costs = [pruner.flops(ImageShape(size, share * size, *widths)) for size in sizes]
+    counted = [cost for cost in costs if cost is not None]
+    return sum(counted) if len(counted) == len(costs) else None
 
 
 # --- conventions of the literature
