@@ -1,11 +1,14 @@
 """The formulas against torch's counter: on the meta device, and on tiny models with hooks."""
 
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from conftest import picture
+from synthetic import layer_tokens as layer_inputs
+from synthetic import visual_tokens
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DynamicCache
 
@@ -13,7 +16,9 @@ from secateur.efficiency.flops import conventions, count, count_row, head, prefi
 from secateur.efficiency.flops_published import explain
 from secateur.geometry import config_of, random_model, random_processor, reduced, tiny
 from secateur.injection import inject
-from secateur.pruners import build
+from secateur.pruners import REGISTRY, InLLMPruner, Pruner, build
+from secateur.pruners.base import ImageShape
+from secateur.pruners.in_llm import PromptShape
 
 CLIP = [(24, 24)]
 # crops and visual tokens of a prompt
@@ -130,6 +135,8 @@ METHODS = {
     "fastervlm": ({}, (8, 8, 8, 8)),
     "divprune": ({}, (8, 8, 8, 8)),
     "scope": ({}, (8, 8, 8, 8)),
+    "hiprune": ({}, (8, 8, 8, 8)),
+    "vispruner": ({}, (8, 8, 8, 8)),
     "fastv": ({"layer": 1}, (16, 5, 5, 5)),
     "pyramiddrop": ({"stages": (1, 2, 3)}, (16, 8, 4, 2)),
     "dart": ({"layer": 1}, (16, 4, 4, 4)),
@@ -144,7 +151,8 @@ def test_a_pruned_model_with_its_hooks(method, attention):
     model = random_model(config, std=0.2, attn_implementation=attention)
     text = "USER: <image>\nwhat is this, and why? ASSISTANT:"
     inputs = random_processor(config)(text=[text], images=[picture(0)], return_tensors="pt")
-    with inject(model, build(method, **options), "full" if method == "none" else 8) as trace:
+    pruner = build(method, **options)
+    with inject(model, pruner, "full" if method == "none" else 8) as trace:
         seen = measured(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
     record = trace.audits[0]
     row = {
@@ -153,7 +161,7 @@ def test_a_pruned_model_with_its_hooks(method, attention):
         "layer_tokens": layer_tokens,
         "prompt_tokens": record.prompt_tokens,
     }
-    flops = count_row(config, row, method)
+    flops = count_row(config, row, pruner)
     assert record.layer_tokens == layer_tokens
     assert seen == flops.first_token
     assert (flops.pruner > 0) == (method not in ("none", "random"))
@@ -211,20 +219,73 @@ def test_grouped_queries_cost_less_than_the_literature_writes():
 
 def test_a_method_without_a_count_says_so():
     options = {"layer_tokens": plan("llava_1_5_7b", 64), "text_tokens": 62, "crops": CLIP}
-    counted, unknown = (
-        count(config_of("llava_1_5_7b"), method=method, **options)
-        for method in ("random", "visionzip")
-    )
+    config = config_of("llava_1_5_7b")
+    counted, unknown = (count(config, pruner=p, **options) for p in (build("random"), Pruner()))
     assert unknown.pruner is None
     assert unknown.first_token == counted.first_token
+
+
+# one image of N tokens of which K stay, D wide in the LLM and C in the tower, in 2 heads; a question
+# of S segments; a prompt of T text positions
+N, K, D, C, S, T = 48, 12, 32, 24, 2, 9
+CAPTURE = 2 * (N + 1) * C  # the attention of CLS, which the hooks compute
+CLIP_COSINE = 2 * N * S * D
+CHOLESKY = 2 * N * K * (K - 1) // 2
+# what the counter sees in `select` beyond the method's own count, by cause
+REMAINDERS = {
+    # K^2 N stands for the triangle of Cholesky updates
+    "cdpruner": CLIP_COSINE + CHOLESKY - 2 * N * K * K,
+    "fastervlm": -CAPTURE,
+    "fastv": -2 * (N + T) * D,  # the hooks compute the scores
+    "fsr": CLIP_COSINE - CAPTURE,
+    "hiprune": -2 * 2 * (N + 1) ** 2 * C,  # the hooks compute both attention maps
+    # with fewer channels than tokens, the entropy has a D x D Gram matrix of its own
+    "promprune": 2 * D * D * N + CHOLESKY - CAPTURE,
+    "prumerge": 2 * (K - 1) * N * C,  # merging
+    "prumerge_plus": 2 * (K - 1) * N * C,
+    # a sixth product of the components, their rotation, 6 rounds of suppression
+    "prunesid": 2 * N * C * 3 + 2 * N * 3 * 3 + 6 * 2 * N * N - CAPTURE,
+    "prunesid_dyn": 2 * N * C * 3 + 2 * N * 3 * 3 + 6 * 2 * N * N - CAPTURE,
+    # the hooks compute queries, keys and scores
+    "pyramiddrop": -2 * (D * D + (N + T) * D * D + (N + T) * D),
+    "scope": -CAPTURE,
+    # the hooks compute raters and scores; torch's counter skips the distances of the best 11
+    "sparsevlm": -2 * N * (N + T) * D - 2 * T * (N + T) * D - 2 * 11 * 11 * D,
+    "sppruner": CLIP_COSINE + 2 * K * 6 * D - CAPTURE,  # 6 tokens are merged
+    "visionzip": 2 * 2 * 37 * C // 2 - CAPTURE,  # similarity of 2 targets and 37 others
+    "vispruner": -CAPTURE,
+    "zspaprune": 2 * N * D,  # relevance
+}
+
+
+@pytest.mark.parametrize("method", sorted(REGISTRY))
+def test_what_a_selection_costs(method):
+    """Every registered method has a count; with the remainder above it is what torch counts."""
+    pruner = build(method)
+    if isinstance(pruner, InLLMPruner):
+        tokens = layer_inputs(1, N, width=D)
+        flops = pruner.flops(PromptShape((N, pruner.tokens_after(N, K)), T, D, D, D))
+    else:
+        draw = torch.Generator().manual_seed(0)
+        names = {
+            "encoder_features": N,
+            "last_queries": N + 1,
+            "last_keys": N + 1,
+            "encoder_keys": N + 1,
+        }
+        encoder = {name: torch.randn(1, rows, C, generator=draw) for name, rows in names.items()}
+        tokens = dataclasses.replace(visual_tokens(1, (6, 8), width=D), **encoder)
+        tokens = dataclasses.replace(tokens, cls_token=torch.randn(1, C, generator=draw))
+        flops = pruner.flops(ImageShape(N, K, D, C))
+    assert measured(lambda: pruner.prune(tokens, K)) == flops + REMAINDERS.get(method, 0)
 
 
 def test_errors_name_the_fix():
     config = config_of("llava_next_7b")
     row = {"visual_tokens": 2880, "layer_tokens": [64] * 32, "prompt_tokens": 100, "new_tokens": 1}
     with pytest.raises(ValueError, match="need a column `crops`"):
-        count_row(config, row, "none")
-    assert count_row(config, row | {"crops": CLIP * 5}, "none").tower == tower(config, CLIP * 5)
+        count_row(config, row)
+    assert count_row(config, row | {"crops": CLIP * 5}).tower == tower(config, CLIP * 5)
     with pytest.raises(ValueError, match="3 counts in layer_tokens for 32 layers"):
         count(config, layer_tokens=[64] * 3, text_tokens=1, crops=CLIP)
     with pytest.raises(ValueError, match="'clip' models are not known"):
