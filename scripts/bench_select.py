@@ -5,14 +5,16 @@
     python scripts/bench_select.py --pruners scope,divprune --shapes 576x1024 --threads 2
     python scripts/bench_select.py --device cuda         the same on a GPU, with the kernels launched per selection
 
-Times are of `prune`, its checks included, on random clustered tokens that lie on the device in float32. The literal formulation
-(scripts/literal_select.py, one image) runs interleaved with it in the same process. The cosine Gram matrix alone is timed beside
-them: no method that needs it can be faster. Writes CSV and Markdown to --out.
+Times are of `prune`, its checks included, on random clustered tokens in float32 on the device. The
+literal formulation (tests/reference/literal.py, one image) runs interleaved with it in the same
+process. The cosine Gram matrix is timed alone as well: no method that needs it can be faster.
+Writes CSV and Markdown to --out.
 """
 
 import argparse
 import csv
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -22,12 +24,14 @@ from statistics import quantiles
 from typing import Any
 
 import torch
-from literal_select import METHODS as LITERAL
 from rich.progress import track
 
 from secateur.efficiency.hardware import describe
 from secateur.pruners import REGISTRY, InLLMPruner, LayerTokens, VisualTokens, build
 from secateur.pruners.linalg import cosine_gram
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from reference.literal import METHODS as LITERAL
 
 GRAM = "cosine Gram"  # stands where a pruner's name does
 PREFIX, TEXT, HEADS = 35, 40, 16  # positions before the image and behind it, attention heads

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from reference.literal import METHODS
 from synthetic import visual_tokens
 
-from scripts.literal_select import METHODS
 from secateur.pruners import build
 
 ROOT = Path(__file__).parents[1]

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference.golden import GoldenError, check, files
+from reference.golden_adapters import METHODS, Comparison
 from safetensors.torch import load_file, save_file
 
-from scripts.check_golden import GoldenError, check, files, main
-from scripts.golden_cases import METHODS, Comparison
+from scripts.check_golden import main
 
 GOLDEN = Path(__file__).parent / "golden"
 
