@@ -6,83 +6,70 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(file=sys.stderr)  # the real one, also while a task's own output is caught
+# the real stderr, also while the output of a task is captured
+console = Console(file=sys.stderr)
 KEPT = "Finished cells and answers are kept; the same command goes on from there."
 
 
-def complain(paragraph: str) -> None:
+def print_error(paragraph: str) -> None:
     console.print(paragraph, style="red", highlight=False, markup=False)
 
 
 class Interrupt:
-    """Ctrl-C that cannot get lost: some libraries swallow the exception in the middle of a load, so it is asked for again.
+    """Ctrl-C that is not lost: some libraries swallow KeyboardInterrupt while they load.
 
-    The second one ends the process at once.
+    `check` raises it again. A second Ctrl-C ends the process at once.
     """
 
-    _requested = False
+    def __init__(self) -> None:
+        self._requested = False
 
-    @classmethod
-    def catch(cls) -> None:
-        signal.signal(signal.SIGINT, cls._handle)
+    def catch(self) -> None:
+        """Handle Ctrl-C from now on."""
+        signal.signal(signal.SIGINT, self._handle)
 
-    @classmethod
-    def _handle(cls, _number: int, _frame: Any) -> None:
-        if cls._requested:
+    def _handle(self, _number: int, _frame: Any) -> None:
+        if self._requested:
             console.show_cursor()
-            os.write(
-                2, f"\nInterrupted twice. {KEPT}\n".encode()
-            )  # sys.stderr may be a task's at the moment
+            # not through sys.stderr, which may be captured at the moment
+            os.write(2, f"\nInterrupted twice. {KEPT}\n".encode())
             os._exit(130)
-        cls._requested = True
+        self._requested = True
         raise KeyboardInterrupt
 
-    @classmethod
-    def check(cls) -> None:
-        if cls._requested:
+    def check(self) -> None:
+        if self._requested:
             raise KeyboardInterrupt
 
 
-class Bar:
-    """Progress over the cells of the whole sweep, shared by the jobs of this process."""
+class ProgressBar:
+    """Progress over the cells of all `jobs` of a sweep that run in this process."""
 
-    jobs = 1
-    _progress: Progress | None = None
-    _task: TaskID
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self._bar = Progress(
+            BarColumn(),
+            TextColumn("{task.completed:.1f} of {task.total:.0f} cells"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+        )
 
-    @classmethod
-    def show(cls, cells_a_job: int, text: str) -> None:
-        if cls._progress is None:
-            count = TextColumn("{task.completed:.1f} of {task.total:.0f} cells")
-            columns = [
-                BarColumn(),
-                count,
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            ]
-            cls._progress = Progress(*columns, console=console)
-            cls._progress.start()
-            cls._task = cls._progress.add_task(text, total=cls.jobs * cells_a_job)
-        cls._progress.update(cls._task, description=text)
+    def show(self, cells_per_job: int, text: str) -> None:
+        """Say what runs now. The first call draws the bar and fixes its length."""
+        if not self._bar.tasks:
+            self._bar.start()
+            self._bar.add_task(text, total=self.jobs * cells_per_job)
+        self._bar.update(self._bar.task_ids[0], description=text)
 
-    @classmethod
-    def advance(cls, cells: float) -> None:
-        if cls._progress:
-            cls._progress.advance(cls._task, cells)
+    def advance(self, cells: float) -> None:
+        if self._bar.tasks:
+            self._bar.advance(self._bar.task_ids[0], cells)
 
-    @classmethod
-    def stop(cls) -> None:
-        if cls._progress:
-            cls._progress.stop()
-            cls._progress = None
+    def stop(self) -> None:
+        if self._bar.live.is_started:
+            self._bar.stop()

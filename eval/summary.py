@@ -1,4 +1,4 @@
-"""What stands before and behind a sweep: the count of cells ahead, the tables and the counts of outcomes."""
+"""What Hydra calls before and after a sweep: counts the jobs; prints tables, errors and counts."""
 
 import json
 import sys
@@ -11,29 +11,32 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from secateur.progress import Bar, complain, console
+from secateur.progress import console, print_error
 from secateur.reporting import tables
 from secateur.store import DamagedRecord, Store
-from secateur.sweep import OUTCOMES, Outcome, begin, finish
+from secateur.sweep import OUTCOMES, Outcome, begin
 
-# of one cell in several jobs the first of these counts; partial: some shards have answered, others not yet
+# Where several jobs have the same cell, the first of these states counts. partial: some shards
+# have answered, others have not yet.
 STATES = ("done", "skipped", "failed", "partial", "locked")
 
 
 class Summary(Callback):
-    """Hydra callback: counts the jobs ahead for the progress bar, and sums the sweep up behind them."""
+    """Hydra callback: begins the sweep with its number of jobs, and prints what came of it."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        begin()
-        try:  # before Hydra writes there, and before hours of a sweep whose runs could not be logged
+        self._start(config, jobs=1)
+
+    def _start(self, config: DictConfig, jobs: int) -> None:
+        try:  # before Hydra writes there, and before hours of a sweep that could not be logged
             Store(Path(config.results))
             self._logger = _logger(config)
         except (OSError, ValueError) as error:
-            complain(str(error))
+            print_error(str(error))
             sys.exit(1)
+        self._sweep = begin(jobs)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        self.on_run_start(config)
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         overrides = OverridesParser.create().parse_overrides(
             [*params, *config.hydra.overrides.task]
@@ -43,9 +46,10 @@ class Summary(Callback):
             for o in overrides
             if o.is_sweep_override()
         }
-        Bar.jobs = 1
+        jobs = 1
         for override in overrides:
-            Bar.jobs *= swept.pop(override.get_key_element(), 1)
+            jobs *= swept.pop(override.get_key_element(), 1)
+        self._start(config, jobs)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         self._sum_up(
@@ -59,9 +63,13 @@ class Summary(Callback):
         )
 
     def _sum_up(self, files: list[Path], results: Path) -> None:
-        """Print counts, errors and tables; exit 1 if any cell failed, or if this itself does: Hydra only warns of errors here."""
+        """Print tables, errors and counts; exit 1 if any cell failed, or if this does.
+
+        Hydra itself only warns of errors here.
+        """
         try:
-            finish()
+            self._sweep.finish()
+            self._sweep.bar.stop()
             failed = _report(files, results, self._logger)
         except Exception:
             console.print_exception()
@@ -71,7 +79,7 @@ class Summary(Callback):
 
 
 def _logger(config: DictConfig) -> Callable[[tables.Records], bool]:
-    """What hands the records of a sweep on; gives whether all of them arrived."""
+    """A function that logs the records of a sweep; returns whether all were logged."""
     if config.logger.name == "none":
         return lambda _: True
     from secateur.reporting.wandb_log import WandbLog
@@ -80,14 +88,13 @@ def _logger(config: DictConfig) -> Callable[[tables.Records], bool]:
 
 
 def _report(files: list[Path], results: Path, log: Callable[[tables.Records], bool]) -> bool:
-    """Print tables, errors and counts, log the cells; whether anything failed."""
-    Bar.stop()
+    """Print tables, errors and counts, log the cells; returns whether anything failed."""
     outcomes = [
         outcome for file in files if file.exists() for outcome in json.loads(file.read_text())
     ]
     by_cell: dict[str, Outcome] = {}
     for outcome in sorted(outcomes, key=lambda outcome: STATES.index(outcome["state"])):
-        # the unpruned cell has no budget: a sweep over budgets meets it several times
+        # the unpruned cell has no budget: a sweep over budgets has it several times
         by_cell.setdefault(outcome.get("folder", outcome["cell"]), outcome)
     finished = {o["folder"] for o in by_cell.values() if o["state"] in ("done", "skipped")}
     finished |= {
@@ -107,7 +114,7 @@ def _report(files: list[Path], results: Path, log: Callable[[tables.Records], bo
             console.print(f"written: {path}", highlight=False)
     messages = {o["message"]: o["cell"] for o in reversed(by_cell.values()) if "message" in o}
     for message, where in messages.items():
-        complain(f"FAILED {where}: {message}")
+        print_error(f"FAILED {where}: {message}")
     counts = Counter(outcome["state"] for outcome in by_cell.values())
     shown = [state for state in STATES if counts[state] or state in ("done", "skipped", "failed")]
     console.print(", ".join(f"{counts[state]} cells {state}" for state in shown), style="bold")

@@ -1,4 +1,4 @@
-"""The jobs of a sweep on several processes: how they are shared out, what a worker does, what becomes of a dead one's jobs."""
+"""A sweep on several processes: shares of jobs, what a worker does, what happens when one dies."""
 
 import json
 import os
@@ -13,16 +13,18 @@ from hydra.core.utils import run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from secateur.progress import KEPT, Bar, console
-from secateur.sweep import OUTCOMES, finish
+from secateur.progress import KEPT, console
+from secateur.sweep import OUTCOMES, begin
 
-Job = tuple[int, list[str]]  # number in the sweep, and overrides
+NumberedOverrides = tuple[
+    int, list[str]
+]  # a job before it is composed: number in the sweep, overrides
 
 
-def packs(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
-    """Jobs shared out evenly, those of one model side by side, so that a worker loads as few models as can be."""
+def split_jobs(jobs: Sequence[NumberedOverrides], workers: int) -> list[list[NumberedOverrides]]:
+    """Equal shares, with the jobs of one model together: a worker loads as few models as possible."""
 
-    def model(job: Job) -> list[str]:
+    def model(job: NumberedOverrides) -> list[str]:
         return [
             override
             for override in job[1]
@@ -38,22 +40,25 @@ def packs(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
 
 @dataclass
 class Worker:
-    """What every worker gets: the sweep's configuration and the function that runs a job."""
+    """The function of every worker, with the sweep's config and the function that runs a job."""
 
     hydra_context: HydraContext
     task_function: TaskFunction
     config: DictConfig
 
-    def __call__(self, share: list[Job], device: str | None, state: Any) -> None:
-        """Run a share of the sweep on a GPU (as CUDA_VISIBLE_DEVICES names it; None: whatever there is).
+    def __call__(self, share: list[NumberedOverrides], device: str | None, state: Any) -> None:
+        """Run a share of the sweep.
 
-        `state` is that of Hydra's singletons.
+        Args:
+            share: the jobs.
+            device: the GPU, as CUDA_VISIBLE_DEVICES names it; None: all there are.
+            state: of Hydra's singletons.
         """
         if device is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = device
         Singleton.set_state(state)
         setup_globals()
-        Bar.jobs = len(share)
+        sweep = begin(len(share))
         for number, overrides in share:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             with open_dict(config):
@@ -65,18 +70,21 @@ class Worker:
                 job_subdir_key="hydra.sweep.subdir",
                 hydra_context=self.hydra_context,
             )
-        finish()
-        Bar.stop()
+        sweep.finish()
+        sweep.bar.stop()
 
     def checkpoint(self, *arguments: Any) -> Any:
-        """What submitit queues when a worker is preempted: the same again, which skips what is done."""
+        """What submitit queues when a worker is preempted: the same call, which skips finished cells."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, *arguments)
 
 
-def wait(running: list[Any], shares: list[list[Job]], folder: Path) -> None:
-    """Tell which jobs are through until all workers have ended; leave a failure for every job that a worker did not finish."""
+def wait(running: list[Any], shares: list[list[NumberedOverrides]], folder: Path) -> None:
+    """Print each job that ends, until all workers have ended.
+
+    Writes a failed outcome for every job that a worker did not finish.
+    """
     left = {number: " ".join(overrides) for share in shares for number, overrides in share}
     total, ended = len(left), False
     while not ended:

@@ -120,7 +120,7 @@ def main() -> None:
                 identity = job.identity(task)
                 if not job.store.has(identity):
                     documents = min(job.limit or TASKS[task].documents, TASKS[task].documents)
-                    cells[job.store.folder(identity)] = (job.model["name"], documents)
+                    cells[job.store.folder(identity)] = (job.model.name, documents)
     table = (
         pd.DataFrame(cells.values(), columns=["model", "documents"])
         .groupby("model")["documents"]

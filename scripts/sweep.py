@@ -8,22 +8,21 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from secateur.progress import KEPT, Interrupt
+from secateur.progress import KEPT
 
 
 @hydra.main(config_path="../configs", config_name="sweep", version_base="1.3")
 def main(config: DictConfig) -> None:
     from secateur.sweep import run_job
 
-    Interrupt.catch()
     run_job(config)
 
 
 if __name__ == "__main__":
-    # start-up allocates much and frees little: looking for cycles there costs a second; the first
-    # cell that runs switches it on again
+    # Start-up allocates much and frees little: garbage collection there costs a second. The first
+    # cell that runs switches it on again.
     gc.disable()
-    # one progress bar, ours, in place of one a library; their warnings stay
+    # one progress bar, ours, instead of one per library; their warnings stay
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

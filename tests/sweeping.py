@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.progress import Interrupt, console
+from secateur.progress import console
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "sweep.py"
 
@@ -38,11 +38,7 @@ class Sweeps:
         """Exit code, and what was printed."""
         before = sys.argv, console.file, signal.getsignal(signal.SIGINT)
         printed = io.StringIO()
-        sys.argv, console.file, Interrupt._requested = (
-            self.command(results, *overrides),
-            printed,
-            False,
-        )
+        sys.argv, console.file = self.command(results, *overrides), printed
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
                 runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -183,7 +183,7 @@ def test_every_combination_is_a_job(tmp_path, experiment):
             job = Job.of(config)
             assert job.pruner.name == method
             assert job.limit is None
-            assert job.suite["name"] == "hub"
+            assert job.suite.name == "hub"
             keep = job.budget.resolve(tokens)
             if isinstance(job.pruner, InLLMPruner):  # raises where no schedule meets the budget
                 # the counts SparseVLM releases for 192, 128 and 64 average 206, 145 and 82

@@ -24,7 +24,8 @@ from sweeping import cells, output, tables, wait_for
 from transformers import PreTrainedTokenizerBase
 
 from secateur import sweep as engine
-from secateur.progress import Bar, Interrupt
+from secateur.model_pool import ModelPool
+from secateur.progress import Interrupt, ProgressBar
 from secateur.pruners import REGISTRY
 from secateur.pruners.base import Pruner, Selection, VisualTokens
 from secateur.pruners.registry import register
@@ -177,7 +178,7 @@ def test_an_error_of_the_harness_itself_is_shown_and_kept_to_its_job(sweeps, tmp
     def refuse(*_):
         raise AttributeError("not of ours")
 
-    monkeypatch.setattr(engine.loaded, "model", refuse)
+    monkeypatch.setattr(ModelPool, "get", refuse)
     code, printed = sweeps.here(tmp_path, "-m", "pruner=random,uniform")
     assert code == 1
     assert "0 cells done, 0 cells skipped, 4 cells failed" in printed
@@ -192,9 +193,10 @@ def test_what_goes_wrong_with_a_cell_that_was_waited_for_fails_it(tmp_path, monk
     path = tmp_path / "cells.json"
     path.write_text(json.dumps([{"state": "locked", "cell": "pope random 16"}]))
     job = SimpleNamespace(tasks=["pope"], pruner=SimpleNamespace(name="random"), budget=16)
-    monkeypatch.setattr(engine, "_run_cell", refuse)
-    monkeypatch.setattr(engine._Sweep, "waiting", [(job, "pope", path)])
-    engine.finish()
+    monkeypatch.setattr(engine.Sweep, "_run_cell", refuse)
+    sweep = engine.Sweep()
+    sweep.waiting.append((job, "pope", path))
+    sweep.finish()
     (outcome,) = json.loads(path.read_text())
     assert outcome["state"] == "failed"
     assert "RuntimeError: not of ours (traceback in " in outcome["message"]
@@ -238,7 +240,7 @@ def test_a_torn_answer_is_asked_again(sweeps, reference, tmp_path, monkeypatch):
     """Two answers whole, the third cut off in the middle: one document of four more is not asked for the first two."""
     calls = []
     with monkeypatch.context() as patch:
-        patch.setattr(Bar, "advance", _interrupting(calls, after=3))
+        patch.setattr(ProgressBar, "advance", _interrupting(calls, after=3))
         code, printed = sweeps.here(tmp_path, "pruner=random", "tasks=[pope]")
     assert code == 130
     assert "Finished cells and answers are kept" in printed
@@ -246,7 +248,7 @@ def test_a_torn_answer_is_asked_again(sweeps, reference, tmp_path, monkeypatch):
     text = file.read_text()
     assert len(text.splitlines()) == 3
     file.write_text(text[:-40])
-    monkeypatch.setattr(Bar, "advance", lambda cells: calls.append(cells))
+    monkeypatch.setattr(ProgressBar, "advance", lambda _, cells: calls.append(cells))
     calls.clear()
     code, printed = sweeps.here(tmp_path, "pruner=random", "tasks=[pope]")
     assert code == 0
@@ -256,7 +258,7 @@ def test_a_torn_answer_is_asked_again(sweeps, reference, tmp_path, monkeypatch):
 
 
 def _interrupting(calls: list, after: int):
-    def advance(cells: float) -> None:
+    def advance(_: ProgressBar, cells: float) -> None:
         if cells == 1 / 4:
             calls.append(cells)
         if len(calls) == after:
@@ -356,7 +358,7 @@ def test_an_interrupted_sweep_goes_on_later(sweeps, reference, tmp_path):
 def _interrupted_twice(place: Path) -> None:
     """The first is swallowed, as some libraries do; a task's output is being caught."""
     os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT), 2)
-    Interrupt.catch()
+    Interrupt().catch()
     with contextlib.redirect_stderr(io.StringIO()):
         with contextlib.suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from sweeping import SCRIPT, cells, tables, wait_for
 
-from secateur.workers import packs
+from secateur.workers import split_jobs
 
 GRID = ("-m", "pruner=none,random", "budget=16,32")
 WORKERS = ("hydra/launcher=gpus", "hydra.launcher.workers=2")
@@ -58,10 +58,10 @@ def end(process: subprocess.Popen) -> tuple[int, str]:
 
 def test_jobs_are_shared_out_evenly_with_those_of_a_model_together():
     jobs = [(n, [f"pruner={n}", f"model={'ab'[n % 2]}"]) for n in range(8)]
-    shares = packs(jobs, 2)
+    shares = split_jobs(jobs, 2)
     assert shares == [[jobs[n] for n in (0, 2, 4, 6)], [jobs[n] for n in (1, 3, 5, 7)]]
     for workers in range(1, 12):
-        shares = packs(jobs, workers)
+        shares = split_jobs(jobs, workers)
         assert sorted(job for share in shares for job in share) == jobs
         assert {len(share) for share in shares} <= {8 // min(workers, 8), -(-8 // min(workers, 8))}
         loads = sum(len({job[1][1] for job in share}) for share in shares)

@@ -8,14 +8,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import picture
+from hydra import compose, initialize_config_dir
 from lmms_eval.protocol import ChatMessages
 
 from scripts.training.train_shapes import Recipe, train
-from secateur import cell, loaded, models
+from secateur import cell, models
 from secateur.budget import Budget
 from secateur.families import contract
 from secateur.injection import selftest
+from secateur.job import Job
+from secateur.model_pool import ModelPool
 from secateur.models import PrunedModel
+from secateur.paths import CONFIGS
 from secateur.pruners import build
 from secateur.shapes.datasets import build as build_shapes
 from secateur.tasks import TASKS
@@ -173,7 +177,7 @@ def test_an_untested_transformers_is_told_before_the_first_cell(monkeypatch):
         PrunedModel(str(WEIGHTS), dtype="float32", device="cpu")
 
 
-def test_one_model_is_loaded_at_a_time_and_only_when_its_settings_change(monkeypatch):
+def test_one_model_is_loaded_at_a_time_and_only_when_its_settings_change(monkeypatch, tmp_path):
     alive = []
 
     class Held:
@@ -184,13 +188,15 @@ def test_one_model_is_loaded_at_a_time_and_only_when_its_settings_change(monkeyp
             alive.append(weakref.ref(self))
 
     monkeypatch.setattr(models, "PrunedModel", Held)
-    monkeypatch.setattr(loaded, "_MODELS", {})
-    engine = {"batch_tokens": 0, "limit_bytes": 0, "disk_limit_bytes": 0, "folder": None}
-    settings = {"name": "a", "positions": "compact", "budgets": [1]}
-    first = id(loaded.model(settings, engine))
-    assert id(loaded.model(settings | {"positions": "original", "budgets": [2]}, engine)) == first
-    loaded.model(settings | {"name": "b"}, engine)
-    loaded.model(settings | {"name": "b"}, engine | {"batch_tokens": 8})
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        job = Job.of(compose("sweep", [f"results={tmp_path}"]))
+    pool, settings, engine = ModelPool(), job.model, job.engine
+    first = id(pool.get(settings, engine))
+    other = settings.model_copy(update={"positions": "original", "budgets": [2]})
+    assert id(pool.get(other, engine)) == first
+    other = settings.model_copy(update={"name": "b"})
+    pool.get(other, engine)
+    pool.get(other, engine.model_copy(update={"batch_tokens": 8}))
     assert len(alive) == 3
 
 

@@ -29,8 +29,8 @@ def names(group: str) -> list[str]:
 @pytest.mark.parametrize("suite", names("suite"))
 def test_every_model_and_suite_composes(tmp_path, model, suite):
     job = Job.of(composed(tmp_path, f"model={model}", f"suite={suite}"))
-    assert job.model["name"] == model
-    assert [Budget.parse(budget) for budget in job.model["budgets"]]
+    assert job.model.name == model
+    assert [Budget.parse(budget) for budget in job.model.budgets]
     identity = job.identity("pope")
     assert identity["model"]["weights"]
     assert "device" not in identity["model"]

@@ -1,4 +1,4 @@
-"""Hydra's own sweeper, which here composes the config of each job once instead of twice."""
+"""Hydra's own sweeper, but it composes the config of each job once instead of twice."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 
 class _Composed:
-    """A config loader that hands over configs which were composed before, each of them once."""
+    """A config loader that returns configs composed before, each of them once."""
 
     def __init__(self, loader: Any, configs: dict[tuple[str, ...], DictConfig]) -> None:
         self._loader, self._configs = loader, configs
@@ -28,7 +28,7 @@ class _Composed:
 class ComposedOnce(BasicSweeper):
     """Composes every job before the first one runs, as Hydra does to find mistakes early.
 
-    Hydra's launcher in this process then runs these configs; others compose where they run.
+    Hydra's launcher in this process then runs these configs; other launchers compose again.
     """
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:

@@ -1,4 +1,7 @@
-"""Hydra's launcher for several processes: one a GPU of this machine, or the jobs of a SLURM array. Hydra looks for it here."""
+"""Hydra's launcher for several processes: one per GPU of this machine, or a SLURM array.
+
+Hydra looks for it in this folder.
+"""
 
 import os
 from collections.abc import Sequence
@@ -12,24 +15,25 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from secateur.progress import console
-from secateur.workers import Worker, packs, wait
+from secateur.workers import Worker, split_jobs, wait
 
 
 class Packed(Launcher):
     """Hydra launcher: every worker runs its share of the sweep's jobs in one process.
 
-    A worker that dies fails the jobs it had not finished; the others go on. A SLURM job that is preempted or out of time is
-    queued again and goes on from its last answer.
+    When a worker dies, the jobs it had not finished fail; the others go on. A SLURM job that is
+    preempted or out of time is queued again and goes on from its last answer.
 
     Args:
         cluster: `local` or `slurm`.
-        workers: how many; None: one a GPU of this machine. Local workers get a GPU each, by rank, and share where they are more.
+        workers: how many; None: one per GPU of this machine. Local workers get one GPU each, by
+            rank; with more workers than GPUs they share.
         max_num_timeout: how often a SLURM job that ran out of time is queued again.
-        parameters: what `submitit.AutoExecutor.update_parameters` takes, for each worker.
+        parameters: arguments of `submitit.AutoExecutor.update_parameters`, for each worker.
 
     Raises:
         ImportError: submitit is not installed.
-        ValueError: no number of workers, and no GPU to count.
+        ValueError: `workers` is None and there is no GPU.
     """
 
     def __init__(
@@ -64,9 +68,10 @@ class Packed(Launcher):
         workers = len(devices) if self.workers is None else self.workers
         if workers < 1:
             raise ValueError(
-                f"{workers} workers: there is no GPU here to count; set hydra.launcher.workers=2 for two processes"
+                f"{workers} workers: there is no GPU here to count; "
+                "set hydra.launcher.workers=2 for two processes"
             )
-        shares = packs(
+        shares = split_jobs(
             [(initial_job_idx + n, list(overrides)) for n, overrides in enumerate(job_overrides)],
             workers,
         )
@@ -86,7 +91,8 @@ class Packed(Launcher):
                 for rank, share in enumerate(shares)
             ]
         console.print(
-            f"{len(job_overrides)} jobs on {len(running)} workers; their logs: {folder / 'workers'}",
+            f"{len(job_overrides)} jobs on {len(running)} workers; "
+            f"their logs: {folder / 'workers'}",
             highlight=False,
         )
         try:
