@@ -44,7 +44,11 @@ class Job(EngineSettings):
     ]
     limit: Count | None
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
-    shard: Annotated[tuple[int, int], PlainValidator(_parse_shard)]  # number and count
+    shard: Annotated[  # number and count
+        tuple[int, int],
+        PlainValidator(_parse_shard),
+        PlainSerializer(lambda shard: "{}/{}".format(*shard)),
+    ]
     retry_failed: bool
     logger: dict[str, Any]  # checked by the logger
     reported: dict[str, Any] | None = None  # of an experiment: the tables it reproduces

@@ -42,7 +42,7 @@ class Settings(BaseModel):
         except ValidationError as error:
             wrong = error.errors()
         schema = cls.model_json_schema()
-        raise ValueError("; ".join(_explain(dict(one), schema) for one in wrong))
+        raise ValueError("; ".join(dict.fromkeys(_explain(dict(one), schema) for one in wrong)))
 
 
 class ModelSettings(Settings):

@@ -2,12 +2,14 @@
 
 import dataclasses
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
 from secateur.pruners import build
 from secateur.reporting.comparison import Cell
@@ -16,6 +18,17 @@ from secateur.tasks import TASKS
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CATEGORIES = ["OCR", "count", "color", "code_reasoning", "text_translation"]
 PER_IMAGE = {"pope": 10, "gqa": 10, "mme": 2}
+
+
+def model_settings(model: str) -> dict[str, Any]:
+    """A config of configs/model, composed with the file that all models share."""
+    return OmegaConf.to_container(_composed(model).model)
+
+
+@cache
+def _composed(model: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("sweep", [f"model={model}"])
 
 
 def identity(
@@ -27,7 +40,7 @@ def identity(
     limit: int | None = None,
     **fields: Any,
 ):
-    settings = yaml.safe_load((CONFIGS / "model" / f"{model}.yaml").read_text())
+    settings = model_settings(model)
     overrides = settings.get("pruner_fields", {}).get(method, {})
     for name in ("budgets", "device", "pruner_fields"):
         settings.pop(name, None)

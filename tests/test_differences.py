@@ -19,6 +19,7 @@ def fields(group: str) -> set[str]:
         f"{group}.{key}"
         for path in (CONFIGS / group).glob("*.yaml")
         for key in OmegaConf.create(path.read_text())
+        if key != "defaults"
     }
 
 

@@ -1,18 +1,15 @@
 """Every family with every backend of its image processor, from a saved folder, by the shipped configs."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from cells import model_settings
 from conftest import picture
-from omegaconf import OmegaConf
 from transformers import AutoImageProcessor
 
 from secateur.families import family_of
 from secateur.geometry import random_model, random_processor, tiny
 from secateur.loading import load
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "model"
 SHIPPED = {"llava": "llava_1_5_7b", "llava_next": "llava_next_7b", "qwen2_5_vl": "qwen2_5_vl_7b"}
 WITH_TORCHVISION = {"TorchvisionBackend", "BaseImageProcessorFast"}  # today's base class, and 5.0's
 
@@ -35,8 +32,8 @@ def folders(tmp_path_factory):
 def loaded(folder, family, resize):
     """As `secateur.models.PrunedModel` loads it, with the settings of the family's shipped config."""
     fields = ("name", "weights", "revision", "dtype", "attn_implementation")
-    shipped = OmegaConf.load(CONFIGS / f"{SHIPPED[family]}.yaml")
-    assert shipped.family == family
+    shipped = model_settings(SHIPPED[family])
+    assert shipped["family"] == family
     settings = {field: shipped[field] for field in fields}
     return load(str(folder), **settings, device=torch.device("cpu"), resize=resize)
 
