@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import wandb
 from omegaconf import DictConfig, OmegaConf
 
-from secateur.progress import complain, console
+from secateur.progress import print_error, console
 from secateur.reporting import comparison, figures, gallery, interval_table, tables
 from secateur.reporting.comparison import Cell
 from secateur.reporting.costs import first_token_flops
@@ -130,9 +130,9 @@ class WandbLog:
         for message in dict.fromkeys(text for _, text in failed):
             names = [name for name, text in failed if text == message]
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            complain(f"NOT LOGGED {shown}: {message}")
+            print_error(f"NOT LOGGED {shown}: {message}")
         if failed:
-            complain("The records are complete; the same command logs what is missing.")
+            print_error("The records are complete; the same command logs what is missing.")
         return not failed
 
     def _is_logged(self, run: _Run) -> bool:
