@@ -1,4 +1,4 @@
-"""How many visual tokens of an image may go on."""
+"""How many visual tokens of an image are kept."""
 
 from dataclasses import dataclass
 from math import floor
@@ -6,7 +6,10 @@ from math import floor
 
 @dataclass(frozen=True)
 class Budget:
-    """Tokens per image, or a share of them; neither means all (the unpruned model). Per crop instead with `per_tile`."""
+    """Tokens per image, or a share of them; neither means all (the unpruned model).
+
+    With `per_tile` the numbers are per crop of an image.
+    """
 
     tokens: int | None = None
     retention: float | None = None
@@ -14,7 +17,10 @@ class Budget:
 
     @classmethod
     def parse(cls, value: "int | float | str | Budget") -> "Budget":
-        """64 or "64" -> tokens; 0.111 or "11.1%" -> retention; "full" -> everything; "128/tile" -> of every crop of an image.
+        """Read a budget.
+
+        64 or "64" -> tokens; 0.111 or "11.1%" -> retention; "full" -> all tokens;
+        "128/tile" -> tokens of every crop.
 
         Raises:
             ValueError: anything else, a count below 1, a retention outside (0, 1].
@@ -35,22 +41,23 @@ class Budget:
                 budget = cls(retention=float(text), per_tile=per_tile)
         except ValueError:
             raise ValueError(
-                f"budget={value!r} is not understood; give tokens (64), a retention (11.1% or 0.111), "
-                "either with /tile for every crop, or full"
+                f"budget={value!r} is not understood; give tokens (64), "
+                "a retention (11.1% or 0.111), either with /tile for every crop, or full"
             ) from None
         if budget.tokens is not None and budget.tokens < 1:
             raise ValueError(
-                f"budget={value!r}: at least 1 visual token must stay; to remove none use pruner=none"
+                f"budget={value!r}: at least 1 visual token must stay; "
+                "to remove none use pruner=none"
             )
         if budget.retention is not None and not 0 < budget.retention <= 1:
-            raise ValueError(f"budget={value!r}: a retention lies above 0 and up to 1 (100%)")
+            raise ValueError(f"budget={value!r}: a retention is above 0 and at most 1 (100%)")
         return budget
 
     def resolve(self, available: int) -> int:
-        """The exact number to keep of `available` tokens; a retention rounds half up, at least 1.
+        """The number of tokens to keep of `available`; a retention rounds half up, to at least 1.
 
         Raises:
-            ValueError: more tokens asked for than there are.
+            ValueError: the budget exceeds `available`.
         """
         if self.retention is not None:
             return max(1, floor(self.retention * available + 0.5))
@@ -58,12 +65,13 @@ class Budget:
             return available
         if self.tokens > available:
             raise ValueError(
-                f"budget={self.tokens}: the image has only {available} visual tokens; lower the budget to at most {available}"
+                f"budget={self.tokens}: the image has only {available} visual tokens; "
+                f"lower the budget to at most {available}"
             )
         return self.tokens
 
     def of_crops(self, crops: int, size: int) -> list[int]:
-        """What to keep of each of an image's crops of `size` tokens: equal shares, the first ones taking what is left over."""
+        """Tokens to keep of each crop of `size`: equal shares; the first get the remainder."""
         if self.per_tile or crops == 1:
             return [self.resolve(size)] * crops
         share, left = divmod(self.resolve(crops * size), crops)
@@ -74,13 +82,13 @@ class Budget:
         return [share + (crop < left) for crop in range(crops)]
 
     def most(self, available: int) -> int:
-        """About how much stays of an image with so many places, whatever its crops; rather too much than too little."""
+        """An upper estimate of the tokens kept of `available`, for any number of crops."""
         if self.tokens is None:
             return self.resolve(available)
         return available if self.per_tile else min(self.tokens, available)
 
     def of_sequence(self, available: int, crops: int, size: int) -> int:
-        """What to keep of the `available` places of an image of so many crops, ranked together."""
+        """Tokens to keep of `available`, if all crops of an image are ranked together."""
         return crops * self.resolve(size) if self.per_tile else self.resolve(available)
 
     def __str__(self) -> str:

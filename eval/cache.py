@@ -1,4 +1,4 @@
-"""Tensors by key, kept in memory and on disk, each within a limit of bytes: what the image encoder gave for an image."""
+"""A cache of the image encoder's output, in memory and on disk, each with a limit in bytes."""
 
 import contextlib
 import hashlib
@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 
 def image_key(pixels: Tensor | Iterable[Tensor], identity: str) -> str:
-    """Content hash of an image's pixel tensors (values, shapes, dtypes) and of what encodes them."""
+    """Hash of an image's pixel tensors (values, shapes, dtypes) and of its encoder's `identity`."""
     tensors = [pixels] if isinstance(pixels, Tensor) else list(pixels)
     return _digest({str(number): tensor for number, tensor in enumerate(tensors)}, identity)
 
 
 @dataclass
 class Counts:
-    """What the cache did so far; a damaged entry counts as a miss too."""
+    """What the cache did so far. A damaged entry is also a miss."""
 
     memory_hits: int = 0
     disk_hits: int = 0
@@ -40,13 +40,18 @@ class Counts:
 
 @dataclass
 class EncodeCache:
-    """Least recently used entries leave first, in both tiers. Several processes may share the folder.
+    """Tensors by key. In both tiers the least recently used entries are deleted first.
+
+    Several processes may share the folder.
 
     Args:
-        limit_bytes: of the tensors in memory; 0 keeps none there.
-        folder: of the disk tier; None is none.
-        disk_limit_bytes: of the files in it.
-        device: where the tensors in memory are, and all that are returned.
+        limit_bytes: limit of the tensors in memory; 0 keeps none.
+        folder: disk-tier folder; None disables it.
+        disk_limit_bytes: limit of the files in the folder.
+        device: of the tensors in memory and of those returned.
+
+    Raises:
+        ValueError: a negative limit.
     """
 
     limit_bytes: int
@@ -60,7 +65,8 @@ class EncodeCache:
     def __post_init__(self) -> None:
         if self.limit_bytes < 0 or self.disk_limit_bytes < 0:
             raise ValueError(
-                f"limits of the cache are bytes, at least 0: {self.limit_bytes}, {self.disk_limit_bytes}"
+                "limits of the cache are bytes, at least 0: "
+                f"{self.limit_bytes}, {self.disk_limit_bytes}"
             )
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -68,12 +74,15 @@ class EncodeCache:
     def fetch(
         self, key: str, encode: Callable[[], Tensors], names: Set[str] = frozenset()
     ) -> Tensors:
-        """The tensors of a key, encoded where neither tier has them, or not all of `names`: those then join the entry.
+        """The tensors of a key. Calls `encode` if neither tier has all of `names`.
 
-        Hit or miss, the same bits in the same layout (contiguous). The tensors are shared: do not write into them.
+        A hit returns the same bits in the same layout (contiguous) as a miss. The tensors are
+        shared: do not write into them.
 
         Args:
-            key: with a folder the name of a file, as `image_key` gives it; without one any text.
+            key: from `image_key` if there is a folder, where it names a file; else any text.
+            encode: returns the tensors of the key; those not in the entry yet are added to it.
+            names: tensors that the entry must hold.
 
         Raises:
             OSError: the folder cannot be written, or its disk is full.
@@ -89,7 +98,7 @@ class EncodeCache:
             self.counts.disk_hits += 1
         else:
             self.counts.misses += 1
-            # copies, which hold no larger storage alive; what is known stays as it is
+            # copies, since a view would keep a larger storage alive; known tensors stay as they are
             tensors |= {
                 name: tensor.detach().to(self.device).clone(memory_format=torch.contiguous_format)
                 for name, tensor in encode().items()
@@ -100,7 +109,7 @@ class EncodeCache:
         return tensors
 
     def clear(self) -> None:
-        """Give the memory back; entries on disk stay."""
+        """Free the memory; entries on disk stay."""
         self.counts.memory_evictions += len(self._entries)
         self._entries.clear()
         self.bytes = 0
@@ -121,7 +130,7 @@ class EncodeCache:
             return None
         path = self.folder / f"{key}.safetensors"
         try:
-            content = path.read_bytes()  # at once: another process may delete or replace the file
+            content = path.read_bytes()  # in one go: another process may replace the file
             tensors = load(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             if header.get("__metadata__", {}).get("sha256") != _digest(tensors):
@@ -137,7 +146,7 @@ class EncodeCache:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def _write(self, key: str, tensors: Tensors) -> None:
-        """Publish an entry whole; the oldest make room for it first."""
+        """Write an entry in one step, after deleting the oldest to make room for it."""
         if self.folder is None:
             return
         content = save(
@@ -152,7 +161,7 @@ class EncodeCache:
             scratch.rename(self.folder / f"{key}.safetensors")
 
     def _make_room(self, size: int) -> None:
-        """Delete what killed processes left half-written, and what was used longest ago, until `size` bytes are free."""
+        """Delete half-written files of killed processes, then the oldest, for `size` bytes."""
         assert self.folder is not None
         for left in self.folder.glob("*.writing"):
             left.unlink()

@@ -61,7 +61,7 @@ class Job(EngineSettings):
             ValueError, OSError: a field that makes no sense, a folder that cannot be written; the
                 message names the fix.
         """
-        values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        values: Any = OmegaConf.to_container(config, resolve=True)
         if values["limit"] == "suite":
             values["limit"] = values["suite"]["limit"]
         job = cls.checked(values)
@@ -79,7 +79,7 @@ class Job(EngineSettings):
                 f"it has {known}"
             )
         for task in self.tasks:
-            cell.check_limit(task, self.limit)
+            find_task(task).check_limit(self.limit)
         return self
 
     @cached_property

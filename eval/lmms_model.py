@@ -8,18 +8,22 @@ from secateur.cache import EncodeCache
 from secateur.models import PrunedModel
 from secateur.pruners import build
 
-_FIELD = "pruner."  # in front of a pruner's own fields: pruner.order=picked
+_FIELD = "pruner."  # before a pruner's own fields: pruner.order=picked
 
 
 class Secateur(PrunedModel):
-    """A pruned model whose every setting stands in `model_args`, so that lmms-eval's response cache never mixes methods.
+    """A pruned model with all its settings in `model_args`.
 
-    `lmms-eval --model secateur --model_args pretrained=...,pruner=scope,budget=64,pruner.alpha=1.5 --tasks pope`
+    So lmms-eval's response cache never mixes methods.
+
+    `lmms-eval --model secateur --tasks pope
+    --model_args pretrained=...,pruner=scope,budget=64,pruner.alpha=1.5`
 
     Args:
-        pruner, budget: the method, and tokens per image or a retention.
-        batch_size: 1; prompts are batched by `batch_tokens`.
-        cache_gb: of what the image encoder gives, kept in memory.
+        pruner: the method.
+        budget: tokens per image, or a retention.
+        batch_size: must be 1; `batch_tokens` sets the size of batches.
+        cache_gb: limit of the image encoder's output kept in memory.
         fields: `pruner.<field>` of the method, all others of `PrunedModel`.
 
     Raises:
@@ -39,11 +43,13 @@ class Secateur(PrunedModel):
     ) -> None:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
-                "secateur runs in one process here; its own sweep spreads over several (README, more machines)"
+                "secateur runs in one process here; its own sweep spreads over several "
+                "(README, more machines)"
             )
         if str(batch_size) != "1" or max_batch_size:
             raise ValueError(
-                f"batch_size={batch_size}: secateur batches by positions; set batch_tokens=8192 in --model_args"
+                f"batch_size={batch_size}: secateur batches by positions; "
+                "set batch_tokens=8192 in --model_args"
             )
         options = {
             name.removeprefix(_FIELD): fields.pop(name)

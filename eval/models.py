@@ -1,4 +1,4 @@
-"""The model class that lmms-eval asks: a pruned model, where every error is fatal and every answer on record."""
+"""The model class that lmms-eval calls: a pruned model. Any error in a document is raised."""
 
 import logging
 import time
@@ -29,7 +29,8 @@ from secateur.prompts import TextScope
 from secateur.pruners import InLLMPruner, Pruner, build
 
 log = logging.getLogger(__name__)
-VERSION = f"torch {torch.__version__} transformers {transformers.__version__}"  # of what computes the cached tensors
+# of the libraries that compute the cached tensors
+VERSION = f"torch {torch.__version__} transformers {transformers.__version__}"
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class Answer:
 
     text: str
     prompt: str
-    seconds: float  # of its batch, shared out evenly
+    seconds: float  # its equal share of its batch's time
     new_tokens: int
     audit: PromptAudit
 
 
 @dataclass(frozen=True)
 class _Request:
-    """A document to be answered."""
+    """A document to answer."""
 
     task: str
     doc_id: int
@@ -57,31 +58,34 @@ class _Request:
 
 
 class PrunedModel(lmms):
-    """A vision-language model with a pruner before or inside its language model, as lmms-eval's chat tasks ask it.
+    """A vision-language model with a pruner before or inside its language model, for lmms-eval.
 
-    Unpruned until `use` names a method; changing it does not load the model again.
+    Unpruned until `use` sets a method; a change of method does not load the model again. Images
+    are encoded one at a time, so that neither batches nor the cache change an answer.
 
     Args:
-        pretrained: hub id, or a folder (absolute, or relative to the working directory or the project).
-        name: of the configuration; with random weights it says which model's geometry.
-        family: what the checkpoint must be: llava, llava_next or qwen2_5_vl. None: what it is.
-        weights: `pretrained`, or `random` at the geometry of `name`, without a download and with a tokenizer of bytes.
+        pretrained: hub id, or a folder: absolute, or relative to the working directory or the
+            project.
+        name: of the config; with random weights it decides the geometry.
+        family: required family of the checkpoint: llava, llava_next or qwen2_5_vl; None: any.
+        weights: `pretrained`, or `random` at the geometry of `name`, without a download and with
+            a tokenizer of bytes.
         revision, dtype, attn_implementation: as in transformers.
-        device: `auto` takes CUDA where there is one, else the CPU.
+        device: `auto` takes CUDA if there is a GPU, else the CPU.
         resize: backend of the image processor; None: transformers' default.
         min_pixels, max_pixels: Qwen2.5-VL's limits of an image's size; None: the checkpoint's.
         prompt, geometry, layout, image_side, text_scope: see `secateur.inputs.Inputs`.
-        max_new_tokens: at most so many tokens an answer; None: what the task says, and where it says nothing what lmms-eval's own
-            classes take.
-        clip: checkpoint whose text tower methods with relevance_space=clip ask; loaded when the first of them comes.
-
-        batch_tokens: positions of pruned prompts that are generated together; 0: one prompt at a time.
-        cache: of what the image encoder gives. In any case images are encoded one by one, so that neither batch nor cache
-            changes an answer.
+        max_new_tokens: upper limit of tokens per answer; None: the task's limit, or that of
+            lmms-eval's own classes if the task has none.
+        clip: checkpoint with the text tower for methods with relevance_space=clip; loaded when
+            the first of them is used.
+        batch_tokens: positions of pruned prompts that are generated together; 0: one prompt at a
+            time.
+        cache: of the image encoder's output; None: no cache.
 
     Raises:
-        FileNotFoundError: the checkpoint is neither on disk nor reachable, or its files are damaged.
-        ValueError: a field that makes no sense for the family.
+        FileNotFoundError: the checkpoint is neither on disk nor reachable, or a file is damaged.
+        ValueError: a value that makes no sense for the family.
     """
 
     is_simple = False
@@ -113,9 +117,8 @@ class PrunedModel(lmms):
         self.device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         )
-        if (
-            self.device.type == "cuda"
-        ):  # some of lmms-eval's modules switch it on, and greedy choices would differ
+        # some modules of lmms-eval switch TF32 on, which changes greedy choices
+        if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         model, processor = load(
             pretrained, name, weights, revision, dtype, attn_implementation, self.device, resize
@@ -130,20 +133,22 @@ class PrunedModel(lmms):
         self.inputs = Inputs(
             processor, self.model.config, prompt, geometry, layout, image_side, text_scope
         )
-        adapter_for(
-            model, layout
-        )  # tests untested releases of transformers; later lmms-eval's output is caught
+        # here, since it may warn about transformers: later lmms-eval's output is captured
+        adapter_for(model, layout)
         self.tokenizer = self.inputs.processor.tokenizer
         self._layout, self._clip_name, self._most = layout, clip, max_new_tokens
         self._clip: ClipRelevance | None = None
         self.batch_tokens = batch_tokens
-        identity = f"{fingerprint(pretrained, revision)} {name} {weights} {dtype} {attn_implementation} {self.device} {VERSION}"
-        # the tensors of documents for the cells that ask them again, a quarter of the cache's memory; texts are small
+        identity = (
+            f"{fingerprint(pretrained, revision)} {name} {weights} {dtype} {attn_implementation} "
+            f"{self.device} {VERSION}"
+        )
+        # Inputs of documents for later cells of the same task: tensors take a quarter of the
+        # cache's memory; texts are small.
         self._prepared = EncodeCache(cache.limit_bytes // 4 if cache else 0)
         self._words: dict[str, tuple[str, str, int]] = {}
-        self._data: dict[
-            str, tuple[Any, int]
-        ] = {}  # the data set of each task whose documents these are, numbered
+        # per task: the data set of these documents, and a number for it
+        self._data: dict[str, tuple[Any, int]] = {}
         self.images = ImageCache(cache or EncodeCache(0), f"{identity} {layout}")
         self.images.cache.device = self.device
         self.on_answer: Callable[[], None] = lambda: None
@@ -152,9 +157,9 @@ class PrunedModel(lmms):
     def use(
         self, pruner: Pruner | InLLMPruner, budget: Budget, positions: Positions | None
     ) -> None:
-        """Answer with this method from now on, all documents; forgets the answers so far.
+        """Answer all documents with this method from now on; forgets the answers so far.
 
-        `positions` is for methods before the language model; those inside it have a field of their own.
+        `positions` is for methods before the language model; those inside it have their own field.
         """
         self._method: dict[str, Any] = {
             "pruner": pruner,
@@ -164,7 +169,7 @@ class PrunedModel(lmms):
             "clip": self._relevance(pruner),
         }
         self.answers: dict[tuple[str, int], Answer] = {}
-        self.shard = (0, 1)  # number and count: documents whose number leaves this rest
+        self.shard = (0, 1)  # (index, count): documents with doc_id % count == index
 
     def _relevance(self, pruner: Pruner | InLLMPruner) -> ClipRelevance | None:
         if self._clip_name is None or not pruner.needs & {"clip_patches", "clip_text"}:
@@ -179,7 +184,7 @@ class PrunedModel(lmms):
         return self._method["pruner"]
 
     def clean(self) -> None:
-        """Keep the model: lmms-eval calls this behind every evaluation, and the next cell needs it again."""
+        """Keeps the model: lmms-eval calls this after every evaluation; the next cell needs it."""
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("pruned models answer tasks of type generate_until only")
@@ -188,10 +193,10 @@ class PrunedModel(lmms):
         raise NotImplementedError("pruned models answer tasks of type generate_until only")
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer every request of the shard greedily that has no answer yet.
+        """Answer greedily every request of the shard that has no answer yet.
 
         Raises:
-            ValueError: sampling or beam search; whatever goes wrong with a document.
+            ValueError: sampling or beam search, or an error in a document.
             Unanswered: documents of other shards have no answers yet.
         """
         number, count = self.shard
@@ -218,9 +223,8 @@ class PrunedModel(lmms):
         if options.get("num_beams", 1) != 1 or (options.get("temperature") or 0) > 0:
             raise ValueError(f"task {task} asks for {options}; pruned models generate greedily")
         data = self.task_dict[task][split]
-        if (
-            task not in self._data or self._data[task][0] is not data
-        ):  # other documents under the same name
+        # a task of the same name may have other documents than before
+        if task not in self._data or self._data[task][0] is not data:
             self._data[task] = (data, len(self._words))
         key = f"{self._data[task][1]} {task} {doc_id}"
 
@@ -238,9 +242,9 @@ class PrunedModel(lmms):
         )
 
     def _batches(self, requests: Iterable[_Request]) -> Iterator[list[_Request]]:
-        """Requests with one limit of new tokens together, as many as `batch_tokens` positions of pruned prompts hold.
+        """Batches of requests with the same limit of new tokens, within `batch_tokens` positions.
 
-        Inside the language model the rows of a batch must have equally many visual tokens.
+        Methods inside the language model need equal numbers of visual tokens in a batch.
         """
         waiting: dict[tuple[int, int], list[_Request]] = {}
         for request in requests:
@@ -258,7 +262,7 @@ class PrunedModel(lmms):
         yield from waiting.values()
 
     def _positions(self, request: _Request) -> int:
-        """How long the prompt is behind the pruner, at most."""
+        """An upper estimate of the prompt's length after the pruner."""
         ids, budget = request.inputs["input_ids"], self._method["budget"]
         visual, images = int((ids == self.model.config.image_token_id).sum()), request.images
         pruned = isinstance(self.method, Pruner) and self.method.name != "none" and images > 0
@@ -267,14 +271,14 @@ class PrunedModel(lmms):
         )
 
     def _answer(self, batch: list[_Request], trace: Trace) -> None:
-        """Answer a batch; where the accelerator's memory does not hold it, in halves, and the rest in batches of that size."""
+        """Answer a batch; if memory runs out, in halves, and later batches at the smaller size."""
         try:
             return self._generate(batch, trace)
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-        # only out here the tensors of the failed call are gone: the exception's traceback held them
-        self.images.cache.clear()  # on the accelerator too
+        # only here, outside `except`: the exception's traceback keeps the call's tensors alive
+        self.images.cache.clear()  # its tensors are on the accelerator too
         torch.cuda.empty_cache()
         self.batch_tokens = min(
             self.batch_tokens, len(batch) * max(map(self._positions, batch)) // 2
@@ -308,9 +312,7 @@ class PrunedModel(lmms):
             batch, output[:, inputs["input_ids"].shape[1] :], trace.audits, strict=True
         ):
             ends = (row == self.tokenizer.eos_token_id).nonzero()
-            new = (
-                row[: int(ends[0]) + 1] if len(ends) else row
-            )  # behind its end a row is filled up for the others
+            new = row[: int(ends[0]) + 1] if len(ends) else row  # the rest is padding
             text = self.tokenizer.decode(new, skip_special_tokens=True)
             self.answers[request.task, request.doc_id] = Answer(
                 text, request.text, seconds, len(new), audit

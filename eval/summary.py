@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
@@ -14,11 +14,10 @@ from omegaconf import DictConfig
 from secateur.progress import console, print_error
 from secateur.reporting import tables
 from secateur.store import DamagedRecord, Store
-from secateur.sweep import OUTCOMES, Outcome, begin
+from secateur.sweep import OUTCOMES, Outcome, State, begin
 
-# Where several jobs have the same cell, the first of these states counts. partial: some shards
-# have answered, others have not yet.
-STATES = ("done", "skipped", "failed", "partial", "locked")
+# where several jobs have the same cell, the first of these states counts
+STATES: tuple[State, ...] = get_args(State)
 
 
 class Summary(Callback):

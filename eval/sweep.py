@@ -1,4 +1,4 @@
-"""A sweep: runs the missing cells of every Hydra job. A cell that fails is recorded, the others go on."""
+"""A sweep: runs the missing cells of every Hydra job. A cell that fails does not stop the others."""
 
 import gc
 import json
@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -26,7 +26,20 @@ if TYPE_CHECKING:
     from secateur.models import PrunedModel
 
 OUTCOMES = "cells.json"  # what a job leaves in its Hydra folder for the summary
-Outcome = dict[str, Any]
+
+
+# partial: some shards have answered, others have not yet; locked: another process runs it
+State = Literal["done", "skipped", "failed", "partial", "locked"]
+
+
+class Outcome(TypedDict):
+    """What came of a cell."""
+
+    state: NotRequired[State]
+    cell: NotRequired[str]  # task, method and budget, for messages
+    message: NotRequired[str]  # why it failed
+    folder: NotRequired[str]  # of its record
+    unpruned: NotRequired[str]  # folder of the unpruned model's cell
 
 
 class Sweep:
@@ -114,7 +127,7 @@ class Sweep:
         """
         self.interrupt.check()
         identity = job.identity(task)
-        outcome = {
+        outcome: Outcome = {
             "cell": f"{task} {job.pruner.name} {identity['budget']}",
             "folder": str(job.store.folder(identity)),
             "unpruned": str(job.store.folder(job.identity(task, build("none")))),
@@ -213,7 +226,7 @@ class Sweep:
 
 # The only global of a sweep: Hydra calls the summary and the job function by name, and hands
 # nothing from one to the other.
-_current: Sweep
+_current: Sweep | None = None
 
 
 def begin(jobs: int = 1) -> Sweep:
@@ -224,5 +237,5 @@ def begin(jobs: int = 1) -> Sweep:
 
 
 def run_job(config: DictConfig) -> None:
-    """Run a job of the current sweep; Hydra's output folder takes the outcomes."""
-    _current.run_job(config, Path(HydraConfig.get().runtime.output_dir) / OUTCOMES)
+    """Run a job of the current sweep; its outcomes go to Hydra's output folder."""
+    (_current or begin()).run_job(config, Path(HydraConfig.get().runtime.output_dir) / OUTCOMES)

@@ -14,7 +14,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from secateur.progress import KEPT, console
-from secateur.sweep import OUTCOMES, begin
+from secateur.sweep import OUTCOMES, Outcome, begin
 
 NumberedOverrides = tuple[
     int, list[str]
@@ -22,7 +22,7 @@ NumberedOverrides = tuple[
 
 
 def split_jobs(jobs: Sequence[NumberedOverrides], workers: int) -> list[list[NumberedOverrides]]:
-    """Equal shares, with the jobs of one model together: a worker loads as few models as possible."""
+    """Equal shares, the jobs of one model together, so that a worker loads few models."""
 
     def model(job: NumberedOverrides) -> list[str]:
         return [
@@ -74,7 +74,7 @@ class Worker:
         sweep.bar.stop()
 
     def checkpoint(self, *arguments: Any) -> Any:
-        """What submitit queues when a worker is preempted: the same call, which skips finished cells."""
+        """What submitit queues when a worker is preempted: the same call; it skips what is done."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, *arguments)
@@ -102,5 +102,6 @@ def wait(running: list[Any], shares: list[list[NumberedOverrides]], folder: Path
                 place = folder / str(number)
                 place.mkdir(exist_ok=True)
                 message = f"worker {rank} ended before this job; see {job.paths.stderr}. {KEPT}"
-                outcome = {"state": "failed", "cell": " ".join(overrides), "message": message}
+                cell = " ".join(overrides)
+                outcome: Outcome = {"state": "failed", "cell": cell, "message": message}
                 (place / OUTCOMES).write_text(json.dumps([outcome]))

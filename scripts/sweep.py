@@ -1,4 +1,4 @@
-"""Run cells: `python scripts/sweep.py pruner=scope budget=16`, with `-m` for every combination of comma lists."""
+"""Run cells: `python scripts/sweep.py pruner=scope budget=16`; `-m` combines comma lists."""
 
 import gc
 import logging

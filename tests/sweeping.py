@@ -1,4 +1,4 @@
-"""Sweeps inside the test process, where model and data stay loaded: run one here, or in a forked child that may be killed."""
+"""Sweeps inside the test process, where the data stays loaded, or in a fork that may be killed."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "sweep.py"
 
 @dataclass
 class Sweeps:
-    """Sweeps over the documents in `data`, two tasks with four documents each unless the overrides say otherwise."""
+    """Sweeps over the documents in `data`; by default two tasks with four documents each."""
 
     data: Path
     common: tuple[str, ...] = ("limit=4", "tasks=[pope,gqa]", "budget=16")
@@ -51,7 +51,7 @@ class Sweeps:
         return code, " ".join(printed.getvalue().split())
 
     def child(self, results: Path, *overrides: str) -> multiprocessing.Process:
-        """The same in a fork; its output goes to a file beside the results."""
+        """The same in a fork; its output goes to a file next to the results."""
 
         def run() -> None:
             code, printed = self.here(results, *overrides)

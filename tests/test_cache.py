@@ -1,4 +1,4 @@
-"""The encode cache: a hit is a miss bit for bit, limits hold, the least recently used leaves, damage is noticed."""
+"""The encode cache: a hit equals a miss bit for bit; limits, order of deletion and damage."""
 
 import multiprocessing
 import random

@@ -1,4 +1,4 @@
-"""What goes wrong in a sweep is loud, named and kept to its cell, and nothing finished is lost."""
+"""An error in a sweep is named and fails only its own cell; nothing finished is lost."""
 
 import contextlib
 import errno
@@ -237,7 +237,7 @@ def test_a_damaged_failure_is_named(sweeps, tmp_path, damage, monkeypatch):
 
 
 def test_a_torn_answer_is_asked_again(sweeps, reference, tmp_path, monkeypatch):
-    """Two answers whole, the third cut off in the middle: one document of four more is not asked for the first two."""
+    """Of four documents two answers are whole and the third is cut off: the last two are asked."""
     calls = []
     with monkeypatch.context() as patch:
         patch.setattr(ProgressBar, "advance", _interrupting(calls, after=3))
@@ -326,7 +326,7 @@ def _counts(printed: str) -> list[int]:
 
 
 def test_a_cell_that_another_process_gives_up_is_taken_over(sweeps, reference, tmp_path):
-    """The first sweep is stopped inside its first cell; the second does the others, waits for that one and gets it."""
+    """The first sweep stops inside its first cell; the second runs the others, then that one."""
     results = tmp_path / "results"
     first = sweeps.child(results, *GRID, "tasks=[pope]")
     wait_for(lambda: list(results.rglob("*.answers.jsonl")))

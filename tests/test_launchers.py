@@ -1,4 +1,4 @@
-"""Several processes for one sweep: how jobs are shared out, and both launchers through submitit's own executors."""
+"""One sweep on several processes: shares of jobs, and both launchers with submitit's executors."""
 
 import os
 import signal
@@ -14,13 +14,15 @@ from secateur.workers import split_jobs
 
 GRID = ("-m", "pruner=none,random", "budget=16,32")
 WORKERS = ("hydra/launcher=gpus", "hydra.launcher.workers=2")
-# a cluster of two machines in three programs: sbatch runs the tasks of an array here, each with what SLURM would tell it
+# three programs that stand for a cluster of two machines: sbatch runs the tasks of an array here,
+# each with the variables that SLURM would set
 SBATCH = """#!/bin/bash
 script="${@: -1}"
 cp "$script" "$CLUSTER/script"
 for task in 0 1; do
-  SLURM_JOB_ID=$((7 + task)) SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 \\
-  SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_JOB_NODELIST=here setsid bash "$script" >"$CLUSTER/$task" 2>&1 </dev/null &
+  SLURM_JOB_ID=$((7 + task)) SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 \\
+  SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_JOB_NODELIST=here \\
+  setsid bash "$script" >"$CLUSTER/$task" 2>&1 </dev/null &
 done
 echo Submitted batch job 7
 """

@@ -18,7 +18,10 @@ WEIGHTS = ROOT / "eval" / "shapes" / "model"
 
 def test_the_entry_point_runs_a_pruned_task(tmp_path):
     root = build_shapes(tmp_path / "shapes", dict.fromkeys(TASKS, 6))
-    arguments = f"pretrained={WEIGHTS},dtype=float32,device=cpu,pruner=scope,budget=16,pruner.alpha=1.5,batch_tokens=500"
+    arguments = (
+        f"pretrained={WEIGHTS},dtype=float32,device=cpu,"
+        "pruner=scope,budget=16,pruner.alpha=1.5,batch_tokens=500"
+    )
     command = [
         "-m",
         "lmms_eval",

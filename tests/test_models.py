@@ -1,4 +1,4 @@
-"""The lmms-eval model class: the embedded model's quality, equality with lmms-eval's own wrapper, fatal errors."""
+"""The lmms-eval model class: the embedded model's quality, lmms-eval's own wrapper, errors."""
 
 import errno
 import shutil
@@ -148,7 +148,8 @@ def test_the_vicuna_prompt_is_the_original_llavas():
     ).text
     assert text == (
         "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: <image>\nWhy? ASSISTANT:"
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: <image>\nWhy? ASSISTANT:"
     )
 
 
@@ -201,7 +202,7 @@ def test_one_model_is_loaded_at_a_time_and_only_when_its_settings_change(monkeyp
 
 
 def test_another_folder_of_the_same_data_sets_is_read_anew(tmp_path):
-    """The cache of `datasets` goes by the data set's name and would give the first folder's documents again."""
+    """The cache of `datasets` has the data set's name as key, which both folders share."""
     seen = []
     for name, count in (("one", 4), ("two", 6)):
         seen.append(

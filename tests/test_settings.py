@@ -1,4 +1,4 @@
-"""What a config may say: everything composes, and every nonsense is refused with the field and the fix."""
+"""Every config composes; a value that makes no sense is an error with the field and the fix."""
 
 import inspect
 import sys

@@ -1,4 +1,4 @@
-"""The whole path, as a user runs it: Hydra, the embedded model, the real lmms-eval tasks, records, tables, errors."""
+"""The whole path of a user: Hydra, the embedded model, lmms-eval's tasks, records, tables, errors."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def sweep(results: Path, *overrides: str) -> subprocess.CompletedProcess:
 
 
 def here(results: Path, *overrides: str) -> tuple[int, str]:
-    """The same in this process, which spares the start of another: exit code, and what was printed."""
+    """The same in this process, which is faster: exit code, and what was printed."""
     return Sweeps(results / "data" / "shapes", ()).here(results, *overrides)
 
 

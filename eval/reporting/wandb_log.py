@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import wandb
 from omegaconf import DictConfig, OmegaConf
 
-from secateur.progress import print_error, console
+from secateur.progress import console, print_error
 from secateur.reporting import comparison, figures, gallery, interval_table, tables
 from secateur.reporting.comparison import Cell
 from secateur.reporting.costs import first_token_flops
