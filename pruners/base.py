@@ -120,7 +120,9 @@ class Selection:
         if index.shape[1] == 0:
             wrong("no indices at all")
         if self.space not in typing.get_args(Space):
-            wrong(f"space={self.space!r}, which is not one of {typing.get_args(Space)}")
+            wrong(
+                f"space={self.space!r}, which is not one of {', '.join(map(repr, typing.get_args(Space)))}"
+            )
         per_row = {f"diagnostic {name!r}": values for name, values in self.diagnostics.items()}
         for what, values in (
             per_row | ({} if self.counts is None else {"counts": self.counts})
@@ -187,7 +189,8 @@ class Method:
 
     def __post_init__(self) -> None:
         """Convert every field to the type of its annotation, and check it."""
-        for name, adapter in _adapters(type(self)).items():
+        cls: Any = type(self)  # mypy takes no dataclass type as a hashable
+        for name, adapter in _adapters(cls).items():
             value = getattr(self, name)
             try:
                 # configs give lists; strict pydantic accepts no list as a tuple
@@ -203,8 +206,8 @@ class Method:
 
 
 @cache
-def _adapters(cls: type[Method]) -> dict[str, TypeAdapter[Any]]:
-    """A check of each field; strict: a bool or a string is no number, NaN and infinity are refused."""
+def _adapters(cls: Any) -> dict[str, TypeAdapter[Any]]:
+    """The check of each field. Strict: a bool or a string is no number; NaN and inf are refused."""
     hints = typing.get_type_hints(cls, include_extras=True)
     config = ConfigDict(strict=True, allow_inf_nan=False)
     return {f.name: TypeAdapter(hints[f.name], config=config) for f in dataclasses.fields(cls)}

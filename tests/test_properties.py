@@ -380,7 +380,7 @@ def test_unknown_values_and_options_are_errors(name: str) -> None:
         for field in options if variant == name else ():
             if isinstance(options[field], str):
                 with pytest.raises(
-                    PrunerError, match=f"'{name}': {field}='nonsense' is not one of"
+                    PrunerError, match=f"'{name}': {field}='nonsense': Input should be '"
                 ):
                     build(name, **{field: "nonsense"})
 
