@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from secateur.progress import console, print_error
 from secateur.reporting import tables
 from secateur.store import DamagedRecord, Store
-from secateur.sweep import OUTCOMES, Outcome, State, begin
+from secateur.sweep import OUTCOMES, Outcome, State, begin, current
 
 # where several jobs have the same cell, the first of these states counts
 STATES: tuple[State, ...] = get_args(State)
@@ -33,7 +33,7 @@ class Summary(Callback):
         except (OSError, ValueError) as error:
             print_error(str(error))
             sys.exit(1)
-        self._sweep = begin(jobs)
+        begin(jobs)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
@@ -67,8 +67,8 @@ class Summary(Callback):
         Hydra itself only warns of errors here.
         """
         try:
-            self._sweep.finish()
-            self._sweep.bar.stop()
+            current().finish()
+            current().bar.stop()
             failed = _report(files, results, self._logger)
         except Exception:
             console.print_exception()

@@ -1,4 +1,4 @@
-"""A sweep: runs the missing cells of every Hydra job. A cell that fails does not stop the others."""
+"""A sweep runs the missing cells of every Hydra job; a cell that fails does not stop the others."""
 
 import gc
 import json
@@ -48,7 +48,7 @@ class Sweep:
     Failures from its start on are its own: `retry_failed` does not run them again.
     """
 
-    def __init__(self, jobs: int = 1) -> None:
+    def __init__(self, jobs: int) -> None:
         self.bar = ProgressBar(jobs)
         self.interrupt = Interrupt()
         self.pool = ModelPool()
@@ -224,18 +224,22 @@ class Sweep:
             return cell.run(model, loaded, task, job.limit, job.seed)
 
 
-# The only global of a sweep: Hydra calls the summary and the job function by name, and hands
-# nothing from one to the other.
+# The only global of a sweep: Hydra calls the summary and the job function by name and hands
+# nothing from one to the other. The summary cannot hold it, since Hydra pickles its callbacks.
 _current: Sweep | None = None
 
 
-def begin(jobs: int = 1) -> Sweep:
-    """A new sweep, whose jobs `run_job` runs from now on."""
+def begin(jobs: int) -> Sweep:
+    """A new sweep of so many jobs in this process, the current one from now on."""
     global _current
     _current = Sweep(jobs)
     return _current
 
 
+def current() -> Sweep:
+    return _current or begin(1)
+
+
 def run_job(config: DictConfig) -> None:
     """Run a job of the current sweep; its outcomes go to Hydra's output folder."""
-    (_current or begin()).run_job(config, Path(HydraConfig.get().runtime.output_dir) / OUTCOMES)
+    current().run_job(config, Path(HydraConfig.get().runtime.output_dir) / OUTCOMES)

@@ -120,8 +120,7 @@ def test_a_model_that_answers_nothing_fails_and_recovers(sweeps, tmp_path, monke
     with monkeypatch.context() as patch:
         for name in ("decode", "batch_decode"):
             given = getattr(PreTrainedTokenizerBase, name)
-            silent = lambda self, ids, *a, given=given, **k: _silence(given(self, ids, *a, **k))  # noqa: E731
-            patch.setattr(PreTrainedTokenizerBase, name, silent)
+            patch.setattr(PreTrainedTokenizerBase, name, _silenced(given))
         code, printed = sweeps.here(tmp_path, "pruner=random", "limit=2")
     assert code == 1
     assert "all 2 answers of task pope are empty" in printed
@@ -135,8 +134,12 @@ def test_a_model_that_answers_nothing_fails_and_recovers(sweeps, tmp_path, monke
     assert not failures(tmp_path)
 
 
-def _silence(text):
-    return [" "] * len(text) if isinstance(text, list) else " "
+def _silenced(decode):
+    def silent(self, ids, *rest, **more):
+        text = decode(self, ids, *rest, **more)
+        return [" "] * len(text) if isinstance(text, list) else " "
+
+    return silent
 
 
 def test_a_scoring_that_raises_keeps_the_answers(sweeps, tmp_path, monkeypatch):
@@ -194,7 +197,7 @@ def test_what_goes_wrong_with_a_cell_that_was_waited_for_fails_it(tmp_path, monk
     path.write_text(json.dumps([{"state": "locked", "cell": "pope random 16"}]))
     job = SimpleNamespace(tasks=["pope"], pruner=SimpleNamespace(name="random"), budget=16)
     monkeypatch.setattr(engine.Sweep, "_run_cell", refuse)
-    sweep = engine.Sweep()
+    sweep = engine.Sweep(jobs=1)
     sweep.waiting.append((job, "pope", path))
     sweep.finish()
     (outcome,) = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The whole path of a user: Hydra, the embedded model, lmms-eval's tasks, records, tables, errors."""
+"""The whole path of a user: Hydra, embedded model, lmms-eval's tasks, records, tables, errors."""
 
 import json
 import os
