@@ -4,10 +4,10 @@ import dataclasses
 import typing
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, InstanceOf, TypeAdapter, ValidationError
 from torch import Tensor
 
 # index of an output token that stands for no single patch: a kept CLS token, PruMerge's sum
@@ -121,7 +121,8 @@ class Selection:
             wrong("no indices at all")
         if self.space not in typing.get_args(Space):
             wrong(
-                f"space={self.space!r}, which is not one of {', '.join(map(repr, typing.get_args(Space)))}"
+                f"space={self.space!r}, which is not one of "
+                + ", ".join(map(repr, typing.get_args(Space)))
             )
         per_row = {f"diagnostic {name!r}": values for name, values in self.diagnostics.items()}
         for what, values in (
@@ -193,8 +194,7 @@ class Method:
         for name, adapter in _adapters(cls).items():
             value = getattr(self, name)
             try:
-                # configs give lists; strict pydantic accepts no list as a tuple
-                fit = adapter.validate_python(tuple(value) if isinstance(value, list) else value)
+                fit = adapter.validate_python(value)
             except ValidationError as error:
                 reasons = dict.fromkeys(part["msg"] for part in error.errors())
                 self.fail(f"{name}={value!r}: {'; '.join(reasons)}")
@@ -209,8 +209,17 @@ class Method:
 def _adapters(cls: Any) -> dict[str, TypeAdapter[Any]]:
     """The check of each field. Strict: a bool or a string is no number; NaN and inf are refused."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    config = ConfigDict(strict=True, allow_inf_nan=False)
-    return {f.name: TypeAdapter(hints[f.name], config=config) for f in dataclasses.fields(cls)}
+    return {f.name: _adapter(hints[f.name]) for f in dataclasses.fields(cls)}
+
+
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    if dataclasses.is_dataclass(hint):  # pydantic takes no config for these
+        return TypeAdapter(InstanceOf[hint])
+    if any(typing.get_origin(part) is tuple for part in (hint, *typing.get_args(hint))):
+        # configs give lists, which a strict tuple refuses
+        hint = Annotated[hint, BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)]
+    config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    return TypeAdapter(hint, config=config)
 
 
 @dataclass(frozen=True)
@@ -243,8 +252,8 @@ class Pruner(Method):
     """Base of every method before the LLM.
 
     Subclasses write `select` and `flops`; users call `prune`, which checks the input and the
-    answer. Crops are pruned one by one, unless `packed`: then all crops of an image are one row, the
-    sequence that the LLM would receive.
+    answer. Crops are pruned one by one, unless `packed`: then all crops of an image are one
+    row, the sequence that the LLM would receive.
     """
 
     packed: ClassVar[bool] = False

@@ -5,9 +5,10 @@ import typing
 from typing import Any
 
 import pytest
+import torch
 from pydantic.fields import FieldInfo
 
-from secateur.pruners import REGISTRY, PrunerError, build
+from secateur.pruners import REGISTRY, Pruner, PrunerError, build
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,22 @@ def test_values_get_the_type_of_their_field() -> None:
     alpha = build("fsr", alpha=1).alpha
     assert (type(alpha), alpha) == (float, 1.0)
     assert build("pyramiddrop", stages=[4, 8, 9]).stages == (4, 8, 9)
+
+
+def test_a_field_may_hold_a_pruner_or_another_object() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Wrapper(Pruner):
+        inner: Pruner
+        dtype: torch.dtype = torch.float32
+        seen: list = dataclasses.field(default_factory=list)
+
+        name = "wrapper"
+
+    inner = build("fastervlm")
+    assert Wrapper(inner).inner is inner
+    assert Wrapper(inner, seen=[1]).seen == [1]
+    with pytest.raises(PrunerError, match="'wrapper': inner='fastervlm': Input should be"):
+        Wrapper("fastervlm")  # type: ignore[arg-type]
 
 
 def numbers() -> list[tuple[str, str, Any]]:

@@ -81,8 +81,8 @@ def test_flops_ask_it(toy):
     assert tower(toy, grid) == tower(llava, grid)
     assert projector(toy, grid).total == 16
     row = {"visual_tokens": 16, "layer_tokens": [8] * 4, "prompt_tokens": 20, "new_tokens": 1}
-    want = count(toy, layer_tokens=[8] * 4, text_tokens=12, crops=grid, method="none")
-    assert count_row(toy, row, "none") == want
+    want = count(toy, layer_tokens=[8] * 4, text_tokens=12, crops=grid)
+    assert count_row(toy, row) == want
 
 
 @pytest.mark.parametrize("method", [{"name": "uniform"}, {"name": "fastv", "layer": 1}])

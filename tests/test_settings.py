@@ -54,7 +54,7 @@ def test_every_experiment_composes(tmp_path, experiment):
     ("overrides", "message"),
     [
         (["+pruner.beta=1"], "pruner 'scope' has no option beta; its options: alpha"),
-        (["pruner.combine=divide"], "combine='divide' is not one of 'multiply', 'add'"),
+        (["pruner.combine=divide"], "combine='divide': Input should be 'multiply' or 'add'"),
         (["pruner.name=scoop"], "unknown pruner 'scoop'; known: "),
         (["budget=0"], "at least 1 visual token must stay"),
         (["budget=some"], "budget='some' is not understood"),
