@@ -1,4 +1,4 @@
-"""The answers of a running cell on disk, so that the next run of the cell goes on from there."""
+"""Stores the answers of a running cell on disk, so that an interrupted cell can be resumed."""
 
 import dataclasses
 import json
@@ -17,16 +17,17 @@ log = logging.getLogger(__name__)
 
 
 class Unanswered(RuntimeError):
-    """A shard has answered its documents, and others of the cell have no answer yet."""
+    """This shard has answered its documents, but other documents of the cell have no answer."""
 
 
 class Answers(dict[Key, A], Generic[A]):
-    """Answers by task and document; setting one appends it to a file, a line each with its own digest.
+    """Answers by task and document. Setting one appends a line, with its digest, to a file.
 
     Args:
-        path: this process's file, taken up where it ends; a line torn off by a kill, or edited, is dropped with a warning.
-        kind: the answers' class.
-        others: files of other processes at work on the same cell, read as far as they are whole.
+        path: this process's file. New answers are appended; truncated or edited lines are dropped
+            with a warning.
+        kind: the dataclass of an answer.
+        others: files of other processes that run the same cell. Only their intact lines are read.
     """
 
     def __init__(self, path: Path, kind: type[A], others: Iterable[Path] = ()) -> None:
@@ -55,20 +56,15 @@ class Answers(dict[Key, A], Generic[A]):
         self._file.flush()
 
     def _read(self, path: Path) -> tuple[list[bytes], int]:
-        """Take in the whole lines of a file; returns them, and how many others there are."""
+        """Read a file's answers. Returns its intact lines and the number of damaged lines."""
         whole, damaged = [], 0
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
             try:
                 content = json.loads(line)
                 if content.pop("digest") != digest(content) or not line.endswith(b"\n"):
                     raise ValueError
-                self.update(
-                    {
-                        (content["task"], content["doc_id"]): self._adapter.validate_python(
-                            content["answer"]
-                        )
-                    }
-                )
+                answer = self._adapter.validate_python(content["answer"])
+                self.update({(content["task"], content["doc_id"]): answer})
                 whole.append(line)
             except (ValueError, KeyError, TypeError, AttributeError):
                 damaged += 1

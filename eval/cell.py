@@ -1,4 +1,4 @@
-"""One cell of a sweep: model x pruner x budget x task. What identifies it, and how it runs."""
+"""One cell of a sweep, model x pruner x budget x task: its identity and its run."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,8 @@ from secateur.checkpoints import hub_commit
 from secateur.pruners import InLLMPruner, Pruner
 from secateur.tasks import TASKS, find_task
 
-if TYPE_CHECKING:  # these take seconds to import, and a sweep with nothing to do does not need them
+# These imports take seconds, and a sweep with nothing to do does not need them.
+if TYPE_CHECKING:
     import pandas as pd
     import torch
     from lmms_eval.api.task import Task
@@ -43,10 +44,10 @@ def identity(
     limit: int | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Everything that decides a cell's answers, as JSON; two cells with equal identities are the same cell.
+    """Everything that decides a cell's answers, as JSON. Equal identities mean the same cell.
 
-    The unpruned model has no budget. The source of the pruner and of all it uses in `pruners` counts, so that editing a method
-    runs it again.
+    The unpruned model has no budget. The identity includes a digest of the pruner's source and
+    of the files in `pruners` that it uses, so an edited method runs again.
     """
     return {
         "model": {**model, "weights": weights},
@@ -67,13 +68,13 @@ def identity(
 
 @cache
 def _versions() -> dict[str, str]:
-    """The installed version of each of `PACKAGES`; `version` parses a file at every call."""
+    """The installed version of each of `PACKAGES`; `version` parses a file on every call."""
     return {package: version(package) for package in PACKAGES}
 
 
 @cache
 def _source(module: str) -> str:
-    """Digest of a pruner's file and of all files of `pruners` that it uses, directly or through one another."""
+    """Digest of a pruner's file and of the `pruners` files it uses, directly or indirectly."""
     found, waiting = set[str](), {module}
     while waiting:
         found.add(name := waiting.pop())
@@ -84,7 +85,7 @@ def _source(module: str) -> str:
 
 
 def environment(device: "torch.device") -> dict[str, Any]:
-    """Where a cell ran; does not count for its identity."""
+    """Where a cell ran. It is not part of the cell's identity."""
     import torch
 
     return {
@@ -98,7 +99,10 @@ def environment(device: "torch.device") -> dict[str, Any]:
 
 
 def sources(model: dict[str, Any], task: "Task") -> dict[str, Any]:
-    """What `main` of the hub was when a cell ran: the commit of a model's files, and the fingerprint of the data set."""
+    """Versions of the model files (hub commit) and of the data set (fingerprint) in use.
+
+    A revision such as `main` does not fix them.
+    """
     return {
         "weights_commit": hub_commit(model["pretrained"], model["revision"])
         if model["weights"] == "pretrained"
@@ -113,13 +117,13 @@ def run(
     """Answer and score the first `limit` documents of a task with the method `model` is set to.
 
     Returns:
-        What the record says of the results, and one row a document.
+        The results for the cell's record, and a table with one row per document.
 
     Raises:
-        ValueError: an odd limit for MME, which scores pairs; a limit below 1.
-        EmptyAnswers: nothing was generated.
-        RuntimeError: a metric is not a number.
-        Unanswered: the model is set to a shard, and other documents have no answers yet.
+        ValueError: the limit is below 1, or odd for MME, which scores pairs.
+        EmptyAnswers: every answer is empty.
+        RuntimeError: a metric is NaN.
+        Unanswered: the model runs one shard, and other documents have no answer yet.
     """
     import pandas as pd
     from lmms_eval.evaluator import simple_evaluate
@@ -128,7 +132,7 @@ def run(
 
     find_task(name).check_limit(limit)
     started = time.time()
-    printed = io.StringIO()  # some tasks print tables and bars of their own
+    printed = io.StringIO()  # some tasks print tables and progress bars
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         results = simple_evaluate(
             model=model,
@@ -136,7 +140,8 @@ def run(
             limit=limit,
             task_manager=task_manager(),
             bootstrap_iters=0,
-            process_docs_parallel=1,  # MMMU draws at random for unparsable answers: only serial scoring repeats
+            # MMMU guesses at random for unparsable answers: only serial scoring is repeatable
+            process_docs_parallel=1,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
@@ -147,7 +152,8 @@ def run(
     ).sort_values("doc_id", ignore_index=True)
     if not rows["answer"].str.strip().any():
         raise EmptyAnswers(
-            f"all {len(rows)} answers of task {name} are empty: the model generates nothing with this method and budget"
+            f"all {len(rows)} answers of task {name} are empty: the model generates nothing "
+            "with this method and budget"
         )
     wrong = [metric for metric, value in metrics.items() if value != value]
     if wrong:
@@ -168,7 +174,10 @@ def run(
 
 
 def _flops(model: "PrunedModel", rows: "pd.DataFrame") -> dict[str, float | None]:
-    """Mean FLOPs of a document, phase by phase, and by two conventions of the literature; None where a phase is not counted."""
+    """Mean FLOPs per document: by phase, and by two conventions of the literature.
+
+    None where a phase is not counted.
+    """
     import pandas as pd
 
     from secateur.efficiency.flops import conventions, count_row
@@ -186,6 +195,7 @@ def _flops(model: "PrunedModel", rows: "pd.DataFrame") -> dict[str, float | None
 
 
 def _row(task: str, sample: dict[str, Any], model: "PrunedModel") -> dict[str, Any]:
+    """The row of one document: answer, score, tokens and diagnostics."""
     entry, answer = TASKS[task], model.answers[task, sample["doc_id"]]
     return {
         "doc_id": sample["doc_id"],

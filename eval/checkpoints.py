@@ -1,4 +1,7 @@
-"""Where a model's files are, and what identifies them. Imports no model code, so that a sweep with nothing to do is quick."""
+"""Finds a model's files and what identifies them.
+
+Imports no model code, so that a sweep with nothing to do is fast.
+"""
 
 import hashlib
 from functools import cache
@@ -8,7 +11,7 @@ from secateur.paths import PACKAGE, ROOT
 
 
 def locate(pretrained: str) -> str | Path:
-    """A folder of that name here or in the project, else the name as a hub id."""
+    """The folder of that name, here or in the project; otherwise the name, as a hub id."""
     # in an installed package the folder eval/ is the package itself
     for folder in (Path(pretrained), ROOT / pretrained, PACKAGE / pretrained.removeprefix("eval/")):
         if folder.is_dir():
@@ -18,7 +21,7 @@ def locate(pretrained: str) -> str | Path:
 
 @cache
 def fingerprint(pretrained: str, revision: str) -> str:
-    """What identifies the weights: the digest of a local folder's files, else hub id and revision."""
+    """Identifies the weights: a digest of a local folder's files, otherwise hub id and revision."""
     place = locate(pretrained)
     if not isinstance(place, Path):
         return f"{pretrained}@{revision}"
@@ -32,10 +35,10 @@ def fingerprint(pretrained: str, revision: str) -> str:
 
 
 def hub_commit(pretrained: str, revision: str) -> str | None:
-    """The commit of a hub id's files in the local cache, which a revision like `main` stands for; None for a folder."""
+    """The commit that a revision like `main` means in the local cache; None for a folder."""
     if isinstance(locate(pretrained), Path):
         return None
-    from huggingface_hub import try_to_load_from_cache  # not for a sweep with nothing to do
+    from huggingface_hub import try_to_load_from_cache  # slow to import
 
     place = try_to_load_from_cache(pretrained, "config.json", revision=revision)
     return Path(place).parent.name if isinstance(place, str) else None
@@ -44,12 +47,19 @@ def hub_commit(pretrained: str, revision: str) -> str | None:
 def not_loaded(
     pretrained: str, revision: str, error: Exception, option: str = "model.pretrained"
 ) -> str:
-    """One paragraph on a model that could not be loaded: what was looked for, where, and how to point elsewhere."""
+    """The message for a model that could not be loaded: what was looked for, where, and the fix.
+
+    `option` is the setting that the message tells the user to change.
+    """
     place = locate(pretrained)
     cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     if isinstance(place, Path):
-        return f"the model in {place} could not be loaded: a file is missing or damaged ({cause}). Restore the folder."
+        return (
+            f"the model in {place} could not be loaded: a file is missing or damaged ({cause}). "
+            "Restore the folder."
+        )
     return (
-        f"the model {pretrained!r} (revision {revision!r}) is no folder here, not in the local Hugging Face cache, and could "
-        f"not be fetched from the hub ({cause}). Go online, or download it elsewhere and set {option}=/its/folder."
+        f"the model {pretrained!r} (revision {revision!r}) is no folder here, not in the local "
+        f"Hugging Face cache, and could not be fetched from the hub ({cause}). "
+        f"Go online, or download it elsewhere and set {option}=/its/folder."
     )

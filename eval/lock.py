@@ -1,4 +1,4 @@
-"""The lock: exact versions of everything the project runs with, and how an environment differs."""
+"""The lock file: exact package versions, and how an environment differs from them."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ _DECIDING = ("lmms-eval", "transformers")  # their code decides answers, so it i
 
 @dataclass(frozen=True)
 class Pin:
-    """One package of the lock, where its marker holds."""
+    """One package of the lock, with its version and its marker."""
 
     line: int
     requirement: Requirement
@@ -48,14 +48,17 @@ def pins(lock: Path = LOCK) -> Iterator[Pin]:
 
 
 def digest(lock: Path = LOCK) -> str:
-    """What names a lock in records: the first 12 hexadecimal digits of its SHA-256."""
+    """The name of a lock in records: the first 12 hexadecimal digits of its SHA-256."""
     return hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
 
 
 def differences(lock: Path = LOCK) -> dict[str, str]:
-    """Packages of this environment whose version is not the lock's: name -> "installed (lock: version)".
+    """Installed packages whose version is not the lock's.
 
-    A package that is not installed is no difference: an environment of one's own may need fewer.
+    A package that is not installed does not count: an environment may need fewer packages.
+
+    Returns:
+        Package name -> "installed version (lock: version)".
     """
     found = {}
     for pin in pins(lock):
@@ -67,7 +70,7 @@ def differences(lock: Path = LOCK) -> dict[str, str]:
 
 @cache
 def state(lock: Path = LOCK) -> dict[str, Any]:
-    """What a record says of its environment: the lock's digest, or "not the lock" and why."""
+    """The lock's part of a record: its digest, or "not the lock" and the differences."""
     if not lock.exists():
         return {"lock": "not the lock", "differences": "installed without requirements.lock"}
     if differing := differences(lock):
@@ -76,7 +79,7 @@ def state(lock: Path = LOCK) -> dict[str, Any]:
 
 
 def problems(lock: Path = LOCK) -> list[str]:
-    """How this environment differs from the lock, down to missing packages and edited files."""
+    """How this environment differs from the lock, with missing packages and edited files."""
     found = [f"{name} {versions}" for name, versions in differences(lock).items()]
     for pin in pins(lock):
         if not pin.applies:
@@ -120,7 +123,7 @@ def _installed(name: str) -> Distribution | None:
 
 
 def _edited(package: Distribution) -> Iterator[str]:
-    """Python files of a package that are not as its wheel brought them."""
+    """Python files of a package that differ from those in its wheel."""
     for file in package.files or []:
         if file.suffix == ".py" and file.hash is not None:
             path = Path(str(file.locate()))

@@ -1,4 +1,4 @@
-"""Results on disk: a folder a cell, holding record.json and samples.parquet, written whole or not at all."""
+"""Results on disk: one folder per cell with record.json and samples.parquet, written at once."""
 
 import errno
 import hashlib
@@ -16,11 +16,11 @@ from filelock import FileLock, Timeout
 if TYPE_CHECKING:
     import pandas as pd
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors of a disk that takes nothing more
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the disk is full or read-only
 
 
 class DamagedRecord(RuntimeError):
-    """A stored cell is incomplete or was changed by hand."""
+    """A stored cell is incomplete or was edited."""
 
 
 def digest(value: Any) -> str:
@@ -29,13 +29,17 @@ def digest(value: Any) -> str:
 
 
 class _Lock(FileLock):
-    """A class of its own: lmms-eval makes `FileLock` itself one object a path and process, which then holds it twice."""
+    """A separate class, because lmms-eval makes `FileLock` a singleton per path and process.
+
+    A process could then take the same lock twice.
+    """
 
 
 class Store:
-    """The cells under one results folder, which several processes may share.
+    """The cells in one results folder, which several processes may share.
 
-    Beside the place of an unfinished cell lie the answers so far (`.answers*.jsonl`) and why it failed (`.failed.json`).
+    Next to an unfinished cell's folder are its answers so far (`.answers*.jsonl`) and, if it
+    failed, the reason (`.failed.json`).
 
     Raises:
         PermissionError: the folder cannot be written.
@@ -53,7 +57,7 @@ class Store:
             ) from error
 
     def folder(self, identity: dict[str, Any]) -> Path:
-        """Where a cell of this identity is or will be."""
+        """The folder of the cell with this identity, whether it exists or not."""
         budget = identity["budget"].replace("%", "pct").replace("/", "-per-")
         name = f"{identity['pruner']['name']}_{budget}_{digest(identity)[:12]}"
         return (
@@ -66,12 +70,14 @@ class Store:
 
     @contextmanager
     def claim(self, identity: dict[str, Any], part: str = "", wait: bool = False) -> Iterator[bool]:
-        """Hold a cell (or a part of it) against other processes while it runs; False where another one holds it.
+        """Lock a cell (or a part of it) while it runs. Yields False if another process holds it.
 
-        With `wait`, wait for it. The lock is the operating system's (flock) and ends with its process, however that ends. NFS
-        and Lustre pass it on to the other nodes unless they are mounted without (`nolock`, `localflock`): then two nodes may
-        run the same cell, and the first record stays. A file system without flock gets a lock file, of which only a process
-        on the same node can tell that its owner is dead: delete `runs/.locks` when none is running.
+        With `wait`, wait until the lock is free. The operating system holds the lock (flock) and
+        releases it when the process ends, even by a crash. NFS and Lustre share it between nodes
+        unless they are mounted with `nolock` or `localflock`; then two nodes may run the same
+        cell, and the first record stays. A file system without flock gets a lock file. Only a
+        process on the same node can tell that the owner of such a file is dead: delete
+        `runs/.locks` when no sweep is running.
         """
         locks = self.runs / ".locks"
         locks.mkdir(exist_ok=True)
@@ -87,12 +93,12 @@ class Store:
             lock.release()
 
     def answers(self, identity: dict[str, Any], part: str = "") -> Path:
-        """Where a running cell (or a part of it) keeps its answers."""
+        """The file of answers of a running cell (or a part of it)."""
         folder = self.folder(identity)
         return folder.with_name(f"{folder.name}.answers{part}.jsonl")
 
     def all_answers(self, identity: dict[str, Any]) -> list[Path]:
-        """The files of answers of an unfinished cell, of all its parts."""
+        """The files of answers of all parts of an unfinished cell."""
         folder = self.folder(identity)
         return sorted(folder.parent.glob(f"{folder.name}.answers*.jsonl"))
 
@@ -104,7 +110,9 @@ class Store:
         return (self.folder(identity) / "record.json").exists()
 
     def failure(self, identity: dict[str, Any], since: float = 0) -> str | None:
-        """The stored traceback of a cell that failed, if it did so after a moment (seconds since the epoch).
+        """The traceback of a cell that failed at or after `since` (seconds since the epoch).
+
+        None if it did not.
 
         Raises:
             DamagedRecord: the file is truncated or edited.
@@ -126,7 +134,7 @@ class Store:
 
     @staticmethod
     def read(folder: Path) -> dict[str, Any]:
-        """The record in a cell's folder, checked against its digests.
+        """The record in a cell's folder, verified by its digests.
 
         Raises:
             DamagedRecord: a file is missing, truncated or edited.
@@ -141,26 +149,31 @@ class Store:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedRecord(
-                f"the record in {folder} is damaged ({error}); delete the folder to run the cell again"
+                f"the record in {folder} is damaged ({error}); "
+                "delete the folder to run the cell again"
             ) from error
         if not intact:
             raise DamagedRecord(
-                f"the record in {folder} was changed after it was written; delete the folder to run the cell again"
+                f"the record in {folder} was changed after it was written; "
+                "delete the folder to run the cell again"
             )
         return record
 
     @staticmethod
     def samples(folder: Path) -> "pd.DataFrame":
-        """Per-document rows of a cell."""
+        """The samples of a cell, one row per document."""
         import pandas as pd
 
         return pd.read_parquet(folder / "samples.parquet")
 
     def records(self, damaged: list[str] | None = None) -> list[dict[str, Any]]:
-        """All finished cells, in the order of their folders.
+        """The records of all finished cells, sorted by folder.
 
         Args:
-            damaged: takes the messages about cells that are; without it the first of them is raised, as a DamagedRecord.
+            damaged: receives a message for each damaged cell.
+
+        Raises:
+            DamagedRecord: a cell is damaged, and `damaged` is None.
         """
         records = []
         for path in sorted(self.runs.glob("*/*/*/*/record.json")):
@@ -175,7 +188,7 @@ class Store:
     def write(
         self, identity: dict[str, Any], record: dict[str, Any], samples: "pd.DataFrame"
     ) -> Path:
-        """Store a finished cell; an earlier failure of it is forgotten, and its file of answers is no longer needed."""
+        """Store a finished cell, and delete its earlier failure and its files of answers."""
         folder, name = self.folder(identity), digest(identity)[:12]
         writing = self.runs / ".writing"
         for place in (folder.parent, writing):
@@ -199,10 +212,12 @@ class Store:
                 scratch.rename(folder)
                 _flush(folder.parent)
         except OSError:
-            if not self.has(identity):  # by another process, which then cleared ours away
+            if not self.has(
+                identity
+            ):  # else another process stored it and removed our scratch folder
                 raise
         finally:
-            for left in writing.glob(f"{name}*"):  # also by a process that was killed
+            for left in writing.glob(f"{name}*"):  # also those of a killed process
                 shutil.rmtree(left, ignore_errors=True)
         self._failure_path(identity).unlink(missing_ok=True)
         self.forget_answers(identity)
@@ -215,7 +230,7 @@ class Store:
         environment: dict[str, Any],
         config: dict[str, Any],
     ) -> Path:
-        """Keep why a cell failed, and with which settings, beside its place."""
+        """Store why a cell failed, and with which settings, next to its folder."""
         path = self._failure_path(identity)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".writing")
