@@ -14,22 +14,23 @@ from secateur.pruners.relevance import clip_relevance, embedding_relevance, rang
 @register("cdpruner")
 @dataclass(frozen=True)
 class CDPruner(Pruner):
-    """Greedy MAP of a determinantal point process whose kernel is conditioned on the relevance to the question.
+    """Greedy MAP of a determinantal point process conditioned on relevance to the question.
 
-    Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
-    NeurIPS 2025, arXiv 2506.10967.
+    Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token
+    Pruning in MLLMs", NeurIPS 2025, arXiv 2506.10967.
 
     Args:
-        relevance_space: `clip`, minus the cosine of patch and question in CLIP's joint space (released code; the sign is
-            intended), or `llm_embed`, the cosine of projected token and mean question embedding (our extension for models
-            without a CLIP encoder).
-        theta: None takes the relevance as it is (released code); a number in [0, 1) takes exp(theta / (2 (1 - theta)) *
-            relevance) instead (present in the released code, switched off; 0.5 there).
+        relevance_space: `clip`, minus the cosine of patch and question in CLIP's joint space
+            (released code; the sign is intended), or `llm_embed`, the cosine of projected token and
+            mean question embedding (our extension for models without a CLIP encoder).
+        theta: None takes the relevance as it is (released code); a number in [0, 1) takes exp(theta
+            / (2 (1 - theta)) * relevance) instead (present in the released code, switched off; 0.5
+            there).
         order: `spatial` as the released code, or `picked` for the greedy order.
 
-    Deviations: features are normalised in float32 (released: the model's dtype); constant relevance, also that of an empty
-    question, counts as 1 (released: division by zero); once the kernel's rank is exhausted the most relevant of the
-    remaining tokens follow (released: NaN).
+    Deviations: features are normalised in float32 (released: the model's dtype); constant
+    relevance, also that of an empty question, counts as 1 (released: division by zero); once the
+    kernel's rank is exhausted the most relevant of the remaining tokens follow (released: NaN).
     """
 
     relevance_space: Literal["clip", "llm_embed"] = "clip"
@@ -62,7 +63,7 @@ class CDPruner(Pruner):
         return shape.gram + 2 * shape.kept**2 * shape.tokens
 
     def relevance(self, tokens: VisualTokens) -> Tensor:
-        """[B, N] between 1e-6 / range and a little above 1, scaled over all crops of an image together."""
+        """[B, N] relevance, min-max scaled over all crops of an image, plus 1e-6 / range."""
         raw = (
             -clip_relevance(tokens)
             if self.relevance_space == "clip"

@@ -17,16 +17,19 @@ from secateur.pruners.registry import register
 class Dart(SingleCut):
     """A few pivots of large keys, and for each the visual tokens least similar to it.
 
-    Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025,
-    arXiv 2502.11494. With P = image_pivots + text_pivots, image_pivots + P * (keep // P) tokens stay: 132 for a budget of 128.
+    Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication
+    Matters More", EMNLP 2025, arXiv 2502.11494. With P = image_pivots + text_pivots, image_pivots +
+    P * (keep // P) tokens stay: 132 for a budget of 128.
 
     Args:
         layer: 0-based layer before which the tokens go (released: 2).
-        budget: `average` compares methods at an equal mean over the layers; `after` hands `keep` to the selection as it is
-            (released). Both before the rounding above, which `tokens_after` reports.
+        budget: `average` compares methods at an equal mean over the layers; `after` hands `keep` to
+            the selection as it is (released). Both before the rounding above, which `tokens_after`
+            reports.
         image_pivots: pivots among the visual tokens (released: 4).
-        text_pivots: pivots among the positions behind the image (released: 4).
-        pivot_order: order in which pivots choose: of a CPython set of the positions (released), or `sorted`.
+        text_pivots: pivots among the positions after the image (released: 4).
+        pivot_order: order in which pivots choose: of a CPython set of the positions (released), or
+            `sorted`.
         positions: survivors keep their position ids (released code), or `reindex` them.
 
     Deviations: a pivot takes what is left when fewer candidates remain than its share.
@@ -54,7 +57,7 @@ class Dart(SingleCut):
         return min(tokens, min(self.image_pivots, tokens) + pivots * (keep // pivots))
 
     def pivots(self, tokens: LayerTokens) -> tuple[Tensor, Tensor]:
-        """Positions of the image and of the text pivots, by descending L1 norm of the keys of all heads."""
+        """Positions of the image and text pivots, by descending L1 norm of all heads' keys."""
         assert tokens.keys is not None
         norm = tokens.keys.transpose(1, 2).flatten(2).abs().sum(2)
         image = top_k(tokens.visual_rows(norm), min(self.image_pivots, tokens.shape[1]))

@@ -9,17 +9,22 @@ from secateur.pruners.registry import register
 @register("divprune")
 @dataclass(frozen=True)
 class DivPrune(Pruner):
-    """Max-min diversity: the most isolated projected token, then the one farthest from all chosen, by cosine distance.
+    """Max-min diversity of projected tokens, by cosine distance.
 
-    On LLaVA-NeXT once over the packed sequence, newline tokens included where the layout has them, as the released code.
+    The first pick is the most isolated token; each further pick is the one farthest from all picks.
 
-    Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025, arXiv 2503.02175.
+    On LLaVA-NeXT it runs once over the packed sequence, with its newline tokens, as the released
+    code.
+
+    Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR
+    2025, arXiv 2503.02175.
 
     Args:
         order: `spatial` as the released code, or `picked` for the greedy order.
 
-    Deviations: scores in float32 (released: the model's dtype); a chosen token cannot be chosen again (released: it can
-    where nothing but duplicates is left); zero tokens have cosine 0 (released: NaN).
+    Deviations: scores in float32 (released: the model's dtype); a chosen token cannot be chosen
+    again (released: it can where nothing but duplicates is left); zero tokens have cosine 0
+    (released: NaN).
     """
 
     order: Literal["spatial", "picked"] = "spatial"

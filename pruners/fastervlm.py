@@ -12,8 +12,9 @@ from secateur.pruners.scoring import ScoreTopK
 class FasterVLM(ScoreTopK):
     """The tokens that CLS attends to most (mean over heads), in raster order.
 
-    Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning", arXiv 2412.01818v1.
-    Without a CLS token (Qwen) the attention a token receives takes its place; that is the harness's reading.
+    Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning", arXiv
+    2412.01818v1. Without a CLS token (Qwen), the attention that a token receives replaces it (our
+    extension).
     """
 
     paper = "arXiv 2412.01818v1"

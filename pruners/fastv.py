@@ -17,8 +17,8 @@ class SingleCut(InLLMPruner):
 
     Args:
         layer: 0-based layer before which the tokens go.
-        budget: `average` chooses the kept count so that the mean over all layers is the budget; `after` keeps exactly the
-            budget from `layer` on.
+        budget: `average` chooses the kept count so that the mean over all layers is the budget;
+            `after` keeps exactly the budget from `layer` on.
     """
 
     layer: Annotated[int, Field(ge=1)] = 2
@@ -32,7 +32,8 @@ class SingleCut(InLLMPruner):
             kept = floor((layers * keep - self.layer * tokens) / (layers - self.layer) + 0.5)
         if not 1 <= kept <= tokens:
             self.fail(
-                f"cannot average {keep} tokens over {layers} layers when the first {self.layer} process {tokens}"
+                f"cannot average {keep} tokens over {layers} layers "
+                f"when the first {self.layer} process {tokens}"
             )
         return {self.layer: kept}
 
@@ -40,15 +41,17 @@ class SingleCut(InLLMPruner):
 @register("fastv")
 @dataclass(frozen=True)
 class FastV(SingleCut):
-    """Visual tokens the last prompt position attends to most in an early layer.
+    """Keeps the visual tokens that the last prompt position attends to most in an early layer.
 
-    Chen et al., "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language
-    Models", ECCV 2024, arXiv 2403.06764.
+    Chen et al., "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration
+    for Large Vision-Language Models", ECCV 2024, arXiv 2403.06764.
 
     Args:
-        layer: 0-based layer before which the tokens go, ranked by the attention of the layer before (paper: K = 2).
-        budget: `average` compares methods at an equal mean over the layers, (L keep - layer N) / (L - layer) tokens after the
-            cut; `after` keeps exactly `keep` there. Published tables use either, often without saying which.
+        layer: 0-based layer before which the tokens go, ranked by the attention of the layer before
+            (paper: K = 2).
+        budget: `average` compares methods at an equal mean over the layers, (L keep - layer N) / (L
+            - layer) tokens after the cut; `after` keeps exactly `keep` there. Published tables use
+            either, often without saying which.
         positions: survivors keep their position ids (released code), or `reindex` them.
 
     Deviations: none. The paper's variant that masks instead of removing is left out.

@@ -20,21 +20,21 @@ from secateur.pruners.relevance import clip_relevance
 
 
 class Stages(NamedTuple):
-    """What FSR decides on the way."""
+    """The intermediate results of FSR."""
 
     phi: Tensor  # [B, N] focus scores
     picks: Tensor  # [B, K] focus tokens by descending score, then scan tokens as picked
     focus_count: Tensor  # [B]
     indices: Tensor  # [B, K] ascending
     features: Tensor  # [B, K, D] with the merged tokens
-    merged: Tensor  # [B, M] merged tokens by descending similarity, -1 behind the last
+    merged: Tensor  # [B, M] merged tokens by descending similarity, -1 after the last
     anchors: Tensor  # [B, M] the tokens they went into
 
 
 @register("fsr")
 @dataclass(frozen=True)
 class FSR(Pruner):
-    """Focus on salient and relevant tokens, scan for the farthest others, refine these by merging what was dropped.
+    """Keeps a focus set and the tokens farthest from it, and merges dropped tokens into the latter.
 
     Tong et al., "Focus-Scan-Refine", arXiv 2602.05809, Eq. 1-9. Only formulas are public, no code.
 
@@ -43,14 +43,15 @@ class FSR(Pruner):
         beta: exponent of the saliency (paper: 1).
         rho: share of the focus scores' sum that the focus set has to reach (paper: 0.9).
         kappa: how many dropped tokens to merge, as a multiple of the scan set (paper: 1).
-        relevance_space: `clip`, cosine of patch and question in CLIP's joint space (paper), `none` for saliency alone
-            (paper, on Qwen2.5-VL), or `given` by the caller as `relevance`.
-        relevance_sign: `+` (paper, by its formula), or `-`, CDPruner's choice because CLIP's patches anti-correlate with
-            the text.
-        space: which tokens are compared and merged: `encoder` (paper: tokens of the encoder), or `projected`.
+        relevance_space: `clip`, cosine of patch and question in CLIP's joint space (paper), `none`
+            for saliency alone (paper, on Qwen2.5-VL), or `given` by the caller as `relevance`.
+        relevance_sign: `+` (paper, by its formula), or `-`, CDPruner's choice because CLIP's
+            patches anti-correlate with the text.
+        space: which tokens are compared and merged: `encoder` (paper: tokens of the encoder), or
+            `projected`.
 
-    Deviations: the focus set is cut to the budget; every merging weight gets 1e-12, because scores can be 0;
-    a question without segments leaves saliency alone.
+    Deviations: the focus set is cut to the budget; every merging weight gets 1e-12, because scores
+    can be 0; a question without segments leaves saliency alone.
     """
 
     alpha: Annotated[float, Field(ge=0)] = 3.0

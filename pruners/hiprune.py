@@ -12,17 +12,19 @@ from secateur.pruners.registry import register
 @register("hiprune")
 @dataclass(frozen=True)
 class HiPrune(Pruner):
-    """Object tokens of a middle layer with their neighbours, then the tokens the output layer attends to.
+    """Object tokens of a middle layer with their neighbours, then the output layer's tokens.
 
-    Liu et al., "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language Models",
-    arXiv 2508.00553.
+    Liu et al., "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in
+    Vision-Language Models", arXiv 2508.00553.
 
     Args:
         alpha: share of the budget for anchors and their four neighbours (paper: 0.1).
-        order: `spatial` as the released code, or `picked`: anchors and neighbours ascending, then the others by attention.
+        order: `spatial` as the released code, or `picked`: anchors and neighbours ascending, then
+            the others by attention.
 
-    Deviations: neighbours at the left and right border wrap to the next row, as in the released code. Anchors are excluded
-    from the second stage by a mask (released: minus 1, which a map of sums can exceed) and are at most keep / 5.
+    Deviations: neighbours at the left and right border wrap to the next row, as in the released
+    code. Anchors are excluded from the second stage by a mask (released: minus 1, which a map of
+    sums can exceed) and are at most keep / 5.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.1

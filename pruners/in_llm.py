@@ -78,8 +78,8 @@ class InLLMPruner(Method):
     """Base of every method that drops visual tokens between LLM layers.
 
     The harness calls `schedule` once, `queries` once before layer 0, and `prune` before every layer
-    of the schedule. Subclasses write `schedule`, `select` and `flops`. The indices of `select` count
-    visual tokens (0..n-1); EXTRA rows with features follow them.
+    of the schedule. Subclasses write `schedule`, `select` and `flops`. The indices of `select`
+    count visual tokens (0..n-1); EXTRA rows with features follow them.
     """
 
     # the layer whose rows `attention` holds
@@ -128,7 +128,7 @@ class InLLMPruner(Method):
         return sum(self.layer_tokens(tokens, layers, keep)) / layers
 
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
-        """Choose `keep` of n visual tokens (1 <= keep < n) per row; inputs are float32 and finite."""
+        """Choose `keep` of n visual tokens (1 <= keep < n) per row; inputs: float32, finite."""
         raise NotImplementedError
 
     def flops(self, shape: PromptShape) -> float | None:
@@ -142,8 +142,8 @@ class InLLMPruner(Method):
         """`select` between checks; all tokens untouched when keep = n.
 
         Raises:
-            PrunerError: keep outside 1..n; an input that is missing, misshapen or not finite; a wrong
-                answer of `select`.
+            PrunerError: keep outside 1..n; an input that is missing, misshapen or not finite; a
+                wrong answer of `select`.
         """
         self._check_input(tokens, keep)
         batch, count = tokens.shape

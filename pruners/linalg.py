@@ -1,4 +1,4 @@
-"""The textbook pieces that methods share. Float32 in, batched over the leading axes, no host synchronisation.
+"""Textbook algorithms that methods share: float32, batched, without host synchronisation.
 
 The one exception is `non_maximum_suppression`, whose number of rounds depends on the data.
 """
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 GRAM_BLOCK = 128  # tokens from which a Gram matrix is divided; 80..192 measure alike
-CACHED = 2_000_000  # values of a temporary; larger ones come from the system anew each time, page by page
+# values of a temporary; the system allocates larger ones anew each time, page by page
+CACHED = 2_000_000
 RANK_TOLERANCE = 1e-6  # float32 rounding of a Cholesky residual, relative to the diagonal
 
 
@@ -28,7 +29,7 @@ def cosine_gram(x: Tensor, eps: float = 1e-12) -> Tensor:
 
 
 def symmetric_gram(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """x x^T for x [B, N, D], exactly symmetric: each half with itself, both halves with one another only once."""
+    """x x^T for x [B, N, D], exactly symmetric; computes each pair of halves once."""
     batch, count = x.shape[:2]
     gram = x.new_empty(batch, count, count) if out is None else out
     if count < GRAM_BLOCK:
@@ -65,7 +66,8 @@ def min_max(x: Tensor, eps: float = 1e-6) -> Tensor:
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest along the last axis, descending; equal scores by lower index.
 
-    Rows with a NaN give index 0 k times over, which `Selection.check` refuses: asking here would make the device wait.
+    Rows with a NaN give index 0 k times over, which `Selection.check` refuses: asking here would
+    make the device wait.
     """
     largest = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return (
@@ -81,10 +83,10 @@ def evenly_spaced(count: int, k: int) -> Tensor:
 
 
 def concatenate_rows(first: Tensor, count: Tensor, second: Tensor) -> Tensor:
-    """Row by row the leading `count` [B] entries of `first` [B, k], then those of `second` [B, k]; cut to k."""
+    """Per row the first `count` [B] entries of `first` [B, k], then `second` [B, k]; cut to k."""
     place = torch.arange(first.shape[1], device=first.device).expand_as(first)
-    behind = place - count[:, None]
-    return torch.where(behind < 0, first, second.gather(1, behind.clamp_min(0)))
+    after = place - count[:, None]
+    return torch.where(after < 0, first, second.gather(1, after.clamp_min(0)))
 
 
 def facility_location(
@@ -93,11 +95,12 @@ def facility_location(
     """Greedy weighted coverage: k picks [B, k] in the order taken, ties to the lower index.
 
     Each step takes the v of largest weights_v * gain_v (or gain_v + weights_v), where
-    gain_v = sum_u max(0, similarity_uv - cover_u) and cover_u = max(0, similarity to the picks so far).
+    gain_v = sum_u max(0, similarity_uv - cover_u) and cover_u = max(0, similarity to the picks so
+    far).
 
-    A pick changes the terms of those u alone that it covers better, N / t of them on average at step t. On the CPU only
-    these are exchanged, in float64; on a GPU, where reading which they are would stall every step, all terms are summed
-    anew.
+    A pick changes the terms of those u alone that it covers better, N / t of them on average at
+    step t. On the CPU only these are exchanged, in float64; on a GPU, where reading which they are
+    would stall every step, all terms are summed anew.
 
     Args:
         similarity: [B, N, N], symmetric.
@@ -131,7 +134,7 @@ def facility_location(
 
 
 def _cover_better(gain: Tensor, rows: Tensor, cover: Tensor, near: Tensor) -> None:
-    """Raise `cover` to `near` where that is larger, and take what this costs out of the sums `gain` [B, N]."""
+    """Raise `cover` to `near` where larger; subtract what is lost from `gain` [B, N]."""
     batch, count = gain.shape
     changed = (near > cover).nonzero()[:, 0]
     # few enough at a time for the temporaries to stay in the cache
@@ -152,11 +155,11 @@ def greedy_map(
     first: Tensor | None = None,
     fallback: Tensor | None = None,
 ) -> Tensor:
-    """Greedy MAP of a determinantal point process by incremental Cholesky: k distinct picks [B, k] in the order taken.
+    """Greedy MAP of a determinantal point process by incremental Cholesky: picks [B, k] as taken.
 
-    Each step takes the largest residual (squared distance to the span of the picks), ties to the lower index. Residuals below
-    RANK_TOLERANCE of a token's own diagonal entry are rounding; once there are no others, the rank is exhausted and the rest
-    follows by descending `fallback`.
+    Each step takes the largest residual (squared distance to the span of the picks), ties to the
+    lower index. Residuals below RANK_TOLERANCE of a token's own diagonal entry are rounding; once
+    there are no others, the rank is exhausted and the rest follows by descending `fallback`.
 
     Args:
         kernel: [B, N, N], symmetric, positive semi-definite.
@@ -210,13 +213,16 @@ def farthest_point(
     seed_count: Tensor | None = None,
     update: Callable[[Tensor, Tensor], Tensor] = torch.minimum,
 ) -> Tensor:
-    """Greedy dispersion: the seeds, then the farthest token from all picks so far; k picks [B, k], ties to the lower index.
+    """Greedy dispersion: the seeds, then the farthest token from all picks so far.
+
+    Returns k picks [B, k]; ties go to the lower index.
 
     Args:
         distance: [B, N, N], from a pick (row) to a candidate (column).
         seeds: [B, S] first picks, 1 <= S <= k.
         seed_count: [B] how many of its seeds (at least 1) a row uses; None: all.
-        update: how distances to several picks combine: `torch.minimum` is the max-min rule, `torch.add` maximises the mean.
+        update: how distances to several picks combine: `torch.minimum` is the max-min rule,
+            `torch.add` maximises the mean.
     """
     batch, count = distance.shape[:2]
     rows = distance.flatten(0, 1)
@@ -239,7 +245,7 @@ def farthest_point(
 
 
 def most_isolated(distance: Tensor) -> Tensor:
-    """[B] the token whose nearest neighbour is farthest away, for distance [B, N, N]; ties to the lower index."""
+    """[B] token with the farthest nearest neighbour, for distance [B, N, N]; ties: lower index."""
     own = distance.diagonal(dim1=1, dim2=2)
     before = own.clone()
     own.fill_(torch.inf)
@@ -251,8 +257,9 @@ def most_isolated(distance: Tensor) -> Tensor:
 def non_maximum_suppression(suppresses: Tensor, candidates: Tensor) -> Tensor:
     """The candidates [B, N] that no surviving candidate suppresses.
 
-    The sequential rule as a fixed point: each round settles at least the next link of every chain of suppressions, and the
-    answer is unique because suppression only runs from higher to lower scores.
+    The sequential rule as a fixed point: each round settles at least the next link of every chain
+    of suppressions, and the answer is unique because suppression only runs from higher to lower
+    scores.
 
     Args:
         suppresses: [B, N, N] float, 1 where the row's token removes the column's. Without cycles.
@@ -268,7 +275,7 @@ def non_maximum_suppression(suppresses: Tensor, candidates: Tensor) -> Tensor:
 
 
 def largest_remainder(share: Tensor, total: int) -> Tensor:
-    """Integers [B, K] that sum to `total`, nearest to share * total for shares [B, K] that sum to 1 (Hamilton's method)."""
+    """Integers [B, K] of sum `total`, nearest to share * total (Hamilton), for shares of sum 1."""
     exact = share * total
     whole = exact.floor().long()
     order = top_k(exact - whole, share.shape[-1])
@@ -280,9 +287,9 @@ def principal_axes(x: Tensor, k: int, seed: int | None = None) -> Tensor:
     """The k leading right singular vectors of x [B, M, N] as columns [B, N, k].
 
     Args:
-        seed: None for the exact vectors; else those of the randomised range finder of Halko et al. (arXiv 0909.4061,
-            Algorithm 5.1) without oversampling, with two power iterations and one Gaussian test matrix for the whole batch,
-            drawn on the CPU from a generator of its own.
+        seed: None for the exact vectors; else those of the randomised range finder of Halko et al.
+            (arXiv 0909.4061, Algorithm 5.1) without oversampling, with two power iterations and one
+            Gaussian test matrix for the whole batch, drawn on the CPU from a generator of its own.
     """
     if seed is None:
         return torch.linalg.eigh(symmetric_gram(x.transpose(1, 2))).eigenvectors[..., -k:].flip(-1)
@@ -307,8 +314,8 @@ def merge_into_anchors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted means of anchors and the dropped tokens nearest to them.
 
-    Every token goes to its anchor of largest affinity (ties: first anchor); of all tokens the `limit` with the largest such
-    affinity (ties: lower index) are merged, the others are lost.
+    Every token goes to its anchor of largest affinity (ties: first anchor); of all tokens the
+    `limit` with the largest such affinity (ties: lower index) are merged, the others are lost.
 
     Args:
         features: [B, N, D].
@@ -319,8 +326,9 @@ def merge_into_anchors(
         most: upper bound of limit.
 
     Returns:
-        Anchor features [B, K, D] (untouched where nothing came in), the merged tokens [B, most] by descending affinity, with
-        -1 behind the last, and the places of their anchors in 0..K-1 [B, most].
+        Anchor features [B, K, D] (untouched where nothing came in), the merged tokens [B, most] by
+        descending affinity, with -1 after the last, and the places of their anchors in 0..K-1 [B,
+        most].
     """
     best, nearest = affinity.max(1)
     source = top_k(best, most)

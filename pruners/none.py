@@ -9,7 +9,7 @@ from secateur.pruners.registry import register
 @register("none")
 @dataclass(frozen=True)
 class NoPruning(Pruner):
-    """The unpruned model: every token goes on, whatever the budget. The row all others are relative to."""
+    """The unpruned model: keeps every token, whatever the budget. Other rows are relative to it."""
 
     paper = "-"
     status = "baseline"

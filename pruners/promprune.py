@@ -14,23 +14,27 @@ from secateur.pruners.registry import register
 @register("promprune")
 @dataclass(frozen=True)
 class PromPrune(Pruner):
-    """Spectral entropy splits the budget between salient tokens and a determinantal point process over the rest.
+    """Spectral entropy splits the budget between salient tokens and a diverse set of the rest.
 
-    Lee et al., "Balancing Saliency and Coverage: Semantic Prominence-Aware Budgeting for Visual Token Compression in VLMs",
-    arXiv 2603.14892. Content concentrated in few directions (low entropy) goes to saliency, spread content to coverage.
+    Lee et al., "Balancing Saliency and Coverage: Semantic Prominence-Aware Budgeting for Visual
+    Token Compression in VLMs", arXiv 2603.14892. Content concentrated in few directions (low
+    entropy) goes to saliency, spread content to coverage.
 
     Args:
-        mu: entropy at which the budget is halved. 0.42 for CLIP encoders, 0.5744 for Qwen2.5-VL-7B (paper, App. C.1).
+        mu: entropy at which the budget is halved. 0.42 for CLIP encoders, 0.5744 for Qwen2.5-VL-7B
+            (paper, App. C.1).
         tau: width of the transition (paper and code: 0.02).
-        kr_min: smallest share for saliency (script of the released code: 0; the wrapper's own default of 0.1 is another
-            method).
+        kr_min: smallest share for saliency (script of the released code: 0; the wrapper's own
+            default of 0.1 is another method).
         kr_max: largest share for saliency (script: 1; wrapper: 0.7).
-        order: `spatial`, or `official`: salient tokens by descending saliency, then the others as picked.
+        order: `spatial`, or `official`: salient tokens by descending saliency, then the others as
+            picked.
 
-    Deviations: the entropy is the code's, of normalised and centred tokens (paper: raw singular values), and stage 2 starts
-    at the token farthest from the salient set (paper: plain greedy). A token cannot be picked twice (released: it can once
-    the kernel's rank is exhausted); the rest then follows by index, as does the first pick without any salient token,
-    where the released code lets rounding decide. One Gram matrix serves entropy and kernel, with the entropy's epsilon.
+    Deviations: the entropy is the code's, of normalised and centred tokens (paper: raw singular
+    values), and stage 2 starts at the token farthest from the salient set (paper: plain greedy). A
+    token cannot be picked twice (released: it can once the kernel's rank is exhausted); the rest
+    then follows by index, as does the first pick without any salient token, where the released code
+    lets rounding decide. One Gram matrix serves entropy and kernel, with the entropy's epsilon.
     """
 
     mu: float = 0.42
@@ -77,7 +81,9 @@ class PromPrune(Pruner):
 
 
 def spectral_entropy(features: Tensor, similarity: Tensor) -> Tensor:
-    """Entropy of the spectrum of the normalised, centred tokens, as a share of its maximum: 0 one direction, 1 all alike.
+    """Spectral entropy of the normalised, centred tokens, as a share of its maximum.
+
+    0: all variance in one direction; 1: equal variance in all directions.
 
     Args:
         features: [B, N, D].

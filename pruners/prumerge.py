@@ -13,19 +13,23 @@ from secateur.pruners.registry import register
 @register("prumerge")
 @dataclass(frozen=True)
 class PruMerge(Pruner):
-    """Tokens that stand out in CLS attention, each with its nearest neighbours added, and one sum of all others.
+    """Attention outliers, each with its nearest neighbours added, and one sum of all other tokens.
 
-    Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", ICCV 2025,
-    arXiv 2403.15388. Attention is taken over the full width of the last block's queries and keys, as one head. Centres come in
-    descending attention, the sum last; it counts in the budget.
+    Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
+    ICCV 2025, arXiv 2403.15388. Attention is taken over the full width of the last block's queries
+    and keys, as one head. Centres come in descending attention, the sum last; it counts in the
+    budget.
 
     Args:
-        adaptive: the image decides on the count by the outliers of its attention (released code; a `keep` below N does not
-            matter); False keeps the budget exactly: keep - 1 centres and the sum, an extension for tables at equal budgets.
-        neighbours: how many nearest tokens, by cosine of the keys, are added to a centre (released code).
+        adaptive: the image decides on the count by the outliers of its attention (released code; a
+            `keep` below N does not matter); False keeps the budget exactly: keep - 1 centres and
+            the sum, an extension for tables at equal budgets.
+        neighbours: how many nearest tokens, by cosine of the keys, are added to a centre (released
+            code).
 
-    Deviations: the fixed budget is an extension of ours; float32 (released: float16). Without outliers the ratio is 1/N, where
-    the released code divides by zero. The fixed-ratio path used for training, which repeats tokens, is left out.
+    Deviations: the fixed budget is an extension of ours; float32 (released: float16). Without
+    outliers the ratio is 1/N, where the released code divides by zero. The fixed-ratio path used
+    for training, which repeats tokens, is left out.
     """
 
     adaptive: bool = False  # type: ignore[misc]
@@ -68,7 +72,7 @@ class PruMerge(Pruner):
         merged = torch.cat([merged, extra], 1)
         if counts is None:
             return Selection(places, merged, "encoder", custom_order=True)
-        # the sum follows the last centre of its row, padding comes behind it
+        # the sum follows the last centre of its row; padding comes after it
         last = torch.arange(width + 1, device=order.device)
         column = torch.where(last == counts[:, None], width, last)
         places = places.gather(1, column).masked_fill(last > counts[:, None], 0)
@@ -77,7 +81,7 @@ class PruMerge(Pruner):
         )
 
     def flops(self, shape: ImageShape) -> float:
-        """The similarity of centres and tokens, and the attention of CLS; the merging is left out."""
+        """The similarity of centres and tokens, and the CLS attention; merging is left out."""
         similarity = 2 * shape.kept * shape.tokens * shape.encoder_width
         return similarity + shape.cls_attention
 
@@ -89,7 +93,7 @@ class PruMerge(Pruner):
         return (queries @ keys.transpose(1, 2) * keys.shape[2] ** -0.5).softmax(2)[:, 0, 1:]
 
     def fixed(self, attention: Tensor, centres: int) -> Tensor:
-        """[B, N] permutation of the tokens: `centres` centres in output order, then the rest ascending."""
+        """[B, N] permutation: `centres` centres in output order, then the rest ascending."""
         picks = self.centres(attention, centres)
         return torch.cat([picks, complement(picks, attention.shape[1])], 1)
 
@@ -100,7 +104,7 @@ class PruMerge(Pruner):
     def outliers(
         self, attention: Tensor, image_of_row: tuple[int, ...] | None
     ) -> tuple[Tensor, Tensor]:
-        """Step 2: the permutation and the number of centres per row, from the quartiles of an image's attention."""
+        """Step 2: permutation and number of centres per row, by the quartiles of the attention."""
         batch, count = attention.shape
         images = image_of_row or tuple(range(batch))
         ratio = torch.empty(batch, dtype=torch.float64, device=attention.device)
@@ -127,16 +131,17 @@ class PruMerge(Pruner):
 @register("prumerge_plus")
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge with evenly spaced tokens as further centres behind the outliers.
+    """PruMerge with evenly spaced tokens as further centres after the outliers.
 
-    Shang et al., arXiv 2403.15388, Section 3.3. A fixed budget (extension) has (keep - 1) // 2 tokens by attention and fills up
-    with evenly spaced ones of the rest.
+    Shang et al., arXiv 2403.15388, Section 3.3. A fixed budget (extension) has (keep - 1) // 2
+    tokens by attention and fills up with evenly spaced ones of the rest.
 
     Args:
         adaptive: as in `prumerge`.
         neighbours: as in `prumerge`.
 
-    Deviations: as in `prumerge`; the spacing is at least 1, where the released code divides by zero above a third of outliers.
+    Deviations: as in `prumerge`; the spacing is at least 1, where the released code divides by zero
+    above a third of outliers.
     """
 
     def centres(self, attention: Tensor, count: int) -> Tensor:

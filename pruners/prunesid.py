@@ -19,7 +19,7 @@ from secateur.pruners.registry import register
 
 
 class Allocation(NamedTuple):
-    """What PruneSID decides within and between its groups."""
+    """The result of PruneSID's suppression and quotas."""
 
     picks: Tensor  # [B, patches] in the official order, group after group
     survivors: Tensor  # [B, groups] tokens that survive the suppression
@@ -30,30 +30,34 @@ class Allocation(NamedTuple):
 @register("prunesid")
 @dataclass(frozen=True)
 class PruneSID(Pruner):
-    """Groups tokens by principal component, suppresses near-duplicates within groups, and shares the budget among groups.
+    """Groups tokens by principal component and suppresses near-duplicates within each group.
 
-    Fang et al., "Prune Redundancy, Preserve Essence: Vision Token Compression in VLMs via Synergistic
-    Importance-Diversity", ICLR 2026, arXiv 2603.09480.
+    Fang et al., "Prune Redundancy, Preserve Essence: Vision Token Compression in VLMs via
+    Synergistic Importance-Diversity", ICLR 2026, arXiv 2603.09480.
 
     Args:
-        variant: the released code has two paths. `llava`: encoder features, the CLS token kept and counted, threshold
-            budget / 32 * rho. `qwen`: projected tokens, rho as coded there (diagonal included, about half of the paper's),
-            threshold max(18 * budget / N, 1) * rho.
-        score: importance within a group. `official`: that of the variant, `attention` of CLS summed over heads for llava,
-            the `loading` on the group's component for qwen (and in the paper).
-        centring: what is subtracted before the components: each token's mean over `channels` (code), or the mean over
-            `tokens` (paper).
-        quotas: `capped`, with a floor of 1 and a cap of 5 * ceil(budget / 64) per group (code), or `proportional` to the
-            survivors (paper; largest remainders).
-        keep_cls: llava only: the CLS token goes on first and counts in the budget (code; the paper does not say).
+        variant: the released code has two paths. `llava`: encoder features, the CLS token kept and
+            counted, threshold budget / 32 * rho. `qwen`: projected tokens, rho as coded there
+            (diagonal included, about half of the paper's), threshold max(18 * budget / N, 1) * rho.
+        score: importance within a group. `official`: that of the variant, `attention` of CLS summed
+            over heads for llava, the `loading` on the group's component for qwen (and in the
+            paper).
+        centring: what is subtracted before the components: each token's mean over `channels`
+            (code), or the mean over `tokens` (paper).
+        quotas: `capped`, with a floor of 1 and a cap of 5 * ceil(budget / 64) per group (code), or
+            `proportional` to the survivors (paper; largest remainders).
+        keep_cls: llava only: the CLS token goes on first and counts in the budget (code; the paper
+            does not say).
         pca: `randomized` as the released code, or `exact`.
         seed: of the randomised components; report several.
-        order: `spatial` (CLS first), or `official`: group after group; for qwen only up to 150 tokens.
+        order: `spatial` (CLS first), or `official`: group after group; for qwen only up to 150
+            tokens.
 
-    Deviations: similarities in float32 (released: float16 or the model's dtype); randomised components from a generator on
-    the CPU (released: the device's global one); budgets below 4 use one group (released: none); qwen budgets below 16 are
-    met (released: raised), and its images pruned apart (released: together); budget N leaves all patches alone (released:
-    CLS and N - 1 patches).
+    Deviations: similarities in float32 (released: float16 or the model's dtype); randomised
+    components from a generator on the CPU (released: the device's global one); budgets below 4 use
+    one group (released: none); qwen budgets below 16 are met (released: raised), and its images
+    pruned apart (released: together); budget N leaves all patches alone (released: CLS and N - 1
+    patches).
     """
 
     variant: Literal["llava", "qwen"] = "llava"
@@ -117,7 +121,7 @@ class PruneSID(Pruner):
         return gram + attention + 2 * 5 * shape.tokens * width * (shape.kept // 4)
 
     def loadings(self, x: Tensor, keep: int) -> Tensor:
-        """[B, N, groups] absolute loadings of the tokens x [B, N, C] on the leading components of their sigmoid."""
+        """[B, N, groups] absolute loadings of x [B, N, C] on its sigmoid's leading axes."""
         groups = max(keep // 4, 1 if self.variant == "llava" else 4)
         centred = x.sigmoid()
         centred -= centred.mean(2 if self.centring == "channels" else 1, keepdim=True)
@@ -146,7 +150,7 @@ class PruneSID(Pruner):
         survivors = zeros.scatter_add(1, group, kept.long())
         quota = self._quotas(size, survivors, patches, keep)
 
-        # group after group, within a group first the kept, then the suppressed, each by descending score
+        # group after group; within a group the kept, then the suppressed, by descending score
         key = (2 * group + (~kept).long()).gather(1, order)
         ranking = order.gather(1, key.sort(dim=1, stable=True).indices)
         member = group.gather(1, ranking)
@@ -185,7 +189,10 @@ class PruneSID(Pruner):
 def suppress(
     similarity: Tensor, group: Tensor, rank: Tensor, threshold: Tensor, candidates: Tensor
 ) -> Tensor:
-    """[B, N] candidates that no surviving candidate of their group and of higher rank resembles more than the threshold [B]."""
+    """[B, N] candidates left after suppression within the groups.
+
+    A candidate is suppressed when its similarity to a surviving candidate of the same group and
+    of higher rank exceeds the threshold [B]."""
     rivals = (group[:, :, None] == group[:, None]) & (rank[:, :, None] < rank[:, None])
     return non_maximum_suppression(
         (rivals & (similarity > threshold[:, None, None])).float(), candidates

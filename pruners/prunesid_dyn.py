@@ -16,19 +16,20 @@ from secateur.pruners.registry import register
 @register("prunesid_dyn")
 @dataclass(frozen=True)
 class PruneSIDDyn(PruneSID):
-    """PruneSID with a budget per image: proportional to 1 - rho, the less redundant the more, equal to `keep` on average.
+    """PruneSID with a budget per image, proportional to 1 - rho and equal to `keep` on average.
 
     Fang et al., arXiv 2603.09480 (PruneSID-Dyn). Not in the released code.
 
     Args:
-        mean_phi: mean of 1 - rho over the benchmark; None for the first pass, which finds it: PruneSID as it is, every crop at
-            `keep`, with 1 - rho as the diagnostic `phi`. The images of a call never share a budget, for the caller chooses them.
+        mean_phi: mean of 1 - rho over the benchmark; None for the first pass, which finds it:
+            PruneSID as it is, every crop at `keep`, with 1 - rho as the diagnostic `phi`. The
+            images of a call never share a budget, for the caller chooses them.
         min_tokens: smallest budget of an image (unless the average itself is below).
 
     All other fields as PruneSID.
 
-    Deviations: rounding and bounds of the budgets are ours. The budgets are read from the device, and images are pruned one by
-    one, because the number of groups depends on them.
+    Deviations: rounding and bounds of the budgets are ours. The budgets are read from the device,
+    and images are pruned one by one, because the number of groups depends on them.
     """
 
     mean_phi: Annotated[float, Field(gt=0, le=2)] | None = None
@@ -83,6 +84,6 @@ def _row(tokens: VisualTokens, i: int) -> VisualTokens:
     )
 
 
-def _padded(x: Tensor, width: int, behind: int) -> Tensor:
-    """Zeros up to `width` along axis 1, which has `behind` axes behind it."""
-    return pad(x, (0, 0) * behind + (0, width - x.shape[1]))
+def _padded(x: Tensor, width: int, trailing: int) -> Tensor:
+    """Zeros up to `width` along axis 1, which `trailing` axes follow."""
+    return pad(x, (0, 0) * trailing + (0, width - x.shape[1]))

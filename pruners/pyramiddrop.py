@@ -14,21 +14,22 @@ from secateur.pruners.registry import register
 @register("pyramiddrop")
 @dataclass(frozen=True)
 class PyramidDrop(InLLMPruner):
-    """Fewer visual tokens at every stage, each time those the last prompt position would attend to in the next layer.
+    """Drops tokens in stages, ranked by the last prompt position's attention in the next layer.
 
-    Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction",
-    CVPR 2025, arXiv 2410.17247.
+    Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual
+    Redundancy Reduction", CVPR 2025, arXiv 2410.17247.
 
     Args:
         stages: 0-based layers before which tokens go (paper: 8, 16, 24, also for 40 layers).
-        ratios: share of all visual tokens kept from each stage on; None chooses x, x^2, x^3 such that the mean over the layers
-            is the budget. The paper's (0.5, 0.25, 0.125) averages 270 of 576 tokens and takes that budget only.
+        ratios: share of all visual tokens kept from each stage on; None chooses x, x^2, x^3 such
+            that the mean over the layers is the budget. The paper's (0.5, 0.25, 0.125) averages 270
+            of 576 tokens and takes that budget only.
         positions: `reindex` the survivors (released code), or keep the `original` position ids.
 
-    Deviations: the schedules others used for budgets below the paper's are not published; the geometric one is ours (x = 0.253
-    for 192 of 576 in 32 layers). Where the layers before the first stage alone exceed the budget, or the model ends before the
-    last stage, all stages are halved until it fits (128 and 64 of 576: stages 4, 8, 12 with x = 0.375, and 2, 4, 6 with
-    x = 0.307).
+    Deviations: the schedules others used for budgets below the paper's are not published; the
+    geometric one is ours (x = 0.253 for 192 of 576 in 32 layers). Where the layers before the first
+    stage alone exceed the budget, or the model ends before the last stage, all stages are halved
+    until it fits (128 and 64 of 576: stages 4, 8, 12 with x = 0.375, and 2, 4, 6 with x = 0.307).
     """
 
     stages: tuple[Annotated[int, Field(ge=1)], ...] = (8, 16, 24)
@@ -60,14 +61,16 @@ class PyramidDrop(InLLMPruner):
             mean = sum(map(mul, _lengths(self.stages, layers), (tokens, *plan.values()))) / layers
             if keep != round(mean):
                 self.fail(
-                    f"ratios={self.ratios} average {mean:.1f} tokens, which is not the budget of {keep}"
+                    f"ratios={self.ratios} average {mean:.1f} tokens, "
+                    f"which is not the budget of {keep}"
                 )
             return plan
         stages = self.stages
         while stages[-1] >= layers or stages[0] * tokens >= layers * keep:
             if stages[0] == 1:
                 self.fail(
-                    f"cannot average {keep} of {tokens} tokens over {layers} layers, even with stages={stages}"
+                    f"cannot average {keep} of {tokens} tokens over {layers} layers, "
+                    f"even with stages={stages}"
                 )
             stages = tuple(dict.fromkeys(max(1, stage // 2) for stage in stages))
         # the root found for 1 lies just below it, where int() would drop a token

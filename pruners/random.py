@@ -12,8 +12,8 @@ from secateur.pruners.registry import register
 class Random(Pruner):
     """Uniformly random tokens, the floor every method has to beat.
 
-    The first `keep` of a permutation drawn on the CPU from (seed, document, crop), so that neither batching nor sharding
-    changes it. Report at least three seeds.
+    The first `keep` of a permutation drawn on the CPU from (seed, document, crop), so that neither
+    batching nor sharding changes it. Report at least three seeds.
 
     Args:
         seed: number of the draw.

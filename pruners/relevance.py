@@ -8,7 +8,7 @@ from secateur.pruners.linalg import normalize
 
 
 def clip_relevance(tokens: VisualTokens) -> Tensor:
-    """Mean over text segments of the cosine of patch and segment in CLIP's joint space, [B, N]; 0 without text.
+    """[B, N] cosine of patch and text in CLIP's joint space, mean over segments; 0 without text.
 
     Patch embeddings of CLIP anti-correlate with the text, so that some methods negate this.
     """

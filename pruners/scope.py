@@ -12,10 +12,10 @@ from secateur.pruners.registry import register
 @register("scope")
 @dataclass(frozen=True)
 class Scope(Pruner):
-    """Saliency-weighted coverage: greedy facility location on encoder features, each gain scaled by CLS attention.
+    """Greedy facility location on encoder features, each gain scaled by CLS attention.
 
-    Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs", NeurIPS 2025,
-    arXiv 2510.24214, Algorithm 1.
+    Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs",
+    NeurIPS 2025, arXiv 2510.24214, Algorithm 1.
 
     Args:
         alpha: exponent of the saliency (paper: 1, best of App. C.5).
@@ -23,8 +23,8 @@ class Scope(Pruner):
         saliency: `cls` attention summed over heads, or `none` for pure coverage (Table 4).
         order: `spatial` as the released code, or `picked` for the greedy order.
 
-    Deviations: scores in float32 (released: float16, where ties are common); the budget is per image (released: divided by
-    the number of images in a call).
+    Deviations: scores in float32 (released: float16, where ties are common); the budget is per
+    image (released: divided by the number of images in a call).
     """
 
     alpha: Annotated[float, Field(ge=0)] = 1.0

@@ -18,21 +18,25 @@ _KEPT = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 
 @register("sparsevlm")
 @dataclass(frozen=True)
 class SparseVLM(InLLMPruner):
-    """Visual tokens that question words related to the image attend to; the best of the rest merged into cluster means.
+    """Keeps tokens that image-related question words attend to; merges the best of the rest.
 
-    Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025,
-    arXiv 2410.04417, with the released code's fixed counts. Merged tokens follow the kept ones; `tokens_after` counts both.
+    Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model
+    Inference", ICML 2025, arXiv 2410.04417, with the released code's fixed counts. Merged tokens
+    follow the kept ones; `tokens_after` counts both.
 
     Args:
-        stages: 0-based layers before which tokens go, ranked by the attention of the layer before (released: behind 2, 6, 15).
-        kept: tokens kept at each stage besides the merged ones; None takes the released lists for 192, 128, 96 and 64 of 576
-            tokens, scaled to other numbers of tokens.
-        merge: put means of clusters of the best dropped tokens behind the kept ones (version 1, released default).
+        stages: 0-based layers before which tokens go, ranked by the attention of the layer before
+            (released: after 2, 6, 15).
+        kept: tokens kept at each stage besides the merged ones; None takes the released lists for
+            192, 128, 96 and 64 of 576 tokens, scaled to other numbers of tokens.
+        merge: append cluster means of the best dropped tokens to the kept ones (version 1, released
+            default).
         seed: of the noise of at most 1e-6 that separates equal densities.
         positions: `reindex` the survivors (version 1), or keep the `original` position ids.
 
-    Deviations: the noise comes from a generator of its own and is the same for every image (released: global state). All text
-    rates when no position stands out. Counts derived from the rank of the attention (paper) and version 2 are left out.
+    Deviations: the noise comes from a generator of its own and is the same for every image
+    (released: global state). All text rates when no position stands out. Counts derived from the
+    rank of the attention (paper) and version 2 are left out.
     """
 
     stages: tuple[Annotated[int, Field(ge=1)], ...] = (3, 7, 16)
@@ -60,7 +64,8 @@ class SparseVLM(InLLMPruner):
             if nominal not in _KEPT or len(self.stages) != 3:
                 known = ", ".join(map(str, _KEPT))
                 self.fail(
-                    f"has no counts for {keep} of {tokens} tokens (released: {known} of 576); set kept="
+                    f"has no counts for {keep} of {tokens} tokens "
+                    f"(released: {known} of 576); set kept="
                 )
             kept = tuple(max(1, round(count * tokens / 576)) for count in _KEPT[nominal])
         if self.stages[-1] >= layers:
@@ -75,7 +80,9 @@ class SparseVLM(InLLMPruner):
         return keep + _merged(tokens - keep) * self.merge
 
     def queries(self, embeddings: Tensor, visual: Tensor, text: Tensor) -> Tensor:
-        """Text positions that the image points at above average: softmax over text of image . text, mean over the image."""
+        """Text positions with above-average relevance to the image.
+
+        Relevance is the softmax over the text of image . text, averaged over the image."""
         embeddings = embeddings.float()
         products = gather_rows(embeddings, visual) @ embeddings.transpose(1, 2)
         share = products.masked_fill(~text[:, None], -torch.inf).softmax(2).mean(1)
@@ -119,7 +126,9 @@ class SparseVLM(InLLMPruner):
         return raters + sum(cut(*cut_tokens) for cut_tokens in shape.cuts)
 
     def cluster(self, x: Tensor, clusters: int) -> Tensor:
-        """Density-peak clustering of x [B, n, C], density over as many neighbours as clusters; their means, [B, clusters, C]."""
+        """Cluster means [B, clusters, C] of x [B, n, C] by density-peak clustering.
+
+        The density takes as many neighbours as there are clusters."""
         count = x.shape[1]
         distance = (
             torch.cdist(x.double(), x.double()).float() / x.shape[2] ** 0.5

@@ -25,41 +25,44 @@ PRODUCT_EXPONENTS = 3, 1  # of relevance and saliency, as in FSR (arXiv 2602.058
 
 
 class Stages(NamedTuple):
-    """What SPpruner decides on the way."""
+    """The intermediate results of SPpruner."""
 
     phi: Tensor  # [B, N] focus scores
     focus: Tensor  # [B, K_F] by descending score
     context: Tensor  # [B, K_C] as scanned
     indices: Tensor  # [B, K] ascending
     features: Tensor  # [B, K, D] with the merged tokens
-    merged: Tensor  # [B, M] merged tokens by descending similarity, -1 behind the last
+    merged: Tensor  # [B, M] merged tokens by descending similarity, -1 after the last
     anchors: Tensor  # [B, M] the tokens they went into
 
 
 @register("sppruner")
 @dataclass(frozen=True)
 class SPpruner(Pruner):
-    """RECONSTRUCTION. Focus on salient and relevant subjects, then scan for their context and merge neighbours into it.
+    """RECONSTRUCTION. Keeps a focus set, then context tokens, and merges neighbours into these.
 
-    Zhao et al., "Focus-then-Context: Subject-Centric Progressive Visual Token Reduction for Vision-Language Models",
-    arXiv 2605.20950. Only the abstract is public: two modules, focus identification and context-aware structural scanning.
-    Every formula and default below is our design, never a reproduction.
+    Zhao et al., "Focus-then-Context: Subject-Centric Progressive Visual Token Reduction for
+    Vision-Language Models", arXiv 2605.20950. Only the abstract is public: two modules, focus
+    identification and context-aware structural scanning. Every formula and default below is our
+    design, never a reproduction.
 
     Args:
-        focus_score: `additive`, saliency_weight * a + (1 - saliency_weight) * r + interplay * a * r for scaled saliency a
-            and relevance r (R1), or `product`, r^3 * a as in FSR.
+        focus_score: `additive`, saliency_weight * a + (1 - saliency_weight) * r + interplay * a * r
+            for scaled saliency a and relevance r (R1), or `product`, r^3 * a as in FSR.
         saliency_weight: weight of saliency against relevance, 0..1 (R1).
         interplay: weight of their product; 0 switches it off (R1).
         focus_share: share of the budget for the focus set (R2).
         window: radius of the neighbourhood whose mean score raises a place's context value (R3).
         scan_weight: how much; 0 leaves farthest-point sampling (R4).
-        anchors: `scan`, or `grid`, context evenly spaced along the raster of what the focus left (R4).
+        anchors: `scan`, or `grid`, context evenly spaced along the raster of what the focus left
+            (R4).
         merge: whether dropped tokens are merged into context anchors (R5).
         merge_radius: largest Chebyshev grid distance to the anchor (R5).
         merge_factor: how many tokens to merge, as a multiple of the context set (R5).
-        relevance_space: `clip`, minus the cosine of patch and question in CLIP's joint space, scaled over all crops of an
-            image together (as CDPruner); `llm_embed`, cosine of projected token and mean question embedding, for models
-            without a CLIP encoder; `given` by the caller as `relevance`.
+        relevance_space: `clip`, minus the cosine of patch and question in CLIP's joint space,
+            scaled over all crops of an image together (as CDPruner); `llm_embed`, cosine of
+            projected token and mean question embedding, for models without a CLIP encoder; `given`
+            by the caller as `relevance`.
         saliency_norm: `minmax`, or `rank`, which few extreme tokens cannot dominate.
 
     Deviations: there is nothing official to deviate from.
@@ -151,7 +154,7 @@ class SPpruner(Pruner):
 
 
 def neighbourhood_mean(scores: Tensor, grid: tuple[int, int], radius: int) -> Tensor:
-    """Mean of scores [B, N] over the other cells of the grid within Chebyshev distance `radius`; 0 without any."""
+    """Mean of scores [B, N] over other cells within Chebyshev distance `radius`; 0 without any."""
     image = scores.view(-1, 1, *grid)
     total, cells = (
         avg_pool2d(x, 2 * radius + 1, stride=1, padding=radius, divisor_override=1)

@@ -13,17 +13,18 @@ from secateur.pruners.relevance import mean_text, text_mask
 @register("trimtokenator")
 @dataclass(frozen=True)
 class TrimTokenator(Pruner):
-    """The tokens nearest to the question in LLM space, thinned greedily to those least similar on average.
+    """The tokens nearest to the question in LLM space, thinned to those least similar on average.
 
-    Zhang et al., "TrimTokenator: Towards Adaptive Visual Token Pruning for Large Multimodal Models", arXiv 2509.00320.
-    No official code; formulas from a third party's implementation.
+    Zhang et al., "TrimTokenator: Towards Adaptive Visual Token Pruning for Large Multimodal
+    Models", arXiv 2509.00320. No official code; formulas from a third party's implementation.
 
     Args:
-        survivors: share of the tokens that stage 1 keeps (third party's code: 0.8; the official value is unknown).
+        survivors: share of the tokens that stage 1 keeps (third party's code: 0.8; the official
+            value is unknown).
         order: `spatial` as the third party, or `picked` for the greedy order.
 
-    Deviations: float32 (third party: float16); stage 1 keeps at least the budget. Squared norms of visual tokens dominate
-    stage 1, which therefore mostly drops tokens of large norm.
+    Deviations: float32 (third party: float16); stage 1 keeps at least the budget. Squared norms of
+    visual tokens dominate stage 1, which therefore mostly drops tokens of large norm.
     """
 
     survivors: Annotated[float, Field(ge=0, le=1)] = 0.8

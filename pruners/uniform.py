@@ -16,7 +16,8 @@ class Uniform(Pruner):
     """Tokens at even distances, blind to the image: what mere coverage is worth.
 
     Args:
-        lattice: `grid` spreads the tokens over rows and columns, `raster` over the flattened sequence.
+        lattice: `grid` spreads the tokens over rows and columns, `raster` over the flattened
+            sequence.
     """
 
     lattice: Literal["grid", "raster"] = "grid"
@@ -30,7 +31,8 @@ class Uniform(Pruner):
             index = evenly_spaced(count, keep)
         elif tokens.grid is None:
             raise PrunerError(
-                "pruner 'uniform' with lattice='grid' needs the token grid, which this call does not give"
+                "pruner 'uniform' with lattice='grid' needs the token grid, "
+                "which this call does not give"
             )
         else:
             index = _lattice(*tokens.grid, keep)

@@ -16,14 +16,16 @@ from secateur.pruners.registry import register
 class VisionZip(Pruner):
     """The tokens CLS attends to most, and a few cluster means of the rest.
 
-    Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025, arXiv 2412.04467.
-    The output is CLS, the dominant patches ascending, then the contextual tokens; all of them count in the budget.
+    Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR
+    2025, arXiv 2412.04467. The output is CLS, the dominant patches ascending, then the contextual
+    tokens; all of them count in the budget.
 
     Args:
-        contextual: how many contextual tokens; None takes 5 of every 32 (54 + 10 of the README, and the pairs 108 + 20 and
-            162 + 30 quoted from the paper).
-        keep_cls: the CLS token goes on first and counts in the budget (released code); False is our extension for encoders
-            without one (Qwen), where the budget holds patches and contextual tokens only.
+        contextual: how many contextual tokens; None takes 5 of every 32 (54 + 10 of the README, and
+            the pairs 108 + 20 and 162 + 30 quoted from the paper).
+        keep_cls: the CLS token goes on first and counts in the budget (released code); False is our
+            extension for encoders without one (Qwen), where the budget holds patches and contextual
+            tokens only.
 
     Deviations: float32 (released: float16); a key of length zero has cosine 0 (released: NaN).
     """
@@ -45,7 +47,8 @@ class VisionZip(Pruner):
         context = self.context(keep)
         if context > keep - self.keep_cls:
             self.fail(
-                f"{context} contextual tokens do not fit into a budget of {keep}{' beside CLS' * self.keep_cls}"
+                f"{context} contextual tokens do not fit "
+                f"into a budget of {keep}{' beside CLS' * self.keep_cls}"
             )
         count = tokens.encoder_features.shape[1]
         dominant = self.dominant(tokens, keep - context - self.keep_cls)
@@ -90,21 +93,21 @@ class VisionZip(Pruner):
         return top_k(tokens.saliency.sum(1), count)
 
     def split(self, rest: Tensor, context: int) -> tuple[Tensor, Tensor]:
-        """Step 3: remaining patches [B, R], ascending -> evenly spaced targets [B, context] and the others [B, R - context]."""
+        """Step 3: other patches [B, R] -> even targets [B, context], rest [B, R - context]."""
         places = torch.arange(context, device=rest.device) * max(
             1, rest.shape[1] // max(context, 1)
         )
         return rest[:, places], rest[:, complement(places[None], rest.shape[1])[0]]
 
     def assign(self, tokens: VisualTokens, targets: Tensor, others: Tensor) -> Tensor:
-        """Step 4: number of the target each other patch joins, by cosine of keys averaged over heads, [B, R - context]."""
+        """Step 4: [B, R - context] the target each patch joins, by cosine of mean keys."""
         assert tokens.encoder_keys is not None
         assert tokens.saliency is not None
         (_, heads, count), keys = tokens.saliency.shape, tokens.encoder_keys
         if keys.shape[1] - count not in (0, 1) or keys.shape[2] % heads:
             self.fail(
-                f"encoder_keys have shape {tuple(keys.shape)}, expected [B, N or 1+N, E] with N = {count} and E a multiple of "
-                f"the {heads} heads"
+                f"encoder_keys have shape {tuple(keys.shape)}, expected [B, N or 1+N, E] "
+                f"with N = {count} and E a multiple of the {heads} heads"
             )
         metric = normalize(keys[:, -count:].unflatten(2, (heads, -1)).mean(2))
         return (gather_rows(metric, others) @ gather_rows(metric, targets).transpose(1, 2)).argmax(

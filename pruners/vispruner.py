@@ -13,18 +13,21 @@ from secateur.pruners.registry import register
 @register("vispruner")
 @dataclass(frozen=True)
 class VisPruner(Pruner):
-    """Half the budget by CLS attention, the other half by rounds that drop the most repeated of the remaining tokens.
+    """Half the budget by CLS attention, half by rounds that drop the most repeated tokens.
 
-    Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs", ICCV 2025,
-    arXiv 2412.01818.
+    Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning
+    in VLMs", ICCV 2025, arXiv 2412.01818.
 
     Args:
-        important_ratio: share of the budget that goes by attention, rounded down (released default).
+        important_ratio: share of the budget that goes by attention, rounded down (released
+            default).
         step: tokens dropped per round (released code).
-        order: `spatial` as the released code, or `picked`: important ones by attention, then the survivors of the rounds.
+        order: `spatial` as the released code, or `picked`: important ones by attention, then the
+            survivors of the rounds.
 
-    Deviations: float32 (released: float16). An odd number of remaining tokens, where the released code fails or loses tokens,
-    puts the middle one in the half that is dropped from; a zero vector has cosine 0.
+    Deviations: float32 (released: float16). An odd number of remaining tokens, where the released
+    code fails or loses tokens, puts the middle one in the half that is dropped from; a zero vector
+    has cosine 0.
     """
 
     important_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -61,7 +64,7 @@ class VisPruner(Pruner):
         return shape.cls_attention + 2 * rest**2 * shape.encoder_width
 
     def thin_out(self, x: Tensor, keep: int) -> Tensor:
-        """The rounds: [B, keep] of the tokens x [B, R, C], numbered as they come, in the order the last round leaves."""
+        """[B, keep] of the tokens x [B, R, C] after all rounds, in the order of the last round."""
         batch, count = x.shape[:2]
         rows = cosine_gram(x).flatten(0, 1)
         start = torch.arange(batch, device=x.device)[:, None] * count

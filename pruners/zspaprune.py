@@ -25,20 +25,24 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class ZSPAPrune(Pruner):
     """A core of the tokens most relevant to the prompt, then the tokens most unlike everything chosen.
 
-    Zhang et al., "ZSPAPrune: Zero-Shot Prompt-Aware Token Pruning for Vision-Language Models", arXiv 2510.17197.
-    Relevance is the cosine with the mean prompt embedding (Eq. 4 and stage 2, as reviews of the paper quote them). There is
-    no public code; the formula of the diversity stage, the rounding and the core ratio are our reconstruction.
+    Zhang et al., "ZSPAPrune: Zero-Shot Prompt-Aware Token Pruning for Vision-Language Models",
+    arXiv 2510.17197. Relevance is the cosine with the mean prompt embedding (Eq. 4 and stage 2, as
+    reviews of the paper quote them). There is no public code; the formula of the diversity stage,
+    the rounding and the core ratio are our reconstruction.
 
     Args:
-        core_ratio: share of the budget for the core. The paper tunes it per dataset and the values are not public; 0.6 is
-            a third party's. Never tune it on a test split.
-        diversity_rule: `maxmin` takes the token whose largest cosine to the chosen is smallest (reconstruction), `mean`
-            the smallest average cosine, `minmin` the smallest smallest one (a third party's code, probably by mistake).
-        pool: `mean` of the prompt embeddings (paper), or the `max` of the cosines with each of them (third party).
-        order: `spatial` (common practice), or `picked`: core by descending relevance, then the picks.
+        core_ratio: share of the budget for the core. The paper tunes it per dataset and the values
+            are not public; 0.6 is a third party's. Never tune it on a test split.
+        diversity_rule: `maxmin` takes the token whose largest cosine to the chosen is smallest
+            (reconstruction), `mean` the smallest average cosine, `minmin` the smallest smallest one
+            (a third party's code, probably by mistake).
+        pool: `mean` of the prompt embeddings (paper), or the `max` of the cosines with each of them
+            (third party).
+        order: `spatial` (common practice), or `picked`: core by descending relevance, then the
+            picks.
 
-    Deviations: the core has at least one token, to start from; without prompt tokens the core is DivPrune's first pick, so
-    that `maxmin` becomes DivPrune.
+    Deviations: the core has at least one token, to start from; without prompt tokens the core is
+    DivPrune's first pick, so that `maxmin` becomes DivPrune.
     """
 
     core_ratio: Annotated[float, Field(ge=0, le=1)] = 0.6

@@ -1,9 +1,9 @@
 """Milliseconds per image of every selection, beside the literal formulation of its steps.
 
-    python scripts/bench_select.py                       everything: about a quarter of an hour on two cores
-    python scripts/bench_select.py --quick               a few seconds: one shape, one budget, few repeats
+    python scripts/bench_select.py                       all; a quarter of an hour on two cores
+    python scripts/bench_select.py --quick               seconds: one shape, one budget
     python scripts/bench_select.py --pruners scope,divprune --shapes 576x1024 --threads 2
-    python scripts/bench_select.py --device cuda         the same on a GPU, with the kernels launched per selection
+    python scripts/bench_select.py --device cuda         on a GPU; counts kernels
 
 Times are of `prune`, its checks included, on random clustered tokens in float32 on the device. The
 literal formulation (tests/reference/literal.py, one image) runs interleaved with it in the same
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reference.literal import METHODS as LITERAL
 
 GRAM = "cosine Gram"  # stands where a pruner's name does
-PREFIX, TEXT, HEADS = 35, 40, 16  # positions before the image and behind it, attention heads
+PREFIX, TEXT, HEADS = 35, 40, 16  # positions before and after the image, attention heads
 FEWEST, SECONDS = 5, 1.0  # a slow measurement ends after a second, with at least so many repeats
 
 
@@ -215,7 +215,7 @@ def in_turns(
 
 
 def markdown(rows: list[Row], where: str) -> str:
-    """A table per shape: a row per pruner and budget, a column per batch, the literal formulation and the kernels."""
+    """One table per shape: one row per pruner and budget, one column per batch."""
     lines = [
         "# Selection time, milliseconds per image",
         "",
@@ -279,7 +279,7 @@ def main() -> None:
         "--shapes", default=",".join(SHAPES), help="comma-separated, tokens x width"
     )
     parser.add_argument("--keep", default="64,128,192", help="budgets per crop")
-    parser.add_argument("--batch", default="1,8", help="images a call")
+    parser.add_argument("--batch", default="1,8", help="images per call")
     parser.add_argument(
         "--repeats", type=int, default=15, help="at most; slow measurements stop earlier"
     )

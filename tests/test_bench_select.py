@@ -1,4 +1,4 @@
-"""The literal formulations agree with the pruners, and the benchmark that sets one against the other runs."""
+"""The literal formulations agree with the pruners, and the benchmark of both runs."""
 
 import csv
 import subprocess

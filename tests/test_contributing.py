@@ -1,4 +1,4 @@
-"""CONTRIBUTING's recipe, performed to the letter in a copy of the project: one file, one YAML, one line."""
+"""Performs CONTRIBUTING's recipe in a copy of the project: one file, one YAML, one line."""
 
 import os
 import re
@@ -15,13 +15,15 @@ from secateur.job import Job
 from secateur.pruners import VisualTokens, build
 
 with initialize_config_dir("{copy}/configs", version_base="1.3"):
-    job = Job.of(compose("sweep", overrides=["pruner=mine", "pruner.smallest=true", "results={copy}/results"]))
+    overrides = ["pruner=mine", "pruner.smallest=true", "results={copy}/results"]
+    job = Job.of(compose("sweep", overrides=overrides))
 tokens = VisualTokens(torch.tensor([[[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]]]))
-print(job.pruner, job.pruner.prune(tokens, 2).indices.tolist(), build("mine").prune(tokens, 2).indices.tolist())
+selections = [pruner.prune(tokens, 2).indices.tolist() for pruner in (job.pruner, build("mine"))]
+print(job.pruner, *selections)
 
 import pytest  # in the same process: the libraries are imported once
-tests = ["tests/test_pruner_configs.py", "tests/test_properties.py", "-k", "mine", "-q", "-p", "no:cacheprovider"]
-raise SystemExit(pytest.main(tests))
+tests = ["tests/test_pruner_configs.py", "tests/test_properties.py"]
+raise SystemExit(pytest.main([*tests, "-k", "mine", "-q", "-p", "no:cacheprovider"]))
 """
 
 

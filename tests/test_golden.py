@@ -1,4 +1,4 @@
-"""Exactness against recorded outputs of the official code, on a small part of the recorded cases."""
+"""Exactness against recorded outputs of the official code, on some of the recorded cases."""
 
 import json
 from pathlib import Path

@@ -44,7 +44,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- PromPrune ------------------------------------------------------------------------------------------------------------
+# --- PromPrune ------------------------------------------------------------------------------------
 
 PROMINENT = VisualTokens(
     features=torch.tensor([[2.0, 0, 0], [0, 3, 0], [0, 0, 1], [1, 1, 0], [4, 0, 1], [1, 0, 3]])[
@@ -103,7 +103,7 @@ def test_promprune_rows_may_split_differently():
         )
 
 
-# --- PruneSID -------------------------------------------------------------------------------------------------------------
+# --- PruneSID -------------------------------------------------------------------------------------
 
 GROUPED = torch.tensor(
     [
@@ -231,7 +231,7 @@ def test_prunesid_dyn_does_not_depend_on_the_call(
         assert together.counts is None or together.counts[row] == count
 
 
-# --- ZSPAPrune, DivPrune, CDPruner, TrimTokenator -------------------------------------------------------------------------
+# --- ZSPAPrune, DivPrune, CDPruner, TrimTokenator -------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_trimtokenator_without_text_looks_at_all_tokens():
     assert 4 in kept(build("trimtokenator").prune(silent, 1))
 
 
-# --- SPpruner and FSR -----------------------------------------------------------------------------------------------------
+# --- SPpruner and FSR -----------------------------------------------------------------------------
 
 
 def test_sppruner_worked_example():
@@ -414,7 +414,7 @@ def test_fsr_without_relevance_or_scores():
     assert selection.indices.shape == (1, 4)
 
 
-# --- shared maths ---------------------------------------------------------------------------------------------------------
+# --- shared maths ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 257, 514])

@@ -25,7 +25,8 @@ from secateur.pruners.base import EXTRA
 BEFORE, INSIDE = variants(Pruner), variants(InLLMPruner)
 NAMES = sorted(name for name in REGISTRY if not in_llm(name))
 INSIDE_NAMES = sorted(name for name in REGISTRY if in_llm(name))
-# answers that do not depend on where a token stands; exact ties, which fall to the lower index, rule the others out
+# answers that do not depend on where a token stands; exact ties, which fall to the lower index,
+# rule the others out
 EQUIVARIANT = {
     "cdpruner",
     "fastervlm",
@@ -105,7 +106,10 @@ def unlike(make: Any, size: Any, seed: int) -> Any:
 
 
 def without_twins(selection: Selection, ahead: int) -> Selection:
-    """Both of two equal tokens under one number, for rounding may decide between them; `ahead` positions stand before token 0."""
+    """Gives two equal tokens one number, because rounding may decide between them.
+
+    `ahead` positions come before token 0.
+    """
     index = selection.indices
     return dataclasses.replace(
         selection, indices=torch.where(index == EXTRA, EXTRA, (index + ahead) // 2)

@@ -1,4 +1,4 @@
-"""How a recorded case of the official code runs through the public classes: one adapter per method."""
+"""Adapters, one per method, that run a recorded case through the public classes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ METHODS: dict[str, Adapter] = {}
 
 
 def golden(method: str) -> Callable[[Adapter], Adapter]:
-    """Decorator: the function that runs a case of `method` (a trailing `_ref` in a file's method name is ignored)."""
+    """Decorator for the adapter of `method`; a trailing `_ref` of a file's method is ignored."""
 
     def add(adapter: Adapter) -> Adapter:
         METHODS[method] = adapter
@@ -63,12 +63,12 @@ def golden(method: str) -> Callable[[Adapter], Adapter]:
 
 
 def _budget(case: Case, tokens: VisualTokens, name: str = "budget") -> tuple[int, int]:
-    """Tokens to keep, and tokens. From a budget of N on all are kept untouched, and no order is compared."""
+    """(tokens to keep, N). A budget of N or more keeps all; no order is compared then."""
     return min(case[name], tokens.shape[1]), tokens.shape[1]
 
 
 def _run(pruner: Pruner, tokens: VisualTokens, keep: int) -> Selection:
-    """Selection of `keep` outputs; `prune` leaves all tokens alone from N on, where released code may still merge or exchange."""
+    """Selection of `keep` outputs; calls `select` from N on, where released code may merge."""
     return (
         pruner.prune(tokens, keep)
         if keep < tokens.shape[1]
@@ -222,7 +222,7 @@ def _dart(case: Case, t: Tensors) -> list[Comparison]:
 
 
 def _spans(case: Case, length: int) -> tuple[Tensor, Tensor]:
-    """Positions of the visual tokens and mask of the text behind them, one row."""
+    """Positions of the visual tokens and mask of the text after them, one row."""
     start, end = case["image_start"], case["image_start"] + case["N"]
     return torch.arange(start, end)[None], (torch.arange(length) >= end)[None]
 
@@ -240,7 +240,8 @@ def _anyres_order(case: Case, t: Tensors) -> list[Comparison]:
     image = PlacedImage(
         {}, grid, 1 + len(kept), tokens, row=0, places=torch.arange(len(tokens)), number=0
     )
-    # features that name tile and patch tell the order in which they enter the LLM; one token of the base crop leads them
+    # features that name tile and patch tell the order in which they enter the LLM; one token of the
+    # base crop leads them
     rows = [base[:1], *kept]
     named = [
         Kept(row, torch.stack([torch.full_like(row, crop - 1), row], 1), {})
@@ -321,7 +322,8 @@ def _prunesid(case: Case, t: Tensors) -> list[Comparison]:
         tokens.cls_token is not None
     )  # recorded indices count the CLS token as row 0, ours leave it out as -1
 
-    # stage 1 depends on the build of torch in its last digits; stage 2 is checked from the recorded components
+    # stage 1 depends on the build of torch in its last digits; stage 2 is checked from the recorded
+    # components
     loadings = pruner.loadings(x, keep)
     top = given["absV"].topk(2).values
     clear = top[..., 0] - top[..., 1] > 2e-4

@@ -1,10 +1,12 @@
-"""The methods written down step by step: one image, no batching, nothing reused from one step to the next.
+"""The methods step by step: one image, no batching, nothing reused between steps.
 
-What the pruners are measured against, and a second opinion on their indices. Each step is one tensor expression where the
-method's description states it as one, as released code does: all tokens of a pick, all earlier columns of a Cholesky step, all
-text segments. Picks, rounds, groups, merge centres and merges are plain loops. Where a description carries a running value from
-pick to pick, so does the function; where it takes an extreme over all picks, that is taken anew. Default hyper-parameters; each
-function takes one image (VisualTokens of one row) and returns the indices in the order of Selection.indices.
+What the pruners are measured against, and a second opinion on their indices. Each step is one
+tensor expression where the method's description states it as one, as released code does: all tokens
+of a pick, all earlier columns of a Cholesky step, all text segments. Picks, rounds, groups, merge
+centres and merges are plain loops. Where a description carries a running value from pick to pick,
+so does the function; where it takes an extreme over all picks, that is taken anew. Default
+hyper-parameters; each function takes one image (VisualTokens of one row) and returns the indices in
+the order of Selection.indices.
 """
 
 import math
@@ -187,7 +189,7 @@ def sppruner(t: Image, keep: int) -> list[int]:
 def merge(
     v: Tensor, cosine: Tensor, anchors: list[int], dropped: list[int], weights: Tensor
 ) -> Tensor:
-    """Weighted means of the anchors with as many dropped tokens, those of largest cosine [dropped, anchors]."""
+    """Weighted means of anchors and as many dropped tokens of largest cosine [dropped, anchors]."""
     if not anchors:
         return v[:0]
     best, slot = (x.tolist() for x in cosine.max(1))
