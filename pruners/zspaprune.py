@@ -23,7 +23,7 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @register("zspaprune")
 @dataclass(frozen=True)
 class ZSPAPrune(Pruner):
-    """A core of the tokens most relevant to the prompt, then the tokens most unlike everything chosen.
+    """The tokens most relevant to the prompt, then those least similar to all chosen.
 
     Zhang et al., "ZSPAPrune: Zero-Shot Prompt-Aware Token Pruning for Vision-Language Models",
     arXiv 2510.17197. Relevance is the cosine with the mean prompt embedding (Eq. 4 and stage 2, as

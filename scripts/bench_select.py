@@ -201,7 +201,7 @@ def measure_gram(label: str, batch: int, repeats: int, device: torch.device) -> 
 def in_turns(
     calls: list[Callable[[], Any]], repeats: int, device: torch.device
 ) -> list[list[float]]:
-    """Milliseconds of each call, turn by turn, after two turns of warm-up; at least FEWEST turns."""
+    """Milliseconds of each call, by turns, after two turns of warm-up; at least FEWEST turns."""
     times: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
     for turn in range(repeats + 2):

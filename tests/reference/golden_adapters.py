@@ -251,7 +251,8 @@ def _anyres_order(case: Case, t: Tensors) -> list[Comparison]:
     assert vectors is not None
     crop, patch = vectors[1:].T
     theirs = t["out_patch"].clone()
-    if prunesid:  # the released code puts a tile's features, in group order, into the places of its sorted indices
+    if prunesid:
+        # the released code puts a tile's features, in group order, at its sorted indices
         for tile in range(len(kept)):
             mine = t["out_crop"] == tile
             theirs[mine] = theirs[mine].sort().values.roll(-1)  # CLS comes last
