@@ -1,6 +1,7 @@
 """What Hydra calls before and after a sweep: counts the jobs; prints tables, errors and counts."""
 
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -40,15 +41,14 @@ class Summary(Callback):
         overrides = OverridesParser.create().parse_overrides(
             [*params, *config.hydra.overrides.task]
         )
-        swept = {
+        # a value on the command line replaces the experiment's list of the same field
+        counts = {
             o.get_key_element(): len(list(o.sweep_string_iterator()))
-            for o in overrides
             if o.is_sweep_override()
+            else 1
+            for o in overrides
         }
-        jobs = 1
-        for override in overrides:
-            jobs *= swept.pop(override.get_key_element(), 1)
-        self._start(config, jobs)
+        self._start(config, math.prod(counts.values()))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         self._sum_up(

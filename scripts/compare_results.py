@@ -58,6 +58,9 @@ def main() -> None:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     options = parser.parse_args()
+    for folder in (options.before, options.after):
+        if not (folder / "runs").is_dir():
+            parser.error(f"{folder} has no runs/ and is no results folder")
     old, new = cells(options.before), cells(options.after)
     documents, different = 0, 0
     for key in sorted(old.keys() & new.keys()):
