@@ -7,9 +7,12 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from secateur.progress import console
 
@@ -54,6 +57,9 @@ class Sweeps:
         """The same in a fork; its output goes to a file next to the results."""
 
         def run() -> None:
+            # Forks share tqdm's lock: one that is stopped or killed while it holds the lock would
+            # stop all others.
+            tqdm.set_lock(threading.RLock())
             code, printed = self.here(results, *overrides)
             results.with_name(f"{results.name}.{os.getpid()}.log").write_text(printed)
             os._exit(code)
