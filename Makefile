@@ -26,8 +26,13 @@ endif
 .venv/ready: requirements.lock
 	$(PYTHON3) scripts/environment.py
 
+# The check reads thousands of files, so it is left out if nothing has changed since the last one:
+# the lock, the set of packages, or a file of the two packages that decide answers.
 checked: .venv/ready
-	@.venv/bin/python scripts/environment.py --check
+	@site=$$(echo .venv/lib/python3*/site-packages); if [ ! -e .venv/checked ] || [ -n "$$( \
+	  find $$site -maxdepth 0 -newer .venv/checked; find requirements.lock pyproject.toml \
+	  $$site/transformers $$site/lmms_eval -newer .venv/checked -print -quit)" ]; then \
+	  .venv/bin/python scripts/environment.py --check && touch .venv/checked; fi
 
 lock: .venv/ready  ## renew requirements.lock from pyproject.toml, then run every test on it
 	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-emit-index-url --no-header \

@@ -6,16 +6,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from secateur.progress import console, print_error
-from secateur.reporting import tables
 from secateur.store import DamagedRecord, Store
 from secateur.sweep import OUTCOMES, Outcome, State, begin, current
+
+if TYPE_CHECKING:  # imports PyTorch, as the methods do
+    from secateur.reporting.tables import Records
 
 # where several jobs have the same cell, the first of these states counts
 STATES: tuple[State, ...] = get_args(State)
@@ -77,7 +79,7 @@ class Summary(Callback):
             sys.exit(1)
 
 
-def _logger(config: DictConfig) -> Callable[[tables.Records], bool]:
+def _logger(config: DictConfig) -> "Callable[[Records], bool]":
     """A function that logs the records of a sweep; returns whether all were logged."""
     if config.logger.name == "none":
         return lambda _: True
@@ -86,8 +88,10 @@ def _logger(config: DictConfig) -> Callable[[tables.Records], bool]:
     return WandbLog.of(config).log
 
 
-def _report(files: list[Path], results: Path, log: Callable[[tables.Records], bool]) -> bool:
+def _report(files: list[Path], results: Path, log: "Callable[[Records], bool]") -> bool:
     """Print tables, errors and counts, log the cells; returns whether anything failed."""
+    from secateur.reporting import tables
+
     outcomes = [
         outcome for file in files if file.exists() for outcome in json.loads(file.read_text())
     ]

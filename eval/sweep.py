@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from secateur import cell
 from secateur.answers import Answers, Unanswered
-from secateur.job import Job
 from secateur.model_pool import ModelPool, load_task
 from secateur.progress import KEPT, Interrupt, ProgressBar, print_error
-from secateur.pruners import build
 from secateur.store import UNWRITABLE, DamagedRecord
 
+# The methods in `secateur.pruners` import PyTorch, which takes more than a second. Whoever only
+# begins a sweep or starts workers does not need them, so the methods below import what does.
 if TYPE_CHECKING:
     import pandas as pd
     from lmms_eval.api.task import Task
 
+    from secateur.job import Job
     from secateur.models import PrunedModel
 
 OUTCOMES = "cells.json"  # what a job leaves in its Hydra folder for the summary
@@ -61,6 +61,8 @@ class Sweep:
 
         Cells that another process is running are left for `finish`.
         """
+        from secateur.job import Job
+
         self.interrupt.catch()
         outcomes: list[Outcome] = []
         cells = [f"pruner={config.pruner.name} budget={config.budget}"]
@@ -120,11 +122,13 @@ class Sweep:
             )
             sys.exit(1)
 
-    def _run_cell(self, job: Job, task: str, wait: bool = False) -> Outcome:
+    def _run_cell(self, job: "Job", task: str, wait: bool = False) -> Outcome:
         """Run, skip or fail one cell, or leave it to the process that holds it.
 
         Raises what concerns the job as a whole.
         """
+        from secateur.pruners import build
+
         self.interrupt.check()
         identity = job.identity(task)
         outcome: Outcome = {
@@ -145,8 +149,12 @@ class Sweep:
                 result = self._run_or_skip(job, task, identity, part)
         return outcome | result
 
-    def _run_or_skip(self, job: Job, task: str, identity: dict[str, Any], part: str) -> Outcome:
+    def _run_or_skip(
+        self, job: "Job", task: str, identity: dict[str, Any], part: str
+    ) -> Outcome:
         """Run, skip or fail a cell that this process holds."""
+        from secateur import cell
+
         store = job.store
         try:
             if store.has(identity):
@@ -201,7 +209,7 @@ class Sweep:
 
     def _answer(
         self,
-        job: Job,
+        job: "Job",
         task: str,
         model: "PrunedModel",
         loaded: "Task",
@@ -209,6 +217,7 @@ class Sweep:
         files: list[Path],
     ) -> "tuple[dict[str, Any], pd.DataFrame]":
         """Run a cell. Answers in this process's file and in those of others are not asked again."""
+        from secateur import cell
         from secateur.models import Answer
 
         documents = min(job.limit or len(loaded.eval_docs), len(loaded.eval_docs))
