@@ -1,7 +1,6 @@
 """One cell of a sweep, model x pruner x budget x task: its identity and its run."""
 
 import contextlib
-import dataclasses
 import hashlib
 import inspect
 import io
@@ -17,6 +16,8 @@ from secateur import lock, source
 from secateur.budget import Budget
 from secateur.checkpoints import hub_commit
 from secateur.pruners import InLLMPruner, Pruner
+from secateur.records import Environment, Identity, MethodIdentity, Results
+from secateur.settings import ModelSettings, SuiteSettings
 from secateur.tasks import TASKS, find_task
 
 # These imports take seconds, and a sweep with nothing to do does not need them.
@@ -35,35 +36,30 @@ class EmptyAnswers(RuntimeError):
 
 
 def identity(
-    model: dict[str, Any],
+    model: ModelSettings,
     weights: str,
     pruner: Pruner | InLLMPruner,
     budget: Budget,
-    suite: dict[str, Any],
+    suite: SuiteSettings,
     task: str,
     limit: int | None,
     seed: int,
-) -> dict[str, Any]:
-    """Everything that decides a cell's answers, as JSON. Equal identities mean the same cell.
+) -> Identity:
+    """The identity of a cell.
 
     The unpruned model has no budget. The identity includes a digest of the pruner's source and
     of the files in `pruners` that it uses, so an edited method runs again.
     """
-    return {
-        "model": {**model, "weights": weights},
-        "pruner": {
-            "name": pruner.name,
-            "status": pruner.status,
-            **dataclasses.asdict(pruner),
-            "source": _source(type(pruner).__module__),
-        },
-        "budget": str(Budget() if pruner.name == "none" else budget),
-        "suite": suite,
-        "task": task,
-        "limit": limit,
-        "seed": seed,
-        "versions": dict(_versions()),
-    }
+    return Identity(
+        model=model.identity(weights),
+        pruner=MethodIdentity.of(pruner, _source(type(pruner).__module__)),
+        budget=str(Budget() if pruner.name == "none" else budget),
+        suite=suite.identity(),
+        task=task,
+        limit=limit,
+        seed=seed,
+        versions=_versions(),
+    )
 
 
 @cache
@@ -84,36 +80,35 @@ def _source(module: str) -> str:
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 
-def environment(device: "torch.device") -> dict[str, Any]:
-    """Where a cell ran. It is not part of the cell's identity."""
+def environment(device: "torch.device") -> Environment:
+    """Where a cell runs. It is not part of the cell's identity."""
     import torch
 
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "commit": source.commit(),
+    return Environment(
+        python=platform.python_version(),
+        machine=platform.machine(),
+        cores=os.cpu_count(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        commit=source.commit(),
         **lock.state(),
-    }
+    )
 
 
-def sources(model: dict[str, Any], task: "Task") -> dict[str, Any]:
+def sources(model: ModelSettings, task: "Task") -> dict[str, str | None]:
     """Versions of the model files (hub commit) and of the data set (fingerprint) in use.
 
     A revision such as `main` does not fix them.
     """
+    pretrained = model.weights == "pretrained"
     return {
-        "weights_commit": hub_commit(model["pretrained"], model["revision"])
-        if model["weights"] == "pretrained"
-        else None,
+        "weights_commit": hub_commit(model.pretrained, model.revision) if pretrained else None,
         "data_fingerprint": getattr(task.eval_docs, "_fingerprint", None),
     }
 
 
 def run(
     model: "PrunedModel", task: "Task", name: str, limit: int | None, seed: int
-) -> "tuple[dict[str, Any], pd.DataFrame]":
+) -> "tuple[Results, pd.DataFrame]":
     """Answer and score the first `limit` documents of a task with the method `model` is set to.
 
     Returns:
@@ -158,19 +153,19 @@ def run(
     wrong = [metric for metric, value in metrics.items() if value != value]
     if wrong:
         raise RuntimeError(f"task {name} scored NaN for {', '.join(wrong)}")
-    record = {
-        "metrics": metrics,
-        "documents": len(rows),
-        "images": float(rows["images"].mean()),
-        "visual_tokens": float(rows["visual_tokens"].mean()),
-        "kept_tokens": float(rows["kept_tokens"].mean()),
-        "average_tokens": float(rows["average_tokens"].mean()),
-        "flops": _flops(model, rows),
-        "empty_answers": int((rows["answer"].str.strip() == "").sum()),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": time.time() - started,
-    }
-    return record, rows
+    found = Results(
+        metrics=metrics,
+        documents=len(rows),
+        images=float(rows["images"].mean()),
+        visual_tokens=float(rows["visual_tokens"].mean()),
+        kept_tokens=float(rows["kept_tokens"].mean()),
+        average_tokens=float(rows["average_tokens"].mean()),
+        flops=_flops(model, rows),
+        empty_answers=int((rows["answer"].str.strip() == "").sum()),
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        seconds=time.time() - started,
+    )
+    return found, rows
 
 
 def _flops(model: "PrunedModel", rows: "pd.DataFrame") -> dict[str, float | None]:

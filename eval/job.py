@@ -13,7 +13,7 @@ from secateur.budget import Budget
 from secateur.checkpoints import fingerprint
 from secateur.pruners import InLLMPruner, Pruner, build
 from secateur.settings import Count, EngineSettings, ModelSettings, SuiteSettings
-from secateur.store import Store
+from secateur.store import Store, StoredCell
 from secateur.tasks import find_task
 
 
@@ -91,18 +91,19 @@ class Job(EngineSettings):
         """The settings that decide how the model runs."""
         return EngineSettings(**{name: getattr(self, name) for name in EngineSettings.model_fields})
 
-    def identity(self, task: str, pruner: Pruner | InLLMPruner | None = None) -> dict[str, Any]:
-        """The identity of this job's cell of a task, or of the same cell under another method."""
+    def cell(self, task: str, pruner: Pruner | InLLMPruner | None = None) -> StoredCell:
+        """This job's cell of a task, or the same cell under another method."""
         weights = fingerprint(self.model.pretrained, self.model.revision)
         if self.model.clip:
             weights += f" clip {fingerprint(self.model.clip, 'main')}"
-        return cell.identity(
-            self.model.identity(),
+        identity = cell.identity(
+            self.model,
             weights,
             pruner or self.pruner,
             self.budget,
-            self.suite.model_dump(include={"name", "revision"}),
+            self.suite,
             task,
             self.limit,
             self.seed,
         )
+        return self.store.cell(identity)

@@ -45,11 +45,8 @@ class Settings(BaseModel):
         raise ValueError("; ".join(dict.fromkeys(_explain(dict(one), schema) for one in wrong)))
 
 
-class ModelSettings(Settings):
-    """A model as in configs/model. What its fields mean: `secateur.models.PrunedModel`.
-
-    Fields of type `str` whose values depend on the family are checked when the model is loaded.
-    """
+class _ModelChoices(Settings):
+    """The fields of a model that decide answers."""
 
     name: str
     family: str
@@ -58,7 +55,6 @@ class ModelSettings(Settings):
     weights: Literal["pretrained", "random"]
     dtype: Literal["auto", "float32", "float16", "bfloat16"]
     attn_implementation: str | None
-    device: str
     prompt: str
     geometry: str
     resize: Literal["pil", "torchvision"] | None
@@ -70,26 +66,50 @@ class ModelSettings(Settings):
     max_new_tokens: Count | None
     clip: str | None
     positions: Literal["compact", "original"]
+
+
+class ModelIdentity(_ModelChoices):
+    """A model in the identity of a cell."""
+
+    weights: str  # type: ignore[assignment] # names the files of the weights, and of CLIP's
+
+
+class ModelSettings(_ModelChoices):
+    """A model as in configs/model. What its fields mean: `secateur.models.PrunedModel`.
+
+    Fields of type `str` whose values depend on the family are checked when the model is loaded.
+    """
+
+    device: str
     budgets: list[int | float | str]  # of the papers' tables; scripts and experiments read them
     pruner_fields: dict[str, dict[str, Any]] = {}  # configs/pruner reads them
 
-    def identity(self) -> dict[str, Any]:
-        """The fields that decide answers."""
-        return self.model_dump(exclude={"device", "budgets", "pruner_fields"})
+    def identity(self, weights: str) -> ModelIdentity:
+        """The identity of this model with these weights."""
+        own = self.model_dump(exclude={"device", "budgets", "pruner_fields"})
+        return ModelIdentity(**own | {"weights": weights})
 
     def options(self) -> dict[str, Any]:
         """The arguments of `PrunedModel`."""
         return self.model_dump(exclude={"positions", "budgets", "pruner_fields"})
 
 
-class SuiteSettings(Settings):
-    """A suite of tasks as in configs/suite."""
+class SuiteIdentity(Settings):
+    """A suite in the identity of a cell."""
 
     name: str
     revision: str
+
+
+class SuiteSettings(SuiteIdentity):
+    """A suite of tasks as in configs/suite."""
+
     data_root: str | None  # folder of the data sets; None: the Hugging Face hub
     tasks: list[str]
     limit: Count | None
+
+    def identity(self) -> SuiteIdentity:
+        return SuiteIdentity(name=self.name, revision=self.revision)
 
 
 class EngineSettings(Settings):

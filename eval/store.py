@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from secateur.records import VERSION, Environment, Failure, Identity, Record, Results, digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,12 +23,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the disk is full or re
 
 
 class DamagedRecord(RuntimeError):
-    """A stored cell is incomplete or was edited."""
-
-
-def digest(value: Any) -> str:
-    """Hash of a JSON value, independent of key order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    """A stored cell is incomplete, was edited, or was written by another release."""
 
 
 class _Lock(FileLock):
@@ -35,11 +33,192 @@ class _Lock(FileLock):
     """
 
 
+def read(folder: Path) -> Record:
+    """The record in a cell's folder, verified by its digests.
+
+    Raises:
+        DamagedRecord: a file is missing, truncated or edited; the record is another cell's; or it
+            has another version or other fields than this release reads.
+    """
+    remedy = "delete the folder to run the cell again"
+    try:
+        content = json.loads((folder / "record.json").read_text())
+        if (version := content.get("version", VERSION)) != VERSION:
+            raise DamagedRecord(
+                f"the record in {folder} has version {version!r}, and this release reads version "
+                f"{VERSION}: use the release that wrote it, or {remedy}"
+            )
+        sealed = {key: value for key, value in content.items() if key != "seal"}
+        samples = (folder / "samples.parquet").read_bytes()
+        intact = (
+            content["seal"] == digest(sealed)
+            and content["samples_sha256"] == hashlib.sha256(samples).hexdigest()
+        )
+        record = Record.model_validate(content) if intact else None
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()
+        )
+        raise DamagedRecord(
+            f"the record in {folder} is not what this release reads ({wrong}); {remedy}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedRecord(f"the record in {folder} is damaged ({error}); {remedy}") from error
+    if record is None:
+        raise DamagedRecord(f"the record in {folder} was changed after it was written; {remedy}")
+    if folder.parts[-4:] != record.identity.folder.parts:
+        raise DamagedRecord(
+            f"the record in {folder} is that of another cell, {record.identity.folder}; {remedy}"
+        )
+    return record
+
+
+class StoredCell:
+    """The files of one cell, whether it has run or not.
+
+    Attributes:
+        identity: what decides its answers.
+        folder: of its record and samples. Next to it are the answers of an unfinished cell
+            (`.answers*.jsonl`) and, if it failed, the reason (`.failed.json`).
+    """
+
+    def __init__(self, runs: Path, identity: Identity) -> None:
+        self.identity = identity
+        self.folder = runs / identity.folder
+        self._runs = runs
+        self._failure = self.folder.with_name(self.folder.name + ".failed.json")
+
+    def exists(self) -> bool:
+        return (self.folder / "record.json").exists()
+
+    def read(self) -> Record:
+        """The cell's record.
+
+        Raises:
+            DamagedRecord: as `read`.
+        """
+        return read(self.folder)
+
+    def samples(self) -> "pd.DataFrame":
+        """One row per document, as `secateur.cell` makes them."""
+        import pandas as pd
+
+        return pd.read_parquet(self.folder / "samples.parquet")
+
+    @contextmanager
+    def claim(self, part: str = "", wait: bool = False) -> Iterator[bool]:
+        """Lock the cell (or a part of it) while it runs. Yields False if another process holds it.
+
+        With `wait`, wait until the lock is free. The operating system holds the lock (flock) and
+        releases it when the process ends, even by a crash. NFS and Lustre share it between nodes
+        unless they are mounted with `nolock` or `localflock`; then two nodes may run the same
+        cell, and the first record stays. A file system without flock gets a lock file. Only a
+        process on the same node can tell that the owner of such a file is dead: delete
+        `runs/.locks` when no sweep is running.
+        """
+        locks = self._runs / ".locks"
+        locks.mkdir(exist_ok=True)
+        lock = _Lock(locks / (self.identity.digest[:12] + part))
+        try:
+            lock.acquire(blocking=wait)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def answers_file(self, part: str = "") -> Path:
+        """The file of answers of the running cell (or a part of it)."""
+        return self.folder.with_name(f"{self.folder.name}.answers{part}.jsonl")
+
+    def answers_files(self) -> list[Path]:
+        """The files of answers of all parts of the unfinished cell."""
+        return sorted(self.folder.parent.glob(f"{self.folder.name}.answers*.jsonl"))
+
+    def forget_answers(self) -> None:
+        for path in self.answers_files():
+            path.unlink(missing_ok=True)
+
+    def failure(self, since: float = 0) -> str | None:
+        """The traceback of the cell if it failed at or after `since` (seconds since the epoch).
+
+        None if it did not.
+
+        Raises:
+            DamagedRecord: the file is truncated or edited, or is another cell's.
+        """
+        path = self._failure
+        try:
+            if path.stat().st_mtime < since:
+                return None
+            failure = Failure.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise DamagedRecord(
+                f"{path} is damaged ({error}); delete it to run the cell again"
+            ) from error
+        if failure.identity.digest != self.identity.digest:
+            raise DamagedRecord(
+                f"{path} is that of another cell, {failure.identity.folder}; "
+                "delete it to run the cell again"
+            )
+        return failure.traceback
+
+    def write(self, results: Results, environment: Environment, samples: "pd.DataFrame") -> None:
+        """Store the finished cell, and delete its earlier failure and its files of answers."""
+        name, writing = self.identity.digest[:12], self._runs / ".writing"
+        for place in (self.folder.parent, writing):
+            place.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=name, dir=writing))
+        try:
+            samples.to_parquet(scratch / "samples.parquet", index=False)
+            content = {
+                "version": VERSION,
+                **results.as_json(),
+                "environment": environment.as_json(),
+                "identity": self.identity.as_json(),
+                "samples_sha256": hashlib.sha256(
+                    (scratch / "samples.parquet").read_bytes()
+                ).hexdigest(),
+            }
+            (scratch / "record.json").write_text(
+                json.dumps(content | {"seal": digest(content)}, indent=1) + "\n"
+            )
+            for path in (scratch / "samples.parquet", scratch / "record.json", scratch):
+                _flush(path)
+            if not self.exists():
+                shutil.rmtree(self.folder, ignore_errors=True)
+                scratch.rename(self.folder)
+                _flush(self.folder.parent)
+        except OSError:
+            if not self.exists():  # else another process stored it and removed our scratch folder
+                raise
+        finally:
+            for left in writing.glob(f"{name}*"):  # also those of a killed process
+                shutil.rmtree(left, ignore_errors=True)
+        self._failure.unlink(missing_ok=True)
+        self.forget_answers()
+
+    def write_failure(
+        self, traceback: str, environment: Environment, config: dict[str, Any]
+    ) -> Path:
+        """Store why the cell failed, and with which settings, next to its folder."""
+        self._failure.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self._failure.with_suffix(f".{os.getpid()}.writing")  # shards may fail together
+        failure = Failure(
+            identity=self.identity, traceback=traceback, environment=environment, config=config
+        )
+        scratch.write_text(json.dumps(failure.as_json(), indent=1) + "\n")
+        _flush(scratch)
+        scratch.rename(self._failure)
+        return self._failure
+
+
 class Store:
     """The cells in one results folder, which several processes may share.
-
-    Next to an unfinished cell's folder are its answers so far (`.answers*.jsonl`) and, if it
-    failed, the reason (`.failed.json`).
 
     Raises:
         PermissionError: the folder cannot be written.
@@ -56,117 +235,10 @@ class Store:
                 f"the results folder {root} cannot be written ({error}); set results=/another/folder"
             ) from error
 
-    def folder(self, identity: dict[str, Any]) -> Path:
-        """The folder of the cell with this identity, whether it exists or not."""
-        budget = identity["budget"].replace("%", "pct").replace("/", "-per-")
-        name = f"{identity['pruner']['name']}_{budget}_{digest(identity)[:12]}"
-        return (
-            self.runs
-            / identity["suite"]["name"]
-            / identity["model"]["name"]
-            / identity["task"]
-            / name
-        )
+    def cell(self, identity: Identity) -> StoredCell:
+        return StoredCell(self.runs, identity)
 
-    @contextmanager
-    def claim(self, identity: dict[str, Any], part: str = "", wait: bool = False) -> Iterator[bool]:
-        """Lock a cell (or a part of it) while it runs. Yields False if another process holds it.
-
-        With `wait`, wait until the lock is free. The operating system holds the lock (flock) and
-        releases it when the process ends, even by a crash. NFS and Lustre share it between nodes
-        unless they are mounted with `nolock` or `localflock`; then two nodes may run the same
-        cell, and the first record stays. A file system without flock gets a lock file. Only a
-        process on the same node can tell that the owner of such a file is dead: delete
-        `runs/.locks` when no sweep is running.
-        """
-        locks = self.runs / ".locks"
-        locks.mkdir(exist_ok=True)
-        lock = _Lock(locks / (digest(identity)[:12] + part))
-        try:
-            lock.acquire(blocking=wait)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
-
-    def answers(self, identity: dict[str, Any], part: str = "") -> Path:
-        """The file of answers of a running cell (or a part of it)."""
-        folder = self.folder(identity)
-        return folder.with_name(f"{folder.name}.answers{part}.jsonl")
-
-    def all_answers(self, identity: dict[str, Any]) -> list[Path]:
-        """The files of answers of all parts of an unfinished cell."""
-        folder = self.folder(identity)
-        return sorted(folder.parent.glob(f"{folder.name}.answers*.jsonl"))
-
-    def forget_answers(self, identity: dict[str, Any]) -> None:
-        for path in self.all_answers(identity):
-            path.unlink(missing_ok=True)
-
-    def has(self, identity: dict[str, Any]) -> bool:
-        return (self.folder(identity) / "record.json").exists()
-
-    def failure(self, identity: dict[str, Any], since: float = 0) -> str | None:
-        """The traceback of a cell that failed at or after `since` (seconds since the epoch).
-
-        None if it did not.
-
-        Raises:
-            DamagedRecord: the file is truncated or edited.
-        """
-        path = self._failure_path(identity)
-        try:
-            return (
-                json.loads(path.read_text())["traceback"] if path.stat().st_mtime >= since else None
-            )
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise DamagedRecord(
-                f"{path} is damaged ({error}); delete it to run the cell again"
-            ) from error
-
-    def load(self, identity: dict[str, Any]) -> dict[str, Any]:
-        return self.read(self.folder(identity))
-
-    @staticmethod
-    def read(folder: Path) -> dict[str, Any]:
-        """The record in a cell's folder, verified by its digests.
-
-        Raises:
-            DamagedRecord: a file is missing, truncated or edited.
-        """
-        try:
-            record = json.loads((folder / "record.json").read_text())
-            sealed = {key: value for key, value in record.items() if key != "seal"}
-            samples = (folder / "samples.parquet").read_bytes()
-            intact = (
-                record["seal"] == digest(sealed)
-                and record["samples_sha256"] == hashlib.sha256(samples).hexdigest()
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedRecord(
-                f"the record in {folder} is damaged ({error}); "
-                "delete the folder to run the cell again"
-            ) from error
-        if not intact:
-            raise DamagedRecord(
-                f"the record in {folder} was changed after it was written; "
-                "delete the folder to run the cell again"
-            )
-        return record
-
-    @staticmethod
-    def samples(folder: Path) -> "pd.DataFrame":
-        """The samples of a cell, one row per document."""
-        import pandas as pd
-
-        return pd.read_parquet(folder / "samples.parquet")
-
-    def records(self, damaged: list[str] | None = None) -> list[dict[str, Any]]:
+    def records(self, damaged: list[str] | None = None) -> list[Record]:
         """The records of all finished cells, sorted by folder.
 
         Args:
@@ -178,76 +250,12 @@ class Store:
         records = []
         for path in sorted(self.runs.glob("*/*/*/*/record.json")):
             try:
-                records.append(self.read(path.parent))
+                records.append(read(path.parent))
             except DamagedRecord as error:
                 if damaged is None:
                     raise
                 damaged.append(str(error))
         return records
-
-    def write(
-        self, identity: dict[str, Any], record: dict[str, Any], samples: "pd.DataFrame"
-    ) -> Path:
-        """Store a finished cell, and delete its earlier failure and its files of answers."""
-        folder, name = self.folder(identity), digest(identity)[:12]
-        writing = self.runs / ".writing"
-        for place in (folder.parent, writing):
-            place.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=name, dir=writing))
-        try:
-            samples.to_parquet(scratch / "samples.parquet", index=False)
-            content = record | {
-                "identity": identity,
-                "samples_sha256": hashlib.sha256(
-                    (scratch / "samples.parquet").read_bytes()
-                ).hexdigest(),
-            }
-            (scratch / "record.json").write_text(
-                json.dumps(content | {"seal": digest(content)}, indent=1) + "\n"
-            )
-            for path in (scratch / "samples.parquet", scratch / "record.json", scratch):
-                _flush(path)
-            if not self.has(identity):
-                shutil.rmtree(folder, ignore_errors=True)
-                scratch.rename(folder)
-                _flush(folder.parent)
-        except OSError:
-            if not self.has(
-                identity
-            ):  # else another process stored it and removed our scratch folder
-                raise
-        finally:
-            for left in writing.glob(f"{name}*"):  # also those of a killed process
-                shutil.rmtree(left, ignore_errors=True)
-        self._failure_path(identity).unlink(missing_ok=True)
-        self.forget_answers(identity)
-        return folder
-
-    def write_failure(
-        self,
-        identity: dict[str, Any],
-        traceback: str,
-        environment: dict[str, Any],
-        config: dict[str, Any],
-    ) -> Path:
-        """Store why a cell failed, and with which settings, next to its folder."""
-        path = self._failure_path(identity)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".writing")
-        content = {
-            "identity": identity,
-            "traceback": traceback,
-            "environment": environment,
-            "config": config,
-        }
-        scratch.write_text(json.dumps(content, indent=1) + "\n")
-        _flush(scratch)
-        scratch.rename(path)
-        return path
-
-    def _failure_path(self, identity: dict[str, Any]) -> Path:
-        folder = self.folder(identity)
-        return folder.with_name(folder.name + ".failed.json")
 
 
 def _flush(path: Path) -> None:

@@ -13,7 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from secateur.progress import console, print_error
-from secateur.store import DamagedRecord, Store
+from secateur.store import DamagedRecord, Store, read
 from secateur.sweep import OUTCOMES, Outcome, State, begin, current
 
 if TYPE_CHECKING:  # imports PyTorch, as the methods do
@@ -108,7 +108,7 @@ def _report(files: list[Path], results: Path, log: "Callable[[Records], bool]") 
     records = []
     for folder in sorted(finished):
         try:
-            records.append(Store.read(Path(folder)))
+            records.append(read(Path(folder)))
         except DamagedRecord as error:
             by_cell[folder] = {"state": "failed", "cell": "table", "message": str(error)}
     for group in tables.by_setting(records):

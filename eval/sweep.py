@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from secateur.answers import Answers, Unanswered
 from secateur.model_pool import ModelPool, load_task
 from secateur.progress import KEPT, Interrupt, ProgressBar, print_error
-from secateur.store import UNWRITABLE, DamagedRecord
+from secateur.store import UNWRITABLE, DamagedRecord, StoredCell
 
 # The methods in `secateur.pruners` import PyTorch, which takes more than a second. Whoever only
 # begins a sweep or starts workers does not need them, so the methods below import what does.
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from secateur.job import Job
     from secateur.models import PrunedModel
+    from secateur.records import Results
 
 OUTCOMES = "cells.json"  # what a job leaves in its Hydra folder for the summary
 
@@ -130,39 +131,36 @@ class Sweep:
         from secateur.pruners import build
 
         self.interrupt.check()
-        identity = job.identity(task)
+        stored = job.cell(task)
         outcome: Outcome = {
-            "cell": f"{task} {job.pruner.name} {identity['budget']}",
-            "folder": str(job.store.folder(identity)),
-            "unpruned": str(job.store.folder(job.identity(task, build("none")))),
+            "cell": f"{task} {job.pruner.name} {stored.identity.budget}",
+            "folder": str(stored.folder),
+            "unpruned": str(job.cell(task, build("none")).folder),
         }
         number, count = job.shard
         part = f"-{number}of{count}" if count > 1 else ""
-        with job.store.claim(identity, part, wait) as mine:
+        with stored.claim(part, wait) as mine:
             if not mine:
                 return outcome | {"state": "locked", "message": "another process is running it"}
-            result = self._run_or_skip(job, task, identity, part)
+            result = self._run_or_skip(job, task, stored, part)
         # The last shard to finish scores the cell: after its own answers each shard looks, one
         # at a time, whether all answers are there.
         if result["state"] == "partial":
-            with job.store.claim(identity, wait=True):
-                result = self._run_or_skip(job, task, identity, part)
+            with stored.claim(wait=True):
+                result = self._run_or_skip(job, task, stored, part)
         return outcome | result
 
-    def _run_or_skip(
-        self, job: "Job", task: str, identity: dict[str, Any], part: str
-    ) -> Outcome:
+    def _run_or_skip(self, job: "Job", task: str, stored: StoredCell, part: str) -> Outcome:
         """Run, skip or fail a cell that this process holds."""
         from secateur import cell
 
-        store = job.store
         try:
-            if store.has(identity):
-                store.load(identity)
-                store.forget_answers(identity)  # left by a kill right after the record was written
+            if stored.exists():
+                stored.read()
+                stored.forget_answers()  # left by a kill right after the record was written
                 self.bar.advance(1)
                 return {"state": "skipped"}
-            earlier = store.failure(identity, since=self.started if job.retry_failed else 0)
+            earlier = stored.failure(since=self.started if job.retry_failed else 0)
         except DamagedRecord as error:
             return {"state": "failed", "message": str(error)}
         if earlier:
@@ -180,27 +178,20 @@ class Sweep:
             self._stop_if_unwritable(error)
             return {"state": "failed", "message": str(error)}
         environment = cell.environment(model.device)
-        environment |= cell.sources(job.model.model_dump(), documents)
+        environment = environment.model_copy(update=cell.sources(job.model, documents))
         try:
-            record, samples = self._answer(
-                job,
-                task,
-                model,
-                documents,
-                store.answers(identity, part),
-                store.all_answers(identity),
-            )
+            results, samples = self._answer(job, task, model, documents, stored, part)
             # read after the run: a lack of memory makes the batches smaller
-            environment |= {"batch_tokens": model.batch_tokens}
-            store.write(identity, record | {"environment": environment}, samples)
+            ran = {"batch_tokens": model.batch_tokens}
+            stored.write(results, environment.model_copy(update=ran), samples)
         except Unanswered:
             return {"state": "partial"}
         except Exception as error:
             self._stop_if_unwritable(error)
             if isinstance(error, cell.EmptyAnswers):  # these answers are worth nothing
-                store.forget_answers(identity)
+                stored.forget_answers()
             config = job.model_dump(mode="json")
-            path = store.write_failure(identity, traceback.format_exc(), environment, config)
+            path = stored.write_failure(traceback.format_exc(), environment, config)
             return {
                 "state": "failed",
                 "message": f"{type(error).__name__}: {error} (traceback in {path})",
@@ -213,15 +204,17 @@ class Sweep:
         task: str,
         model: "PrunedModel",
         loaded: "Task",
-        own: Path,
-        files: list[Path],
-    ) -> "tuple[dict[str, Any], pd.DataFrame]":
+        stored: StoredCell,
+        part: str,
+    ) -> "tuple[Results, pd.DataFrame]":
         """Run a cell. Answers in this process's file and in those of others are not asked again."""
         from secateur import cell
         from secateur.models import Answer
 
         documents = min(job.limit or len(loaded.eval_docs), len(loaded.eval_docs))
-        with Answers(own, Answer, [file for file in files if file != own]) as answers:
+        own = stored.answers_file(part)
+        others = [file for file in stored.answers_files() if file != own]
+        with Answers(own, Answer, stored.identity.digest, others) as answers:
             self.bar.advance(len(answers) / documents)
 
             def on_answer() -> None:

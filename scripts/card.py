@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 
 from secateur.paths import ROOT, SHAPES_MODEL
-from secateur.reporting.tables import label
 from secateur.store import Store
 from secateur.tasks import TASKS
 
@@ -38,16 +37,16 @@ def main() -> None:
     scores: dict[str, dict[str, float]] = defaultdict(dict)
     floor: dict[str, float] = {}
     for record in store.records():
-        identity = record["identity"]
-        if (identity["suite"]["name"], identity["limit"], identity["budget"]) in {
+        identity = record.identity
+        if (identity.suite.name, identity.limit, identity.budget) in {
             ("shapes", None, "full"),
             ("shapes", None, "16"),
         }:
-            rows = store.samples(store.folder(identity))
-            scores[f"{label(identity['pruner'])} {identity['budget']}"][identity["task"]] = rows[
+            rows = store.cell(identity).samples()
+            scores[f"{identity.pruner.label} {identity.budget}"][identity.task] = rows[
                 "score"
             ].mean()
-            floor[identity["task"]] = chance(rows)
+            floor[identity.task] = chance(rows)
     table = pd.DataFrame(scores).T[list(TASKS)]
     table.loc["chance"] = pd.Series(floor)
     table["mean"] = table.mean(axis=1)

@@ -1,18 +1,20 @@
-"""Compare the cells of two results folders document by document: what did a change of code or library change?
+"""Compare the cells of two results folders, document by document.
 
     python scripts/compare_results.py /before/results results
 
-Cells match by model, method with its fields, budget, suite, task, limit and seed; versions and digests of code are left out.
-Exits with 1 where answers, kept tokens or metrics differ, or no cell is in both folders.
+It shows what a change of the code or of a library changed. Cells match by model, method with its
+fields, budget, suite, task, limit and seed; versions and digests of code may differ. Exits with 1
+if answers, kept tokens or metrics differ, or if no cell is in both folders.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
+
+from secateur.store import DamagedRecord, read
 
 COMPARED = [
     "doc_id",
@@ -30,12 +32,12 @@ def cells(results: Path) -> dict[str, tuple[dict[str, float], Path]]:
     """Metrics and file of samples of every cell, by what both folders have in common."""
     found: dict[str, tuple[dict[str, float], Path]] = {}
     for path in sorted((results / "runs").glob("*/*/*/*/record.json")):
-        record: dict[str, Any] = json.loads(path.read_text())
-        identity = record["identity"]
-        method = {key: value for key, value in identity["pruner"].items() if key != "source"}
-        common = [identity[name] for name in ("budget", "task", "limit", "seed")]
-        key = json.dumps([identity["suite"]["name"], identity["model"]["name"], method, *common])
-        found[key] = (record["metrics"], path.with_name("samples.parquet"))
+        record = read(path.parent)
+        own = record.identity
+        method = own.pruner.name, own.pruner.fields
+        setting = own.suite.name, own.model.name, own.limit, own.seed
+        key = json.dumps([*setting, method, own.budget, own.task])
+        found[key] = (record.metrics, path.with_name("samples.parquet"))
     return found
 
 
@@ -61,7 +63,10 @@ def main() -> None:
     for folder in (options.before, options.after):
         if not (folder / "runs").is_dir():
             parser.error(f"{folder} has no runs/ and is no results folder")
-    old, new = cells(options.before), cells(options.after)
+    try:
+        old, new = cells(options.before), cells(options.after)
+    except DamagedRecord as error:
+        parser.error(str(error))
     documents, different = 0, 0
     for key in sorted(old.keys() & new.keys()):
         (metrics, samples), (new_metrics, new_samples) = old[key], new[key]
@@ -72,8 +77,8 @@ def main() -> None:
             print(f"{key}: {', '.join(found)}")
     both = len(old.keys() & new.keys())
     print(
-        f"{both} cells in both folders, {documents} documents: {both - different} equal, {different} different; "
-        f"{len(old) - both} only before, {len(new) - both} only after"
+        f"{both} cells in both folders, {documents} documents: {both - different} equal, "
+        f"{different} different; {len(old) - both} only before, {len(new) - both} only after"
     )
     sys.exit(1 if different or not both else 0)
 

@@ -1,10 +1,15 @@
-"""Bring the finished cells of other machines into a results folder: python scripts/merge_results.py SOURCE... --into results
+"""Copy the finished cells of other machines into a results folder.
 
-A cell is copied only if its seal is whole and its place is the one its identity names. One that is here already stays as it is;
-where the same cell gave other answers elsewhere, that one is refused, for nothing says which is right. Unfinished cells, failures
-and tables are not merged: run `make tables` afterwards. A seal shows damage and editing, not forgery.
+    python scripts/merge_results.py SOURCE... --into results
 
-Exit status 1: something was refused. What will keep cells out of one table (other versions, two sources of a method) is reported.
+A cell is copied if its seal is intact and its folder is the one that its identity names. Cells that
+are in the results folder already stay as they are. If the same cell has other answers in a source,
+the source's cell is refused, because nothing says which one is right. Unfinished cells, failures
+and tables are not copied: run `make tables` afterwards. A seal shows damage and editing, not
+forgery.
+
+The script also reports what keeps cells out of one table: other versions of the packages, or two
+versions of a method's code. It exits with 1 if it refused a cell.
 """
 
 import argparse
@@ -15,24 +20,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from secateur.records import Record, digest
 from secateur.reporting.tables import by_setting
-from secateur.store import DamagedRecord, Store, digest
+from secateur.store import DamagedRecord, Store, StoredCell, read
 
 _COUNTS = ("new", "already here", "same answers", "refused", "failed", "unfinished")
 _FILES = ("record.json", "samples.parquet")
-_ANSWER = [
-    "doc_id",
-    "target",
-    "answer",
-    "score",
-    "kept_indices",
-]  # what two runs of a cell must share; their seconds differ
+# what two runs of a cell must share; their seconds differ
+_ANSWER = ["doc_id", "target", "answer", "score", "kept_indices"]
 
 
 class Refused(RuntimeError):
@@ -41,7 +41,10 @@ class Refused(RuntimeError):
 
 @dataclass
 class Contribution:
-    """What a source gave: counts of its cells, and why some were refused. Same answers: this cell was run here too."""
+    """Counts of a source's cells by what became of them, and why some were refused.
+
+    `same answers` counts cells that were run in both places.
+    """
 
     source: Path
     counts: Counter[str] = field(default_factory=Counter)
@@ -49,11 +52,11 @@ class Contribution:
 
 
 def merge(source: Path, target: Store) -> Contribution:
-    """Copy the cells of a results folder that are missing in another; nothing there is overwritten."""
+    """Copy the cells of a results folder that are missing in another; overwrite none."""
     contribution = Contribution(source)
     for folder in _cells(source / "runs"):
         try:
-            contribution.counts[_adopt(folder, folder.relative_to(source / "runs"), target)] += 1
+            contribution.counts[_adopt(folder, target)] += 1
         except (Refused, DamagedRecord) as error:
             contribution.refused.append(str(error))
     contribution.counts["refused"] = len(contribution.refused)
@@ -73,10 +76,10 @@ def mixtures(target: Store) -> list[str]:
     """
     found = []
     for group in by_setting(target.records()):
-        identities = [record["identity"] for record in group]
-        where = f"suite {identities[0]['suite']['name']}, model {identities[0]['model']['name']}, limit {identities[0]['limit']}"
+        identities = [record.identity for record in group]
+        where = identities[0].title
         versions = Counter(
-            ", ".join(f"{k} {v}" for k, v in sorted(identity["versions"].items()))
+            ", ".join(f"{k} {v}" for k, v in sorted(identity.versions.items()))
             for identity in identities
         )
         if len(versions) > 1:
@@ -86,56 +89,49 @@ def mixtures(target: Store) -> list[str]:
             )
         rows = defaultdict(list)
         for own in identities:
-            pruner = {key: value for key, value in own["pruner"].items() if key != "source"}
-            rows[digest([own["task"], own["budget"], own["versions"], pruner])].append(own)
+            method = own.pruner.name, own.pruner.fields
+            rows[digest([own.task, own.budget, own.versions, method])].append(own)
         for same in rows.values():
             if len(same) > 1:
-                sources = ", ".join(sorted(own["pruner"]["source"] for own in same))
-                found.append(
-                    f"{where}: {same[0]['task']} {same[0]['pruner']['name']} {same[0]['budget']} of code {sources}"
-                )
+                sources = ", ".join(sorted(own.pruner.source for own in same))
+                cell = f"{same[0].task} {same[0].pruner.name} {same[0].budget}"
+                found.append(f"{where}: {cell} of code {sources}")
     return found
 
 
 def _cells(runs: Path) -> Iterator[Path]:
-    """Folders of cells, whole or not; the store's own begin with a dot."""
+    """Folders of cells, complete or not; the store's own folders begin with a dot."""
     yield from (path for path in sorted(runs.glob("[!.]*/*/*/*")) if path.is_dir())
 
 
-def _adopt(folder: Path, place: Path, target: Store) -> str:
-    """Copy one cell if it is missing; which of `_COUNTS` it is."""
-    record = Store.read(folder)
-    try:
-        identity = record["identity"]
-        goal = target.folder(identity)
-    except (KeyError, TypeError) as error:
-        raise Refused(
-            f"{folder}: its identity is none ({type(error).__name__}: {error})"
-        ) from error
-    if goal.relative_to(target.runs) != place:
-        raise Refused(
-            f"{folder}: the identity inside is that of another cell, {goal.relative_to(target.runs)}"
-        )
-    with target.claim(identity) as mine:
+def _adopt(folder: Path, target: Store) -> str:
+    """Copy one cell if it is missing. Returns the one of `_COUNTS` that it belongs to."""
+    record = read(folder)
+    cell = target.cell(record.identity)
+    with cell.claim() as mine:
         if not mine:
-            raise Refused(f"{folder}: a sweep is at this cell here; merge again when it has ended")
-        if not target.has(identity):
-            _copy(folder, goal, target)
-            target.forget_answers(identity)
-            return "new"
-        here = target.load(identity)
-        if here["seal"] == record["seal"]:
-            return "already here"
-        if different := _difference(here, record, goal, folder):
             raise Refused(
-                f"{folder}: the same cell is here with other content ({different}); delete the one that is wrong"
+                f"{folder}: a sweep is running this cell in the results folder; "
+                "merge again when it has ended"
+            )
+        if not cell.exists():
+            _copy(folder, cell, target)
+            cell.forget_answers()
+            return "new"
+        here = cell.read()
+        if here.seal == record.seal:
+            return "already here"
+        if different := _difference(here, record, cell.folder, folder):
+            raise Refused(
+                f"{folder}: the same cell is here with other content ({different}); "
+                "delete the one that is wrong"
             )
         return "same answers"
 
 
-def _difference(here: dict[str, Any], record: dict[str, Any], goal: Path, folder: Path) -> str:
-    """In what two runs of one cell differ beside time and place; empty if in nothing."""
-    if here["identity"] != record["identity"]:
+def _difference(here: Record, record: Record, goal: Path, folder: Path) -> str:
+    """What differs between two runs of one cell, time and machine apart; empty if nothing does."""
+    if here.identity != record.identity:
         return "two identities share a name"
     rows, others = (
         pq.read_table(path / "samples.parquet", columns=_ANSWER).to_pylist()
@@ -146,21 +142,25 @@ def _difference(here: dict[str, Any], record: dict[str, Any], goal: Path, folder
     changed = sum(row != other for row, other in zip(rows, others, strict=True))
     if changed:
         return f"{changed} of {len(rows)} documents"
-    return "" if here["metrics"] == record["metrics"] else "the metrics"
+    return "" if here.metrics == record.metrics else "the metrics"
 
 
-def _copy(folder: Path, goal: Path, target: Store) -> None:
-    """Put a cell in its place, whole or not at all."""
-    if goal.exists():
-        raise Refused(f"{folder}: an incomplete cell is in its place, {goal}; delete that folder")
-    goal.parent.mkdir(parents=True, exist_ok=True)
+def _copy(folder: Path, cell: StoredCell, target: Store) -> None:
+    """Copy a complete cell, in one step."""
+    if cell.folder.exists():
+        raise Refused(
+            f"{folder}: an incomplete cell is in its place, {cell.folder}; delete that folder"
+        )
+    cell.folder.parent.mkdir(parents=True, exist_ok=True)
     (target.runs / ".writing").mkdir(exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="merge", dir=target.runs / ".writing"))
     try:
+        arrived = scratch / cell.identity.folder
+        arrived.mkdir(parents=True)
         for name in _FILES:
-            shutil.copyfile(folder / name, scratch / name)
-        Store.read(scratch)  # what arrived, not what was sent
-        scratch.rename(goal)
+            shutil.copyfile(folder / name, arrived / name)
+        read(arrived)  # an error of the copy shows here
+        arrived.rename(cell.folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

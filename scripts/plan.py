@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from secateur.job import Job
 from secateur.paths import CONFIGS, ROOT
-from secateur.store import Store
+from secateur.store import read
 from secateur.tasks import TASKS
 
 DEVICES = (1, 8, 64)
@@ -49,11 +49,9 @@ def jobs(experiment: str, results: Path) -> list[Job]:
 
 def rates(results: Path) -> dict[str, float]:
     """Documents per second, by model, of the finished cells on the hub's data."""
-    records = [
-        Store.read(path.parent) for path in (results / "runs" / "hub").glob("**/record.json")
-    ]
+    records = [read(path.parent) for path in (results / "runs" / "hub").glob("**/record.json")]
     found = pd.DataFrame(
-        [(r["identity"]["model"]["name"], r["documents"], r["seconds"]) for r in records],
+        [(one.identity.model.name, one.documents, one.seconds) for one in records],
         columns=["model", "documents", "seconds"],
     )
     total = found.groupby("model")[["documents", "seconds"]].sum()
@@ -117,10 +115,10 @@ def main() -> None:
     for experiment in options.experiments:
         for job in jobs(experiment, options.results):
             for task in job.tasks:
-                identity = job.identity(task)
-                if not job.store.has(identity):
+                cell = job.cell(task)
+                if not cell.exists():
                     documents = min(job.limit or TASKS[task].documents, TASKS[task].documents)
-                    cells[job.store.folder(identity)] = (job.model.name, documents)
+                    cells[cell.folder] = (job.model.name, documents)
     table = (
         pd.DataFrame(cells.values(), columns=["model", "documents"])
         .groupby("model")["documents"]

@@ -12,14 +12,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import datasets
+import pandas as pd
 from transformers import AutoConfig
 
 from secateur.paths import ROOT, SHAPES_MODEL
 from secateur.reporting.overlay import kept_tokens
-from secateur.reporting.tables import label
 from secateur.shapes.datasets import EVAL, SCHEMAS, documents
 from secateur.shapes.scenes import make_scene
-from secateur.store import Store
+from secateur.store import read
 
 TABLE = ROOT / "results" / "shapes_all.md"
 README = ROOT / "README.md"
@@ -57,9 +57,10 @@ def draw(results: Path) -> int:
     )
     kept: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for path in (results / "runs" / "shapes" / "shapes_llava" / "pope").glob("*/record.json"):
-        identity = Store.read(path.parent)["identity"]
-        indices = Store.samples(path.parent).set_index("doc_id")["kept_indices"].to_dict()
-        kept[label(identity["pruner"])][identity["budget"]] = tuple(indices[document][0])
+        identity = read(path.parent).identity
+        samples = pd.read_parquet(path.with_name("samples.parquet"))
+        indices = samples.set_index("doc_id")["kept_indices"].to_dict()
+        kept[identity.pruner.label][identity.budget] = tuple(indices[document][0])
     repository, _, split, _ = SCHEMAS["pope"]
     folder = str(results / "data" / "shapes" / repository)
     image = datasets.load_dataset(folder, split=split)[document]["image"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from secateur.paths import ROOT
-from secateur.reporting import comparison, interval_table, paper_tables, render, reported, tables
+from secateur.reporting import comparison, interval_table, paper_tables, render, reported
 from secateur.reporting.layouts import layouts
 from secateur.reporting.stats import RESAMPLES
 
@@ -96,9 +96,7 @@ def main() -> int:
         try:
             compared = comparison.compare(group, options.resamples)
         except ValueError as error:
-            console.print(
-                f"REFUSED {tables.title([cell.record for cell in group])}: {error}", style="red"
-            )
+            console.print(f"REFUSED {group[0].record.identity.title}: {error}", style="red")
             failed = True
             continue
         for path in interval_table.write(group, compared, folder):

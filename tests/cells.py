@@ -1,10 +1,10 @@
 """Finished cells with known effects, as a sweep would have stored them."""
 
-import dataclasses
 import zlib
-from functools import cache
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -12,12 +12,18 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from secateur.pruners import build
+from secateur.records import Environment, Identity, MethodIdentity, Record, Results
 from secateur.reporting.comparison import Cell
+from secateur.settings import ModelSettings, SuiteIdentity
+from secateur.store import Store
 from secateur.tasks import TASKS
+
+T = TypeVar("T", Record, Identity)
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CATEGORIES = ["OCR", "count", "color", "code_reasoning", "text_translation"]
 PER_IMAGE = {"pope": 10, "gqa": 10, "mme": 2}
+ENVIRONMENT = Environment(python="3.11.7", machine="x86_64", cores=2, device="cpu", commit="abc")
 
 
 def model_settings(model: str) -> dict[str, Any]:
@@ -39,27 +45,37 @@ def identity(
     suite: str = "hub",
     limit: int | None = None,
     **fields: Any,
-):
-    settings = model_settings(model)
-    overrides = settings.get("pruner_fields", {}).get(method, {})
-    for name in ("budgets", "device", "pruner_fields"):
-        settings.pop(name, None)
-    pruner = build(method, **overrides, **fields)
-    return {
-        "model": settings | {"weights": "w"},
-        "pruner": {
-            "name": method,
-            "status": pruner.status,
-            **dataclasses.asdict(pruner),
-            "source": "s",
-        },
-        "budget": budget,
-        "suite": {"name": suite, "revision": "main"},
-        "task": task,
-        "limit": limit,
-        "seed": 0,
-        "versions": {"secateur": "0.1.0"},
-    }
+) -> Identity:
+    settings = ModelSettings.checked(model_settings(model))
+    return Identity(
+        model=settings.identity("w"),
+        pruner=MethodIdentity.of(
+            build(method, **settings.pruner_fields.get(method, {}), **fields), "s"
+        ),
+        budget=budget,
+        suite=SuiteIdentity(name=suite, revision="main"),
+        task=task,
+        limit=limit,
+        seed=0,
+        versions={"secateur": "0.1.0"},
+    )
+
+
+def altered(content: T, changes: dict[str, Any]) -> T:
+    """A record or identity with other values, by dotted names. Ellipsis: without that value."""
+    values = content.as_json()
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        place = reduce(getitem, path, values)
+        place[last] = value
+        if value is ...:
+            del place[last]
+    return type(content).model_validate(values)
+
+
+def changed(cells: list[Cell], changes: dict[str, Any]) -> list[Cell]:
+    """The cells with other values in their records, as `altered` takes them."""
+    return [cell._replace(record=altered(cell.record, changes)) for cell in cells]
 
 
 def rows(task: str, share: float, documents: int = 2000, shift: int = 0) -> pd.DataFrame:
@@ -100,14 +116,7 @@ def cell(
     **options: Any,
 ) -> Cell:
     """A cell whose record agrees with its samples; `tokens` per image, `images` per document."""
-    record = {
-        "identity": identity(model, method, budget, task, **options),
-        "metrics": {},
-        "images": images,
-        "visual_tokens": full * images,
-        "average_tokens": tokens * images,
-        "environment": {"commit": "abc"},
-    }
+    metrics = {}
     for metric in TASKS[task].metrics.values():
         named = (
             samples.assign(category=samples["image_id"].str.split("/").str[0])
@@ -115,7 +124,29 @@ def cell(
             else samples
         )
         if not metric.stratified or "category" in named:
-            record["metrics"][metric.stored] = (
-                float(metric.value(metric.terms(named).sum(axis=0))) / metric.factor
-            )
+            total = float(metric.value(metric.terms(named).sum(axis=0)))
+            metrics[metric.stored] = total / metric.factor
+    record = Record(
+        metrics=metrics,
+        documents=len(samples),
+        images=images,
+        visual_tokens=full * images,
+        kept_tokens=tokens * images,
+        average_tokens=tokens * images,
+        started="2026-01-01T00:00:00Z",
+        seconds=60.0,
+        environment=ENVIRONMENT,
+        identity=identity(model, method, budget, task, **options),
+        samples_sha256="",
+        seal="",
+    )
     return Cell(record, samples)
+
+
+def save(results: Path, cell: Cell) -> Path:
+    """Write a cell into a results folder, as a sweep does; returns the cell's folder."""
+    content = cell.record.as_json()
+    own = {name: value for name, value in content.items() if name in Results.model_fields}
+    stored = Store(results).cell(cell.record.identity)
+    stored.write(Results(**own), cell.record.environment, cell.rows)
+    return stored.folder

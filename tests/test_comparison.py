@@ -3,12 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
-from cells import cell, rows
+from cells import cell, changed, rows, save
 
 from secateur.reporting.comparison import compare, load, settings
 from secateur.reporting.interval_table import markdown, write
 from secateur.reporting.stats import Estimates
-from secateur.store import Store
 
 MODEL = "llava_1_5_7b"
 
@@ -158,7 +157,7 @@ def test_a_task_that_cannot_be_estimated_is_marked_and_not_averaged():
 
 def test_a_record_that_its_samples_contradict_is_marked():
     cells = grid(tasks=["gqa"], scope=0.7)
-    cells[1].record["metrics"]["exact_match"] = 0.75
+    cells[1:] = changed(cells[1:], {"metrics.exact_match": 0.75})
     assert (
         compare(cells, 200)["mark"].str.contains("has accuracy 75.00, its samples give 70.00").all()
     )
@@ -180,20 +179,18 @@ def test_two_cells_for_one_row_are_refused():
 )
 def test_cells_of_other_settings_do_not_share_a_table(field, value):
     cells = grid(tasks=["gqa"], scope=0.7)
-    cells[1].record["identity"][field] = value
+    cells[1:] = changed(cells[1:], {f"identity.{field}": value})
     with pytest.raises(ValueError, match=f"2 settings cannot share a table; {field} is"):
         compare(cells)
 
 
 def test_stored_cells_come_back_by_setting(tmp_path):
-    store = Store(tmp_path)
     cells = [
         *grid(tasks=["gqa"], scope=0.7),
         cell(MODEL, "none", "full", "gqa", rows("gqa", 0.8, 60), 576, limit=60),
     ]
     for one in cells:
-        record = {name: value for name, value in one.record.items() if name != "identity"}
-        store.write(one.record["identity"], record, one.rows)
+        save(tmp_path, one)
     groups = settings(load(tmp_path))
     assert sorted(len(group) for group in groups) == [1, 2]
     complete = max(groups, key=len)

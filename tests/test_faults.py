@@ -23,13 +23,14 @@ from lmms_eval.api.task import ConfigurableTask
 from sweeping import cells, output, tables, wait_for
 from transformers import PreTrainedTokenizerBase
 
+from secateur import cell
 from secateur import sweep as engine
 from secateur.model_pool import ModelPool
 from secateur.progress import Interrupt, ProgressBar
 from secateur.pruners import REGISTRY
 from secateur.pruners.base import Pruner, Selection, VisualTokens
 from secateur.pruners.registry import register
-from secateur.store import Store
+from secateur.store import StoredCell
 
 GRID = ("-m", "pruner=none,random")
 
@@ -214,7 +215,7 @@ def test_a_failing_cell_is_retried_once_a_sweep(sweeps, broken, tmp_path, monkey
         tries.append(name)
         raise RuntimeError("again")
 
-    monkeypatch.setattr(engine.cell, "run", run)
+    monkeypatch.setattr(cell, "run", run)
     for repeat in ("retry_failed=false", "retry_failed=true"):
         code, printed = sweeps.here(tmp_path, "-m", "pruner=none", "budget=16,32,48", repeat)
         assert code == 1
@@ -271,7 +272,9 @@ def _interrupting(calls: list, after: int):
 
 
 def _samples(results: Path, cell: str) -> str:
-    return Store.samples(cells(results)[cell]).drop(columns="seconds").to_json()
+    return (
+        pd.read_parquet(cells(results)[cell] / "samples.parquet").drop(columns="seconds").to_json()
+    )
 
 
 def _killed_and_resumed(sweeps, reference, results: Path, moment: float) -> None:
@@ -283,8 +286,8 @@ def _killed_and_resumed(sweeps, reference, results: Path, moment: float) -> None
     again.join(120)
     assert again.exitcode == 0, output(results, again)
     assert tables(results) == reference[1]
-    for cell in cells(reference[0]):
-        assert _samples(results, cell) == _samples(reference[0], cell)
+    for own in cells(reference[0]):
+        assert _samples(results, own) == _samples(reference[0], own)
     assert not list(results.rglob("*.answers*"))
     assert not list(results.glob("runs/.writing/*"))
 
@@ -450,7 +453,7 @@ def test_a_full_disk_is_one_paragraph(sweeps, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Store, "write", full)
+    monkeypatch.setattr(StoredCell, "write", full)
     code, printed = sweeps.here(tmp_path, "pruner=random", "tasks=[pope]")
     assert code == 1
     assert (

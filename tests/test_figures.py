@@ -3,12 +3,14 @@
 import numpy as np
 import pandas as pd
 import pytest
+from cells import altered, changed, identity
 from PIL import Image
 from stored import FULL, SPPRUNER, grid, store
 
 from secateur.reporting import figures, gallery
 from secateur.reporting.comparison import compare, load
 from secateur.reporting.costs import first_token_flops, prefill_times
+from secateur.settings import ModelIdentity
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +144,7 @@ def test_flops_are_the_records_own(results):
         [own for own in cells if (own.method, own.task) != ("scope", "gqa")]
     ).mean
     assert ("average", "scope", "16") not in partly
-    older = cells[0]._replace(
-        record={key: value for key, value in cells[0].record.items() if key != "flops"}
-    )
+    (older,) = changed(cells[:1], {"flops": ...})
     with pytest.raises(ValueError, match=f"1 cells, such as {older.key}, have no FLOPs"):
         first_token_flops([older, *cells[1:]])
 
@@ -179,16 +179,14 @@ def test_prefill_is_the_benchs_median_for_the_same_method_and_tokens(results, tm
     assert prefill_times(load(results), tmp_path / "elsewhere") == {}
 
     several = [
-        own._replace(record=own.record | {"images": 1.05, "average_tokens": own.tokens * 1.05})
+        one
         for own in load(results)
+        for one in changed([own], {"images": 1.05, "average_tokens": own.tokens * 1.05})
     ]
     assert (
         prefill_times(several, tmp_path)[axis].to_dict() == times.to_dict()
     )  # the bench counts tokens per image
-    blind = [
-        own._replace(record=own.record | {"images": 0.0, "average_tokens": 0.0})
-        for own in load(results)
-    ]
+    blind = changed(load(results), {"images": 0.0, "average_tokens": 0.0})
     assert prefill_times(blind, tmp_path) == {}
 
 
@@ -237,31 +235,36 @@ def test_rivals_are_the_best_of_a_task_that_both_ran(compared):
         gallery.rivals(disjoint, ["scope", "random"])
 
 
+def model_identity(**values: object) -> ModelIdentity:
+    own = identity("llava_1_5_7b", "none", "full", "gqa")
+    return altered(own, {f"model.{name}": value for name, value in values.items()}).model
+
+
 def test_the_image_is_cut_as_the_encoder_sees_it():
     image = Image.new("RGB", (60, 40), "red")
     image.paste("blue", (0, 0, 10, 40))
     row = pd.Series({"visual_tokens": FULL})
-    seen, grid_of = gallery.as_seen({"geometry": "processor"}, [image], row)
+    seen, grid_of = gallery.as_seen(model_identity(geometry="processor"), [image], row)
     assert (seen.size, grid_of, seen.getpixel((0, 20))) == (
         (40, 40),
         (12, 12),
         (255, 0, 0),
     )  # the middle square
-    seen, _ = gallery.as_seen({"geometry": "pad"}, [image], row)
+    seen, _ = gallery.as_seen(model_identity(geometry="pad"), [image], row)
     assert (seen.size, seen.getpixel((0, 0)), seen.getpixel((0, 30))) == (
         (60, 60),
         (128, 128, 128),
         (0, 0, 255),
     )
-    seen, _ = gallery.as_seen({"family": "qwen2_5_vl", "image_side": 336}, [image], row)
+    seen, _ = gallery.as_seen(model_identity(family="qwen2_5_vl", image_side=336), [image], row)
     assert (seen.size, seen.getpixel((0, 30))) == ((60, 60), (0, 0, 255))
     for model, images in (
-        ({"family": "llava_next"}, [image]),
-        ({"family": "qwen2_5_vl"}, [image]),
-        ({}, [image] * 2),
+        (model_identity(family="llava_next"), [image]),
+        (model_identity(family="qwen2_5_vl"), [image]),
+        (model_identity(), [image] * 2),
     ):
         assert gallery.as_seen(model, images, row) is None
-    assert gallery.as_seen({}, [image], pd.Series({"visual_tokens": 143})) is None
+    assert gallery.as_seen(model_identity(), [image], pd.Series({"visual_tokens": 143})) is None
 
 
 def test_images_come_from_the_tasks_own_documents(shapes, tmp_path):

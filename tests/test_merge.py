@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from cells import identity, rows
+from cells import ENVIRONMENT, cell, changed, identity, rows, save
 
 from scripts.merge_results import merge, mixtures
-from secateur.store import Store, digest
+from secateur.records import digest
+from secateur.store import Store
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "merge_results.py"
 
@@ -22,19 +23,15 @@ def write(
     task: str = "gqa",
     share: float = 0.5,
     seconds: float = 1.0,
-    **changes,
+    changes: dict | None = None,
 ) -> Path:
-    own = identity("llava_1_5_7b", method, "full" if method == "none" else "64", task) | changes
-    samples = rows(task, share, 40)
-    samples = samples.assign(
-        kept_indices=[[[doc, 3]] for doc in samples["doc_id"]], seconds=seconds
+    budget = "full" if method == "none" else "64"
+    own = cell("llava_1_5_7b", method, budget, task, rows(task, share, 40), 64.0)
+    samples = own.rows.assign(
+        kept_indices=[[[doc, 3]] for doc in own.rows["doc_id"]], seconds=seconds
     )
-    record = {
-        "metrics": {"exact_match": float(samples["score"].mean())},
-        "seconds": seconds,
-        "environment": {"commit": "abc"},
-    }
-    return Store(results).write(own, record, samples)
+    (own,) = changed([own._replace(rows=samples)], {"seconds": seconds} | (changes or {}))
+    return save(results, own)
 
 
 def contents(results: Path) -> dict[str, bytes]:
@@ -70,7 +67,7 @@ def test_cells_arrive_byte_for_byte_and_each_source_is_accounted_for(tmp_path, m
     assert len(records) == 6
     sent = contents(a) | contents(b)
     assert all(arrived[name] == sent[name] for name in records if name not in kept)
-    assert {record["identity"]["pruner"]["name"] for record in Store(here).records()} == {
+    assert {record.identity.pruner.name for record in Store(here).records()} == {
         "none",
         "scope",
         "random",
@@ -101,7 +98,7 @@ def test_what_was_changed_or_torn_is_refused_and_the_rest_arrives(tmp_path, monk
     assert f"REFUSED the record in {edited} was changed after it was written" in printed
     assert f"REFUSED the record in {torn} is damaged" in printed
     assert f"REFUSED the record in {rows_changed} was changed after it was written" in printed
-    assert [record["identity"]["pruner"]["name"] for record in Store(here).records()] == ["none"]
+    assert [record.identity.pruner.name for record in Store(here).records()] == ["none"]
 
 
 def test_the_same_cell_with_other_answers_is_refused_and_what_is_here_stays(tmp_path):
@@ -125,11 +122,11 @@ def test_a_record_that_lies_about_its_identity_is_refused(tmp_path):
     (folder / "record.json").write_text(json.dumps(sealed | {"seal": digest(sealed)}))
     found = merge(source, Store(here))
     assert len(found.refused) == 1
-    assert "the identity inside is that of another cell" in found.refused[0]
+    assert "is that of another cell" in found.refused[0]
     del record["identity"]["pruner"]
     sealed = {key: value for key, value in record.items() if key != "seal"}
     (folder / "record.json").write_text(json.dumps(sealed | {"seal": digest(sealed)}))
-    assert "its identity is none" in merge(source, Store(here)).refused[0]
+    assert "identity.pruner: Field required" in merge(source, Store(here)).refused[0]
     assert not Store(here).records()
 
 
@@ -152,10 +149,10 @@ def test_unfinished_and_failed_cells_stay_where_they_are_and_are_counted(
 ):
     source, here = tmp_path / "source", tmp_path / "here"
     write(source, "none")
-    store, own = Store(source), identity("llava_1_5_7b", "scope", "64", "gqa")
-    store.write_failure(own, "Traceback", {}, {})
+    own = Store(source).cell(identity("llava_1_5_7b", "scope", "64", "gqa"))
+    own.write_failure("Traceback", ENVIRONMENT, {})
     for part in ("-0of2", "-1of2"):
-        store.answers(own, part).write_text("{}\n")
+        own.answers_file(part).write_text("{}\n")
     code, printed = run(monkeypatch, capsys, source, "--into", here)
     assert code == 0
     assert f"{source} 1 0 0 0 1 1" in printed
@@ -167,20 +164,17 @@ def test_a_cell_that_a_sweep_is_at_is_refused(tmp_path):
     source, here = tmp_path / "source", tmp_path / "here"
     write(source, "scope")
     own = identity("llava_1_5_7b", "scope", "64", "gqa")
-    with Store(here).claim(own) as mine:
+    with Store(here).cell(own).claim() as mine:
         assert mine
-        assert "a sweep is at this cell" in merge(source, Store(here)).refused[0]
+        assert "a sweep is running this cell" in merge(source, Store(here)).refused[0]
     assert merge(source, Store(here)).counts["new"] == 1
 
 
 def test_versions_and_code_that_cannot_share_a_table_are_reported(tmp_path, monkeypatch, capsys):
     source, here = tmp_path / "source", tmp_path / "here"
     write(here, "none"), write(here, "scope")
-    pruner = identity("llava_1_5_7b", "scope", "64", "gqa")["pruner"]
-    (
-        write(source, "scope", pruner=pruner | {"source": "t"}),
-        write(source, "random", versions={"secateur": "0.2.0"}),
-    )
+    write(source, "scope", changes={"identity.pruner.source": "t"})
+    write(source, "random", changes={"identity.versions": {"secateur": "0.2.0"}})
     code, printed = run(monkeypatch, capsys, source, "--into", here)
     assert code == 0
     assert (

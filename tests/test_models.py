@@ -65,10 +65,10 @@ def test_the_embedded_model_sees(model, tasks):
     """A short form of the bars on its card, on the first 40 documents."""
     model.use(build("none"), Budget(), "compact")
     record, _ = run(model, tasks, "pope", 40)
-    assert record["metrics"]["pope_accuracy"] >= 0.85
+    assert record.metrics["pope_accuracy"] >= 0.85
     model.use(build("random"), Budget(tokens=16), "compact")
     pruned, _ = run(model, tasks, "pope", 40)
-    assert pruned["metrics"]["pope_accuracy"] < record["metrics"]["pope_accuracy"]
+    assert pruned.metrics["pope_accuracy"] < record.metrics["pope_accuracy"]
 
 
 def test_the_same_cell_twice_gives_the_same_answers(model, tasks):
@@ -85,7 +85,7 @@ def test_records_tell_the_kept_tokens_from_the_mean_over_the_layers(model, tasks
     ):
         model.use(pruner, Budget(tokens=72), "compact")
         record, rows = run(model, tasks, "pope", 2)
-        assert (record["kept_tokens"], record["average_tokens"]) == (kept, 72)
+        assert (record.kept_tokens, record.average_tokens) == (kept, 72)
         assert rows["layer_tokens"].tolist() == [layers] * 2
         assert [len(indices) for (indices,) in rows["kept_indices"]] == [kept] * 2
 

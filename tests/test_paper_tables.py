@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from cells import cell, rows
+from cells import cell, changed, rows, save
 from lxml import etree
 from lxml import html as lxml_html
 
@@ -18,7 +18,6 @@ from secateur.reporting import paper_tables, render, reported
 from secateur.reporting.layouts import layouts
 from secateur.reporting.stats import Interval
 from secateur.reporting.verdicts import VERDICTS, Verdict, judge, judge_method, off_budget
-from secateur.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "llava_1_5_7b"
@@ -181,25 +180,14 @@ def test_a_baseline_that_misses_is_said_in_its_rows():
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        (lambda record: record["identity"].update(limit=100), "only the first 100 documents"),
-        (
-            lambda record: record["identity"]["model"].update(prompt="hub"),
-            "prompt is hub, not vicuna_v1",
-        ),
-        (
-            lambda record: record["identity"]["model"].update(geometry="processor"),
-            "geometry is processor, not pad",
-        ),
-        (
-            lambda record: record.update(visual_tokens=729.0),
-            "layout: 729 visual tokens per image, not 576",
-        ),
+        ({"identity.limit": 100}, "only the first 100 documents"),
+        ({"identity.model.prompt": "hub"}, "prompt is hub, not vicuna_v1"),
+        ({"identity.model.geometry": "processor"}, "geometry is processor, not pad"),
+        ({"visual_tokens": 729.0}, "layout: 729 visual tokens per image, not 576"),
     ],
 )
 def test_other_inputs_are_not_comparable(change, cause):
-    cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
-    for one in cells:
-        change(one.record)
+    cells = changed(ours({("scope", "64"): 0.0}, tasks=("gqa",)), change)
     own = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(
         ["column", "method", "budget"]
     )
@@ -212,8 +200,7 @@ def test_another_number_of_tokens_is_not_comparable():
     cells = ours(
         {("scope", "64"): 0.0, ("visionzip", "64"): 0.0, ("fastv", "64"): 0.0}, tasks=("gqa",)
     )
-    for one in cells[1:]:
-        one.record["average_tokens"] = 70.0
+    cells[1:] = changed(cells[1:], {"average_tokens": 70.0})
     found = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200).cells.set_index(
         ["column", "method", "budget"]
     )
@@ -232,9 +219,8 @@ def test_tokens_are_compared_image_by_image():
 
     def cause(images, kept=64, **record):
         cells = ours({("prunesid", "64"): 0.0}, "prunesid_table1", ("mmmu_val",), images=images)
-        cells[1].record.update(average_tokens=kept * images)
-        for one in cells:
-            one.record.update(record)
+        cells[1:] = changed(cells[1:], {"average_tokens": kept * images})
+        cells = changed(cells, record)
         own = paper_tables.build(LAYOUTS["prunesid_table1"], NUMBERS, cells, 200).cells.set_index(
             ["column", "method", "budget"]
         )
@@ -249,9 +235,7 @@ def test_tokens_are_compared_image_by_image():
 
 
 def test_records_from_before_images_were_counted_have_one_a_document():
-    cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
-    for one in cells:
-        del one.record["images"]
+    cells = changed(ours({("scope", "64"): 0.0}, tasks=("gqa",)), {"images": ...})
     assert (
         verdicts(paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200), "gqa")[
             "scope", "64"
@@ -262,7 +246,7 @@ def test_records_from_before_images_were_counted_have_one_a_document():
 
 def test_a_field_that_a_method_got_later_makes_no_variant():
     cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
-    del cells[1].record["identity"]["pruner"]["alpha"]
+    cells[1:] = changed(cells[1:], {"identity.pruner.alpha": ...})
     assert (
         verdicts(paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200), "gqa")[
             "scope", "64"
@@ -364,7 +348,7 @@ def test_the_tied_best_of_a_budget_are_marked():
 
 def test_cells_of_other_versions_are_refused_and_two_for_one_place():
     cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
-    cells[1].record["identity"]["versions"] = {"secateur": "0.2.0"}
+    cells[1:] = changed(cells[1:], {"identity.versions": {"secateur": "0.2.0"}})
     with pytest.raises(ValueError, match="versions is"):
         paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells)
     cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
@@ -393,9 +377,8 @@ def test_cells_that_are_not_of_the_table_are_left_out_and_named():
 def test_fields_that_a_model_sets_are_no_variant():
     layout = LAYOUTS["promprune_table3"]
     cells = ours({("promprune", "512"): 0.0}, layout.stem, ("gqa",), 1296, "qwen2_5_vl_7b")
-    for one in cells:
-        one.record["identity"]["model"]["image_side"] = 1008
-    assert cells[1].record["identity"]["pruner"]["mu"] == 0.5744
+    cells = changed(cells, {"identity.model.image_side": 1008})
+    assert cells[1].record.identity.pruner.fields["mu"] == 0.5744
     assert (
         verdicts(paper_tables.build(layout, NUMBERS, cells, 200), "gqa")["promprune", "512"]
         == "match"
@@ -487,13 +470,8 @@ def test_latex_compiles(files, tmp_path):
 
 
 def test_the_script_writes_all_tables_and_refuses_what_it_must(tmp_path, monkeypatch, capsys):
-    store = Store(tmp_path)
     for one in ours({("scope", "64"): 0.3}, tasks=("gqa",)):
-        store.write(
-            one.record["identity"],
-            {k: v for k, v in one.record.items() if k != "identity"},
-            one.rows,
-        )
+        save(tmp_path, one)
     monkeypatch.setattr(
         sys, "argv", ["tables.py", "--results", str(tmp_path), "--resamples", "200"]
     )
@@ -522,13 +500,8 @@ def test_the_script_writes_all_tables_and_refuses_what_it_must(tmp_path, monkeyp
     assert "SCOPE Table 1, llava_1_5_7b: 143 not run, 1 match" in out
     record.write_text(whole)
 
-    other = ours({("scope", "64"): 0.3}, tasks=("gqa",))[1]
-    other.record["identity"]["versions"] = {"secateur": "0.2.0"}
-    store.write(
-        other.record["identity"],
-        {k: v for k, v in other.record.items() if k != "identity"},
-        other.rows,
-    )
+    other = ours({("scope", "64"): 0.3}, tasks=("gqa",))[1:]
+    save(tmp_path, *changed(other, {"identity.versions": {"secateur": "0.2.0"}}))
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "scripts" / "tables.py"), run_name="__main__")
     assert ended.value.code == 1

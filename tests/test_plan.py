@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from cells import cell, changed, rows, save
 
 from scripts import plan
 
@@ -33,12 +34,9 @@ def test_experiments_share_cells_and_rates_are_never_made_up(tmp_path, monkeypat
     assert "No rate for llava_1_5_7b" in both
 
 
-def test_rates_come_from_finished_cells(tmp_path, monkeypatch):
-    record = {"identity": {"model": {"name": "llava_1_5_7b"}}, "documents": 100, "seconds": 4.0}
-    folder = tmp_path / "runs" / "hub" / "llava_1_5_7b" / "pope" / "none"
-    folder.mkdir(parents=True)
-    (folder / "record.json").touch()
-    monkeypatch.setattr(plan.Store, "read", lambda place: record)
+def test_rates_come_from_finished_cells(tmp_path):
+    own = cell("llava_1_5_7b", "none", "full", "gqa", rows("gqa", 0.5, 100), 576.0)
+    save(tmp_path, *changed([own], {"seconds": 4.0}))
     assert plan.rates(tmp_path) == {"llava_1_5_7b": pytest.approx(25.0)}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cells import CONFIGS
+from cells import CONFIGS, changed
 from lxml import html as lxml_html
 from PIL import Image
 from stored import SPPRUNER, Pictures, grid, store
@@ -19,7 +19,6 @@ from secateur.reporting import gallery
 from secateur.reporting.report import Report, published
 from secateur.reporting.report_page import page, write
 from secateur.reporting.report_parts import DEMONSTRATION
-from secateur.store import Store
 
 SCRIPT = CONFIGS.parent / "scripts" / "report.py"
 ATTACK = "<script>alert(1)</script>"
@@ -204,7 +203,7 @@ def test_cells_of_different_limits_stand_apart(tmp_path):
 
 def test_cells_of_different_versions_are_refused(tmp_path):
     cells = grid(tasks=("gqa",), scope=0.7)
-    cells[1].record["identity"]["versions"] = {"secateur": "0.2.0"}
+    cells[1:] = changed(cells[1:], {"identity.versions": {"secateur": "0.2.0"}})
     report = reported(tmp_path, cells)
     assert report.refused
     assert "REFUSED: cells of 2 settings cannot share a table; versions" in text_of(page(report))
@@ -242,19 +241,7 @@ def test_equal_answers_and_nan_are_marked(tmp_path):
 )
 def test_several_edited_and_unknown_commits_are_said(tmp_path, commit, said):
     cells = grid(tasks=("gqa",), scope=0.7)
-    store(tmp_path, cells[:1])
-    record = {
-        key: value
-        for key, value in Store(tmp_path).records()[0].items()
-        if key not in ("identity", "seal")
-    }
-    samples = Store.samples(Store(tmp_path).folder(cells[0].record["identity"]))
-    record["environment"] = record["environment"] | {"commit": commit}
-    record["metrics"] = cells[1].record["metrics"]
-    own = cells[1].rows
-    Store(tmp_path).write(
-        cells[1].record["identity"], record | {"average_tokens": 16.0}, samples.assign(**own)
-    )
+    store(tmp_path, [cells[0], *changed(cells[1:], {"environment.commit": commit})])
     doubts = Report(tmp_path, 200).sections[0].warnings
     assert any(f"2 commits, abc, {commit}" in text for text in doubts)
     assert any(said in text for text in doubts)

@@ -32,9 +32,9 @@ def test_every_model_and_suite_composes(tmp_path, model, suite):
     job = Job.of(composed(tmp_path, f"model={model}", f"suite={suite}"))
     assert job.model.name == model
     assert [Budget.parse(budget) for budget in job.model.budgets]
-    identity = job.identity("pope")
-    assert identity["model"]["weights"]
-    assert "device" not in identity["model"]
+    own = job.cell("pope").identity.as_json()["model"]
+    assert own["weights"]
+    assert "device" not in own
 
 
 @pytest.mark.parametrize("pruner", names("pruner"))
@@ -96,7 +96,7 @@ def test_a_results_folder_that_cannot_be_written_is_named():
 
 def test_what_changes_the_answers_changes_the_cell(tmp_path):
     def identity(*overrides):
-        return Job.of(composed(tmp_path, *overrides)).identity("pope")
+        return Job.of(composed(tmp_path, *overrides)).cell("pope").identity
 
     base = identity()
     for override in (
@@ -135,10 +135,10 @@ def test_editing_what_a_method_uses_makes_its_cells_new(
         inspect.getsource,
     )
     cell._source.cache_clear()
-    before = job.identity("pope")
+    before = job.cell("pope").identity
     cell._source.cache_clear()
     monkeypatch.setattr(inspect, "getsource", lambda of: read(of) + "# edited" * (of is edited))
-    assert (job.identity("pope") != before) is counts
+    assert (job.cell("pope").identity != before) is counts
     cell._source.cache_clear()
 
 

@@ -86,7 +86,7 @@ def test_without_git_a_cell_records_that(checkout, tmp_path, monkeypatch):
     assert commit_of(checkout) == "unknown: git is not installed"
     source.commit.cache_clear()
     try:
-        found = cell.environment(torch.device("cpu"))["commit"]
+        found = cell.environment(torch.device("cpu")).commit
     finally:
         source.commit.cache_clear()
     assert found == "unknown: git is not installed"

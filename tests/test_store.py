@@ -3,81 +3,136 @@
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import time
+from pathlib import Path
 
-import pandas as pd
 import pytest
+from cells import ENVIRONMENT, altered, cell, changed, rows, save
 
-from secateur.store import DamagedRecord, Store, digest
+from secateur.records import Failure, digest
+from secateur.store import DamagedRecord, Store
 
-IDENTITY = {
-    "model": {"name": "m"},
-    "suite": {"name": "s"},
-    "task": "pope",
-    "pruner": {"name": "scope", "alpha": 1.0},
-    "budget": "11.1%",
-}
-ROWS = pd.DataFrame({"doc_id": [0, 1], "score": [1.0, 0.0], "kept_indices": [[[0, 1]], [[2, 3]]]})
+CELL = cell("llava_1_5_7b", "scope", "11.1%", "gqa", rows("gqa", 0.5, 4), 64.0)
+IDENTITY = CELL.record.identity
+OLD = Path(__file__).parent / "records"  # a cell that commit a91f9cd wrote
+
+
+def reseal(folder: Path, changes: dict) -> None:
+    """Give a record other fields, and seal it again."""
+    content = json.loads((folder / "record.json").read_text()) | changes
+    content.pop("seal")
+    content = {name: value for name, value in content.items() if value is not ...}
+    (folder / "record.json").write_text(json.dumps(content | {"seal": digest(content)}))
 
 
 @pytest.mark.parametrize("budget", ["11.1%", "64", "128/tile", "11.1%/tile", "full"])
 def test_a_cell_comes_back_as_it_was_written(tmp_path, budget):
-    store, identity = Store(tmp_path), IDENTITY | {"budget": budget}
-    assert not store.has(identity)
-    folder = store.write(identity, {"metrics": {"x": 0.5}}, ROWS)
-    assert store.has(identity)
-    assert store.load(identity)["metrics"] == {"x": 0.5}
-    assert store.samples(folder)["score"].tolist() == [1.0, 0.0]
-    assert [record["identity"] for record in store.records()] == [identity]
+    own = changed([CELL], {"identity.budget": budget})[0]
+    stored = Store(tmp_path).cell(own.record.identity)
+    assert not stored.exists()
+    assert save(tmp_path, own) == stored.folder
+    assert stored.exists()
+    assert stored.read().metrics == {"exact_match": 0.5}
+    assert stored.samples()["score"].tolist() == own.rows["score"].tolist()
+    assert [record.identity for record in Store(tmp_path).records()] == [own.record.identity]
     assert not list(tmp_path.rglob(".writing/*"))
 
 
-def test_every_field_counts_for_the_place(tmp_path):
-    store = Store(tmp_path)
-    other = IDENTITY | {"pruner": {"name": "scope", "alpha": 2.0}}
-    assert store.folder(IDENTITY) != store.folder(other)
+def test_every_field_counts_for_the_folder():
+    other = altered(IDENTITY, {"pruner.alpha": 2.0})
+    assert IDENTITY.folder.parent == other.folder.parent
+    assert IDENTITY.folder != other.folder
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
 
 
 def test_an_edited_or_truncated_record_is_refused(tmp_path):
-    store = Store(tmp_path)
-    folder = store.write(IDENTITY, {"metrics": {"x": 0.5}}, ROWS)
+    stored, folder = Store(tmp_path).cell(IDENTITY), save(tmp_path, CELL)
     text = (folder / "record.json").read_text()
     (folder / "record.json").write_text(text.replace("0.5", "0.9"))
     with pytest.raises(DamagedRecord, match="changed"):
-        store.load(IDENTITY)
-    (folder / "record.json").write_text(text[:40])
-    with pytest.raises(DamagedRecord, match="delete the folder"):
-        store.load(IDENTITY)
-    for content in ("[]", "null", "3"):
+        stored.read()
+    for content in (text[:40], "[]", "null", "3", "[" * 100_000):
         (folder / "record.json").write_text(content)
         with pytest.raises(DamagedRecord, match="delete the folder"):
-            store.records()
+            stored.read()
     damaged: list[str] = []
-    assert store.records(damaged) == []
+    assert Store(tmp_path).records(damaged) == []
     assert len(damaged) == 1
     assert str(folder) in damaged[0]
     (folder / "record.json").write_text(text)
     (folder / "samples.parquet").write_bytes((folder / "samples.parquet").read_bytes()[:-10])
     with pytest.raises(DamagedRecord):
-        store.load(IDENTITY)
+        stored.read()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": ...}, "metrics: Field required"),
+        ({"documents": "4"}, "documents: Input should be a valid integer"),
+        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+        (
+            {"identity": IDENTITY.as_json() | {"budget": 16}},
+            "identity.budget: Input should be a valid string",
+        ),
+        ({"version": 99}, "has version 99, and this release reads version 1"),
+        ({"version": None}, "has version None, and this release reads version 1"),
+    ],
+)
+def test_a_record_of_other_fields_or_another_version_is_refused(tmp_path, changes, message):
+    folder = save(tmp_path, CELL)
+    reseal(folder, changes)
+    with pytest.raises(DamagedRecord, match=re.escape(message)):
+        Store(tmp_path).records()
+
+
+def test_a_record_in_the_folder_of_another_cell_is_refused(tmp_path):
+    folder, other = save(tmp_path, CELL), altered(IDENTITY, {"seed": 1})
+    folder.rename(Store(tmp_path).cell(other).folder)
+    for read in (Store(tmp_path).cell(other).read, Store(tmp_path).records):
+        with pytest.raises(DamagedRecord, match=f"that of another cell, {IDENTITY.folder}"):
+            read()
+
+
+def test_a_record_of_an_earlier_release_is_read(tmp_path):
+    shutil.copytree(OLD, tmp_path / "runs")
+    (record,) = Store(tmp_path).records()
+    assert record.identity.pruner.label == "divprune"
+    assert record.identity.pruner.fields == {"order": "spatial"}
+    assert (record.documents, record.environment.commit, record.version) == (60, "a91f9cd", 1)
+    assert record.environment.lock is None
+    stored = Store(tmp_path).cell(record.identity)
+    assert stored.read() == record
+    assert len(stored.samples()) == 60
 
 
 def test_a_failure_is_kept_and_forgotten_on_success(tmp_path):
-    store = Store(tmp_path)
-    path = store.write_failure(
-        IDENTITY, "Traceback ...\nValueError: no", {"device": "cpu"}, {"seed": 0}
+    stored = Store(tmp_path).cell(IDENTITY)
+    path = stored.write_failure("Traceback ...\nValueError: no", ENVIRONMENT, {"seed": 0})
+    assert stored.failure().endswith("ValueError: no")
+    assert Failure.model_validate_json(path.read_text()) == Failure(
+        identity=IDENTITY,
+        traceback="Traceback ...\nValueError: no",
+        environment=ENVIRONMENT,
+        config={"seed": 0},
     )
-    assert store.failure(IDENTITY).endswith("ValueError: no")
-    content = json.loads(path.read_text())
-    assert (content["identity"], content["environment"], content["config"]) == (
-        IDENTITY,
-        {"device": "cpu"},
-        {"seed": 0},
-    )
-    assert store.failure(IDENTITY, since=time.time() + 10) is None
-    store.write(IDENTITY, {"metrics": {}}, ROWS)
-    assert store.failure(IDENTITY) is None
+    assert stored.failure(since=time.time() + 10) is None
+    save(tmp_path, CELL)
+    assert stored.failure() is None
+
+
+def test_a_damaged_failure_and_that_of_another_cell_are_refused(tmp_path):
+    store, other = Store(tmp_path), altered(IDENTITY, {"seed": 1})
+    path = store.cell(IDENTITY).write_failure("Traceback", ENVIRONMENT, {})
+    where = store.cell(other).write_failure("Traceback", ENVIRONMENT, {})
+    path.rename(where)
+    with pytest.raises(DamagedRecord, match="that of another cell"):
+        store.cell(other).failure()
+    where.write_text("{}")
+    with pytest.raises(DamagedRecord, match="is damaged"):
+        store.cell(other).failure()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -87,7 +142,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def _hold(root, held, release):
-    with Store(root).claim(IDENTITY) as mine:
+    with Store(root).cell(IDENTITY).claim() as mine:
         assert mine
         held.set()
         release.wait(60)
@@ -108,61 +163,56 @@ def holder(tmp_path):
 
 def test_a_cell_that_another_process_holds_is_not_ours(tmp_path, holder):
     store, (_, release) = Store(tmp_path), holder
-    with store.claim(IDENTITY) as mine:
+    with store.cell(IDENTITY).claim() as mine:
         assert not mine
-    with store.claim(IDENTITY | {"task": "gqa"}) as mine:
+    with store.cell(altered(IDENTITY, {"task": "pope"})).claim() as mine:
         assert mine
-    with store.claim(IDENTITY, part="-0of2") as mine:
+    with store.cell(IDENTITY).claim("-0of2") as mine:
         assert mine
     release.set()
-    with store.claim(IDENTITY, wait=True) as mine:
+    with store.cell(IDENTITY).claim(wait=True) as mine:
         assert mine
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path, holder):
     holder[0].kill()
     holder[0].join()
-    with Store(tmp_path).claim(IDENTITY) as mine:
+    with Store(tmp_path).cell(IDENTITY).claim() as mine:
         assert mine
 
 
 def test_of_two_records_of_a_cell_the_first_stays(tmp_path):
     """Where a file system's locks do not reach other nodes, two of them may finish the same cell."""
-    store = Store(tmp_path)
     for value in (0.5, 0.6):
-        store.write(IDENTITY, {"metrics": {"x": value}}, ROWS)
-    assert store.load(IDENTITY)["metrics"] == {"x": 0.5}
+        save(tmp_path, *changed([CELL], {"metrics.exact_match": value}))
+    assert Store(tmp_path).cell(IDENTITY).read().metrics == {"exact_match": 0.5}
     assert not list(tmp_path.rglob(".writing/*"))
 
 
 def test_a_folder_without_a_record_gives_way(tmp_path):
-    store = Store(tmp_path)
-    store.folder(IDENTITY).mkdir(parents=True)
-    (store.folder(IDENTITY) / "samples.parquet").write_text("left over")
-    store.write(IDENTITY, {"metrics": {"x": 0.5}}, ROWS)
-    assert store.load(IDENTITY)["metrics"] == {"x": 0.5}
+    stored = Store(tmp_path).cell(IDENTITY)
+    stored.folder.mkdir(parents=True)
+    (stored.folder / "samples.parquet").write_text("left over")
+    save(tmp_path, CELL)
+    assert stored.read().metrics == {"exact_match": 0.5}
 
 
 def test_what_a_killed_process_left_half_written_is_no_record_and_goes(tmp_path):
-    store = Store(tmp_path)
-    folder = store.write(IDENTITY, {"metrics": {}}, ROWS)
-    left = tmp_path / "runs" / ".writing" / f"{digest(IDENTITY)[:12]}killed"
+    folder = save(tmp_path, CELL)
+    left = tmp_path / "runs" / ".writing" / f"{IDENTITY.digest[:12]}killed"
     os.rename(folder, left)
-    assert store.records() == []
-    store.write(IDENTITY, {"metrics": {}}, ROWS)
+    assert Store(tmp_path).records() == []
+    save(tmp_path, CELL)
     assert not left.exists()
 
 
 def test_the_answers_of_a_cell_go_when_it_is_written(tmp_path):
-    store = Store(tmp_path)
-    other = IDENTITY | {"seed": 1}
-    for path in (store.answers(IDENTITY), store.answers(IDENTITY, "-0of2"), store.answers(other)):
+    own = Store(tmp_path).cell(IDENTITY)
+    other = Store(tmp_path).cell(altered(IDENTITY, {"seed": 1}))
+    for path in (own.answers_file(), own.answers_file("-0of2"), other.answers_file()):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    assert store.all_answers(IDENTITY) == [
-        store.answers(IDENTITY, "-0of2"),
-        store.answers(IDENTITY),
-    ]
-    store.write(IDENTITY, {"metrics": {}}, ROWS)
-    assert store.all_answers(IDENTITY) == []
-    assert store.all_answers(other)
+    assert own.answers_files() == [own.answers_file("-0of2"), own.answers_file()]
+    save(tmp_path, CELL)
+    assert own.answers_files() == []
+    assert other.answers_files()

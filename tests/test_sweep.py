@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from sweeping import Sweeps, cells
 
-from secateur.store import Store
+from secateur.store import read
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"COLUMNS": "200"}
@@ -151,4 +151,4 @@ def test_an_interrupt_keeps_what_is_finished(results, swept, tmp_path):
     assert "Finished cells and answers are kept" in errors
     finished = cells(tmp_path)
     assert finished
-    assert all(Store.read(folder)["documents"] == 40 for folder in finished.values())
+    assert all(read(folder).documents == 40 for folder in finished.values())

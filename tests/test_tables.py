@@ -1,11 +1,11 @@
 """Tables: what is compared with what, and how it is labelled."""
 
-import dataclasses
-
 import pandas as pd
 import pytest
+from cells import altered, cell, rows
 
 from secateur.pruners import build
+from secateur.records import MethodIdentity
 from secateur.reporting import tables
 from secateur.tasks import TASKS
 
@@ -21,21 +21,18 @@ def record(
     limit: int | None = 60,
     **fields,
 ):
-    identity = {
-        "model": {"name": "m"},
-        "suite": {"name": "shapes", "revision": "1"},
-        "pruner": {"name": pruner, "status": "official", "source": "x", **fields},
-        "budget": budget,
-        "task": task,
-        "limit": limit,
-        "seed": 0,
-    }
-    return {
-        "identity": identity,
-        "metrics": metrics,
-        "average_tokens": tokens,
-        "environment": {"commit": "abc"},
-    }
+    own = cell(
+        "shapes_llava",
+        pruner,
+        budget,
+        task,
+        rows(task, 0.5, 4),
+        tokens,
+        limit=limit,
+        suite="shapes",
+        **fields,
+    )
+    return altered(own.record, {"metrics": metrics})
 
 
 UNPRUNED = [
@@ -92,18 +89,16 @@ def test_without_an_unpruned_row_nothing_is_relative():
     ],
 )
 def test_labels_name_changed_fields_and_reconstructions(pruner, label):
-    assert (
-        tables.label({"name": pruner.name, "status": pruner.status, **dataclasses.asdict(pruner)})
-        == label
-    )
+    assert MethodIdentity.of(pruner).label == label
 
 
 def test_a_field_that_a_method_got_later_counts_as_its_default():
-    older = {"name": "scope", "status": "official", "source": "x"}
-    assert tables.label(older) == "scope"
-    assert tables.changed_fields(older | {"alpha": 2.0}) == {"alpha": 2.0}
-    assert tables.changed_fields(older | {"alpha": 2.0}, {"alpha": 2.0}) == {}
-    assert tables.changed_fields(older, {"alpha": 2.0}) == {"alpha": build("scope").alpha}
+    older = MethodIdentity(name="scope", status="official", source="x")
+    assert older.label == "scope"
+    assert older.changed({"alpha": 2.0}) == {"alpha": build("scope").alpha}
+    newer = MethodIdentity(name="scope", status="official", source="x", alpha=2.0)
+    assert newer.changed() == {"alpha": 2.0}
+    assert newer.changed({"alpha": 2.0}) == {}
 
 
 def test_other_limits_get_tables_of_their_own():
@@ -116,7 +111,7 @@ def test_other_limits_get_tables_of_their_own():
 def test_the_files_name_suite_model_limit_and_commit(tmp_path):
     markdown, csv = tables.write(RANDOM + UNPRUNED, tmp_path)
     text = markdown.read_text()
-    assert "suite shapes, model m, the first 60 documents per task, seed 0" in text
+    assert "suite shapes, model shapes_llava, the first 60 documents per task, seed 0" in text
     assert "commit abc" in text
     assert "| random seed=3 | 48 | 48.0 | 60.0 | - | - |" in text
     assert pd.read_csv(csv)["tokens"].tolist() == [144, 48, 16]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import wandb
-from cells import cell, rows
+from cells import cell, rows, save
 from sweeping import Sweeps
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
@@ -97,7 +97,7 @@ def results(
             "prompt": "<script>",
         }
         extra |= {"prompt_tokens": 100, "visual_tokens": 576}
-        store.write(made.record["identity"], made.record, samples.assign(**extra))
+        save(folder, made._replace(rows=samples.assign(**extra)))
     return store.records()
 
 
@@ -115,9 +115,7 @@ def test_a_sweep_is_a_run_a_cell_and_one_of_tables(shapes, tmp_path):
     assert [run["exit"] for run in found] == [0] * 3
     assert len({run["run"].run_group for run in found}) == 1
     assert Counter(run["run"].job_type for run in found) == {"cell": 2, "tables": 1}
-    record = next(
-        record for record in Store(tmp_path).records() if record["identity"]["budget"] == "16"
-    )
+    record = next(record for record in Store(tmp_path).records() if record.identity.budget == "16")
     scope = next(run for run in found if "method:scope" in run["run"].tags)
     assert set(scope["run"].tags) == {
         "model:shapes_llava",
@@ -126,18 +124,19 @@ def test_a_sweep_is_a_run_a_cell_and_one_of_tables(shapes, tmp_path):
         "suite:shapes",
         "task:pope",
     }
-    assert {key: scope["config"][key] for key in record["identity"]} == record["identity"]
+    own = record.identity.as_json()
+    assert {key: scope["config"][key] for key in own} == own
     logged = scope["logged"]
     assert (
         logged["score/value"]
         == logged["pope_f1/value"]
-        == pytest.approx(100 * record["metrics"]["pope_f1_score"])
+        == pytest.approx(100 * record.metrics["pope_f1_score"])
     )
     assert (
         logged["pope_accuracy/low"] <= logged["pope_accuracy/value"] <= logged["pope_accuracy/high"]
     )
-    assert logged["metrics/pope_yes_ratio"] == record["metrics"]["pope_yes_ratio"]
-    assert logged["kept_tokens"] == record["kept_tokens"] == 16
+    assert logged["metrics/pope_yes_ratio"] == record.metrics["pope_yes_ratio"]
+    assert logged["kept_tokens"] == record.kept_tokens == 16
     assert logged["flops/first_token"] > 0
     assert 0 < logged["answer_seconds/median"] <= logged["answer_seconds/p90"]
     assert table(scope, "samples")["columns"][0] == "doc_id"
@@ -165,7 +164,7 @@ def test_a_cell_is_logged_once_a_sweep_and_again_when_its_record_is_another(tmp_
     assert log(tmp_path).log(records)
     assert log(tmp_path).log(records)
     assert len(runs(tmp_path)) == 3, "two cells, one table"
-    folder = Store(tmp_path).folder(records[1]["identity"])
+    folder = Store(tmp_path).cell(records[1].identity).folder
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
@@ -202,7 +201,7 @@ def test_what_cannot_be_computed_is_noted_and_the_rest_logged(tmp_path):
 
 def test_a_run_that_fails_is_named_and_the_others_are_logged(tmp_path, printed):
     records = results(tmp_path)
-    (Store(tmp_path).folder(records[0]["identity"]) / "samples.parquet").unlink()
+    (Store(tmp_path).cell(records[0].identity).folder / "samples.parquet").unlink()
     assert not log(tmp_path).log(records)
     assert "1 runs logged" in printed()
     assert "NOT LOGGED gqa none full, tables of fsr_table1_hub" in printed()

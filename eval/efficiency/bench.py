@@ -1,8 +1,6 @@
 """The benchmark: all settings of a model on the same prompts, in turn; batch 1, random weights."""
 
 import contextlib
-import dataclasses
-import json
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -34,7 +32,7 @@ from secateur.injection import Sample, Trace, inject
 from secateur.injection.session import Layout, adapter_for
 from secateur.inputs import Inputs, Prompt
 from secateur.pruners import InLLMPruner, Pruner, PrunerError
-from secateur.reporting.tables import label
+from secateur.records import MethodIdentity
 from secateur.shapes.scenes import make_scene, render
 
 RECIPE = (
@@ -59,9 +57,7 @@ class Setting:
     def method(self) -> str:
         if self.pruner is None:
             return self.kind
-        # through JSON, so that tuples become lists as in a record
-        fields = json.loads(json.dumps(dataclasses.asdict(self.pruner)))
-        return label({"name": self.pruner.name, "status": self.pruner.status, **fields})
+        return MethodIdentity.of(self.pruner).label
 
 
 @dataclass(frozen=True)
@@ -271,7 +267,7 @@ class Bench:
             "transformers": version("transformers"),
             **{
                 name: str(value)
-                for name, value in environment(plan.device).items()
+                for name, value in environment(plan.device).as_json().items()
                 if name != "device"
             },
             "state_before": str(before),

@@ -20,6 +20,8 @@ from secateur.prompts import PROMPTS
 if TYPE_CHECKING:  # the library works without lmms-eval
     from lmms_eval.protocol import ChatMessages
 
+    from secateur.settings import ModelIdentity
+
 NEWLINE = -1  # a placeholder of no image token: it holds the embedding that ends a row of tiles
 
 # cosines and sines as a family's layers get them: [B or 1, L, d]; with M-RoPE [3, B or 1, L, d]
@@ -275,11 +277,11 @@ class Family:
         """The crops of prompts with so many visual tokens; None where the number does not tell."""
         return None
 
-    def as_seen(self, model: dict[str, Any], image: Image.Image) -> Image.Image | None:
+    def as_seen(self, model: "ModelIdentity", image: Image.Image) -> Image.Image | None:
         """The part of an image that one square grid of tokens covers; None where no grid does.
 
         Args:
-            model: the model's settings.
+            model: the model's settings as a record holds them.
         """
         return None
 

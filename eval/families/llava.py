@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image, ImageOps
@@ -22,6 +22,9 @@ from transformers import (
 from secateur.families.base import Adapter, EncodedImage, Family, language_fields
 from secateur.families.contract import ContractError, require
 from secateur.prompts import LLAVA
+
+if TYPE_CHECKING:
+    from secateur.settings import ModelIdentity
 
 # CLIP towers: hidden_size, intermediate_size, layers, heads, image_size
 CLIP_L_336 = (1024, 4096, 24, 16, 336)
@@ -205,8 +208,8 @@ class Llava(Family):
         grid = clip_grid(config)
         return [grid] * (visual_tokens // grid[0] ** 2)
 
-    def as_seen(self, model: dict[str, Any], image: Image.Image) -> Image.Image | None:
-        if model.get("geometry") == "pad":
+    def as_seen(self, model: "ModelIdentity", image: Image.Image) -> Image.Image | None:
+        if model.geometry == "pad":
             return ImageOps.pad(image, (max(image.size),) * 2, color="gray")
         return ImageOps.fit(image, (min(image.size),) * 2)  # CLIP's processor: the middle square
 

@@ -1,7 +1,7 @@
 """LLaVA-NeXT: LLaVA-1.5's tower on several crops of an image."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -27,6 +27,9 @@ from secateur.families.llava import (
     llava_config,
     square,
 )
+
+if TYPE_CHECKING:
+    from secateur.settings import ModelIdentity
 
 _PINPOINTS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]  # in crops
 
@@ -162,7 +165,7 @@ class LlavaNext(Llava):
     def crops_of(self, config: Any, visual_tokens: int) -> list[tuple[int, int]] | None:
         return None
 
-    def as_seen(self, model: dict[str, Any], image: Image.Image) -> Image.Image | None:
+    def as_seen(self, model: "ModelIdentity", image: Image.Image) -> Image.Image | None:
         return None
 
     def places(self, kept: Sequence[int], visual: int) -> list[int]:

@@ -29,6 +29,8 @@ from secateur.families.contract import Arguments
 if TYPE_CHECKING:  # the library works without lmms-eval
     from lmms_eval.protocol import ChatMessages
 
+    from secateur.settings import ModelIdentity
+
 _CHUNK = 2**26  # attention weights held at a time: 256 MB in float32
 # towers: hidden_size, intermediate_size, layers, heads, window_size, blocks with full attention
 _VISION = (1280, 3420, 32, 16, 112, [7, 15, 23, 31])
@@ -348,8 +350,8 @@ class Qwen25VL(Family):
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         return [(rows // merge, columns // merge)]
 
-    def as_seen(self, model: dict[str, Any], image: Image.Image) -> Image.Image | None:
-        return image.resize((max(image.size),) * 2) if model.get("image_side") else None
+    def as_seen(self, model: "ModelIdentity", image: Image.Image) -> Image.Image | None:
+        return image.resize((max(image.size),) * 2) if model.image_side else None
 
     def positions(self, inputs: BatchFeature, visual: Tensor, length: int) -> Tensor:
         """[3, 1, length]: M-RoPE's time, row and column."""

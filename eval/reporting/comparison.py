@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from secateur.records import Record
 from secateur.reporting import stats
-from secateur.reporting.tables import by_setting, label
+from secateur.reporting.tables import by_setting
 from secateur.store import Store
 from secateur.tasks import TASKS
 
@@ -26,24 +27,24 @@ _INFERRED = (
 class Cell(NamedTuple):
     """A finished cell: its record and its per-document rows."""
 
-    record: dict[str, Any]
+    record: Record
     rows: pd.DataFrame
 
     @property
     def task(self) -> str:
-        return self.record["identity"]["task"]
+        return self.record.identity.task
 
     @property
     def name(self) -> str:
-        return self.record["identity"]["pruner"]["name"]
+        return self.record.identity.pruner.name
 
     @property
     def method(self) -> str:
-        return label(self.record["identity"]["pruner"])
+        return self.record.identity.pruner.label
 
     @property
     def budget(self) -> str:
-        return self.record["identity"]["budget"]
+        return self.record.identity.budget
 
     @property
     def key(self) -> str:
@@ -53,27 +54,24 @@ class Cell(NamedTuple):
     @property
     def tokens(self) -> float:
         """Visual tokens per prompt (all its images), mean over documents and layers."""
-        return float(self.record["average_tokens"])
+        return self.record.average_tokens
 
     def per_image(self, tokens: float) -> float:
-        """Tokens per document as tokens per image; 0 if no document has an image.
-
-        Old records do not count images: they are taken to have one image per document.
-        """
-        images = self.record.get("images", 1.0)
+        """Tokens per document as tokens per image; 0 if no document has an image."""
+        images = self.record.images
         return tokens / images if images else 0.0
 
     def stored(self, metric: str) -> float:
         """A metric as lmms-eval aggregated it, in the units tables print."""
         definition = TASKS[self.task].metrics[metric]
-        return definition.factor * self.record["metrics"][definition.stored]
+        return definition.factor * self.record.metrics[definition.stored]
 
 
 def load(results: Path, damaged: list[str] | None = None) -> list[Cell]:
     """All finished cells of a results folder; `damaged` as in `Store.records`."""
     store, cells = Store(results), []
     for record in store.records(damaged):
-        path = store.folder(record["identity"]) / "samples.parquet"
+        path = store.cell(record.identity).folder / "samples.parquet"
         stored = pq.read_schema(path).names
         cells.append(
             Cell(
@@ -90,7 +88,7 @@ def check_one_setting(cells: list[Cell]) -> None:
         ValueError: they do not; the message says in what.
     """
     for field in ("suite", "model", "limit", "seed", "versions"):
-        found = {str(cell.record["identity"][field]) for cell in cells}
+        found = {str(cell.record.identity.as_json()[field]) for cell in cells}
         if len(found) > 1:
             raise ValueError(
                 f"cells of {len(found)} settings cannot share a table; "
@@ -110,7 +108,7 @@ def settings(cells: list[Cell]) -> list[list[Cell]]:
 
 def provenance(cells: list[Cell]) -> str:
     """How many cells a table shows, and the commits at which they ran."""
-    commits = sorted({cell.record["environment"]["commit"] for cell in cells})
+    commits = sorted({cell.record.environment.commit for cell in cells})
     return f"{len(cells)} cells, commit {', '.join(commits)}."
 
 

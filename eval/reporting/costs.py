@@ -1,8 +1,9 @@
 """What the cells of a sweep cost, by task, method and budget."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pandas as pd
 
@@ -27,16 +28,18 @@ def first_token_flops(cells: Sequence[Cell]) -> Costs:
     Raises:
         ValueError: an old record, which has no FLOPs.
     """
-    without = [cell for cell in cells if "flops" not in cell.record]
+    without = [cell for cell in cells if cell.record.flops is None]
     if without:
         raise ValueError(
             f"the records of {len(without)} cells, such as {without[0].key}, have no FLOPs; "
             "run them again"
         )
-    means = {
-        (cell.task, cell.method, cell.budget): cell.record["flops"]["first_token"] for cell in cells
-    }
-    uncounted = {cell.method for cell in cells if cell.record["flops"]["pruner"] is None}
+    means, uncounted = {}, set()
+    for cell in cells:
+        flops = cell.record.flops or {}
+        means[cell.task, cell.method, cell.budget] = flops["first_token"] or math.nan
+        if flops["pruner"] is None:
+            uncounted.add(cell.method)
     return Costs(_with_average(means, len({cell.task for cell in cells})), sorted(uncounted))
 
 
@@ -49,7 +52,7 @@ def prefill_times(cells: Sequence[Cell], results: Path) -> dict[str, pd.Series]:
     tokens per image; a method's average is left out if one of its tasks is.
     """
     found: dict[str, pd.Series] = {}
-    model = cells[0].record["identity"]["model"]["name"]
+    model = cells[0].record.identity.model.name
     for path in sorted((results / "bench").glob("bench-*.parquet")):
         samples = pd.read_parquet(path)
         samples = samples[
@@ -62,7 +65,8 @@ def prefill_times(cells: Sequence[Cell], results: Path) -> dict[str, pd.Series]:
             times = {}
             for cell in cells:
                 own_tokens = cell.per_image(cell.tokens)
-                for (method, tokens), time in medians.items():
+                for key, time in medians.items():
+                    method, tokens = cast(tuple[str, float], key)
                     same = method == ("unpruned" if cell.name == "none" else cell.method)
                     if same and abs(tokens - own_tokens) <= TOKENS * own_tokens:
                         times[cell.task, cell.method, cell.budget] = time

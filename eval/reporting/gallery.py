@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 from PIL import Image
 
 from secateur.families import family_of
 from secateur.reporting.comparison import Cell
+from secateur.settings import ModelIdentity
 from secateur.store import Store
 
 PER_SIDE = 2  # documents shown per task and method that is right
@@ -151,7 +152,7 @@ def disagreements(
 
 def samples(cell: Cell, results: Path, docs: Sequence[int] | None = None) -> pd.DataFrame:
     """The stored rows of a cell, with the kept tokens; of all documents or of `docs`."""
-    path = Store(results).folder(cell.record["identity"]) / "samples.parquet"
+    path = Store(results).cell(cell.record.identity).folder / "samples.parquet"
     return pd.read_parquet(
         path, columns=_COLUMNS, filters=None if docs is None else [("doc_id", "in", list(docs))]
     )
@@ -170,7 +171,7 @@ def patches(row: pd.Series) -> tuple[int, ...]:
 
 
 def as_seen(
-    model: dict[str, Any], images: Sequence[Image.Image], row: pd.Series
+    model: ModelIdentity, images: Sequence[Image.Image], row: pd.Series
 ) -> tuple[Image.Image, tuple[int, int]] | None:
     """The image as the model's encoder sees it, and the grid of its tokens.
 
@@ -180,5 +181,5 @@ def as_seen(
     side = math.isqrt(row["visual_tokens"])
     if len(images) != 1 or side**2 != row["visual_tokens"]:
         return None
-    seen = family_of(model.get("family", "llava")).as_seen(model, images[0])
+    seen = family_of(model.family).as_seen(model, images[0])
     return None if seen is None else (seen, (side, side))

@@ -6,7 +6,6 @@ import pandas as pd
 
 from secateur.reporting.comparison import Cell, provenance
 from secateur.reporting.stats import LEVEL
-from secateur.reporting.tables import title
 
 
 def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
@@ -50,7 +49,7 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
         notes.append(f"{task}, {who}: {mark}.")
     notes.append(provenance(cells))
     table = wide.loc[tokens.index].reset_index().to_markdown(index=False, disable_numparse=True)
-    heading = f"Intervals: {title([cell.record for cell in cells])}."
+    heading = f"Intervals: {cells[0].record.identity.title}."
     return f"{heading}\n\n{table}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
 
 
@@ -66,9 +65,7 @@ def _shown(row: pd.Series) -> str:
 def write(cells: list[Cell], comparison: pd.DataFrame, folder: Path) -> list[Path]:
     """Write the comparison as Markdown and, with every column, as CSV; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    identity = cells[0].record["identity"]
-    suite, model = identity["suite"]["name"], identity["model"]["name"]
-    stem = f"intervals_{suite}_{model}_{identity['limit'] or 'all'}"
+    stem = f"intervals_{cells[0].record.identity.stem}"
     paths = [folder / f"{stem}.md", folder / f"{stem}.csv"]
     paths[0].write_text(markdown(cells, comparison), encoding="utf-8")
     comparison.to_csv(paths[1], index=False)

@@ -100,8 +100,8 @@ def _place(
     fitting: list[tuple[Row, Cell]] = []
     left_out = set()
     for cell in cells:
-        identity = cell.record["identity"]
-        if (identity["suite"]["name"], identity["model"]["name"]) != (
+        identity = cell.record.identity
+        if (identity.suite.name, identity.model.name) != (
             "hub",
             layout.model,
         ) or cell.task not in layout.tasks:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from secateur.pruners import REGISTRY
 from secateur.reporting.comparison import Cell
-from secateur.store import digest
 
 
 class Provenance(NamedTuple):
@@ -25,13 +24,13 @@ class Provenance(NamedTuple):
 
     @classmethod
     def of(cls, cells: Sequence[Cell]) -> "Provenance":
-        pruners = {cell.method: cell.record["identity"]["pruner"] for cell in cells}
+        pruners = {cell.method: cell.record.identity.pruner for cell in cells}
         methods = [
             {
                 "method": name,
-                "status": own["status"],
-                "paper": REGISTRY[own["name"]].paper,
-                "source": own["source"],
+                "status": own.status,
+                "paper": REGISTRY[own.name].paper,
+                "source": own.source,
             }
             for name, own in sorted(pruners.items())
         ]
@@ -40,28 +39,28 @@ class Provenance(NamedTuple):
 
 def _facts(cells: Sequence[Cell]) -> dict[str, str]:
     identities, machines = (
-        [cell.record["identity"] for cell in cells],
-        [cell.record["environment"] for cell in cells],
+        [cell.record.identity for cell in cells],
+        [cell.record.environment for cell in cells],
     )
-    first, started = identities[0], sorted(cell.record["started"] for cell in cells)
+    first, started = identities[0], sorted(cell.record.started for cell in cells)
     return {
         "cells": str(len(cells)),
-        "suite": f"{first['suite']['name']}, revision {first['suite']['revision']}",
+        "suite": f"{first.suite.name}, revision {first.suite.revision}",
         **{
             f"model: {name}": str(value)
-            for name, value in first["model"].items()
+            for name, value in first.as_json()["model"].items()
             if value is not None
         },
-        "documents per task": "all" if first["limit"] is None else f"the first {first['limit']}",
-        "seed": str(first["seed"]),
+        "documents per task": "all" if first.limit is None else f"the first {first.limit}",
+        "seed": str(first.seed),
         "versions": _listed(
             f"{name} {version}"
             for identity in identities
-            for name, version in identity["versions"].items()
+            for name, version in identity.versions.items()
         ),
-        "commits": _listed(machine["commit"] for machine in machines),
+        "commits": _listed(machine.commit for machine in machines),
         "hardware": _listed(
-            "{device} ({machine}, {cores} cores, Python {python})".format(**machine)
+            f"{machine.device} ({machine.machine}, {machine.cores} cores, Python {machine.python})"
             for machine in machines
         ),
         "run": f"{started[0]} to {started[-1]}",
@@ -75,14 +74,14 @@ def _row(cell: Cell) -> dict[str, Any]:
         "budget": cell.budget,
         "documents": len(cell.rows),
         "empty": int((cell.rows["answer"].str.strip() == "").sum()),
-        "identity": digest(cell.record["identity"])[:12],
-        "commit": cell.record["environment"]["commit"],
-        "started": cell.record["started"],
+        "identity": cell.record.identity.digest[:12],
+        "commit": cell.record.environment.commit,
+        "started": cell.record.started,
     }
 
 
 def _doubts(cells: Sequence[Cell]) -> list[str]:
-    commits, found = sorted({cell.record["environment"]["commit"] for cell in cells}), []
+    commits, found = sorted({cell.record.environment.commit for cell in cells}), []
     if len(commits) > 1:
         found.append(
             f"The cells ran at {len(commits)} commits, {', '.join(commits)}: "

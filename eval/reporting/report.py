@@ -17,8 +17,6 @@ from secateur.reporting.overlay import kept_tokens
 from secateur.reporting.provenance import Provenance
 from secateur.reporting.report_parts import DEMONSTRATION, Entry, Picture, Published, Section
 from secateur.reporting.reported import load_reported
-from secateur.reporting.tables import SETTING, title
-from secateur.store import digest
 
 _PER_PICTURE = 5  # methods per picture of kept tokens
 
@@ -72,17 +70,14 @@ class Report:
         return bool(self._damaged) or sections or any(table.refused for table in self.published)
 
     def _section(self, cells: list[Cell]) -> Section:
-        records = [cell.record for cell in cells]
-        identity = records[0]["identity"]
-        setting = digest([identity[key] for key in SETTING])[:8]
-        suite, model, limit = (
-            identity["suite"]["name"],
-            identity["model"]["name"],
-            identity["limit"] or "all",
-        )
+        identity = cells[0].record.identity
         origin = Provenance.of(cells)
         section = Section(
-            title(records), f"{suite}_{model}_{limit}_{setting}", suite, origin, list(origin.doubts)
+            identity.title,
+            f"{identity.stem}_{identity.setting}",
+            identity.suite.name,
+            origin,
+            list(origin.doubts),
         )
         try:
             compared = comparison.compare(cells, self.resamples)
@@ -199,7 +194,7 @@ class Report:
                 )
             first = next(iter(rows.values()))
             seen = gallery.as_seen(
-                pruned[0].record["identity"]["model"], source.images(task, first), first
+                pruned[0].record.identity.model, source.images(task, first), first
             )
             if seen is None:
                 section.warnings.append(
@@ -235,7 +230,7 @@ class Report:
             section.warnings.append("No gallery: it needs two methods at one budget.")
             return
         section.counts, found = gallery.disagreements(cells, section.rivals, self.results)
-        model = cells[0].record["identity"]["model"]
+        model = cells[0].record.identity.model
         for item in found:
             document, picture = f"{item.task} {item.row['doc_id']}", None
             images = source.images(item.task, item.row) if source else []

@@ -1,7 +1,5 @@
 """Accuracy tables of finished cells: printed, Markdown, CSV."""
 
-import dataclasses
-import json
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -12,48 +10,19 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from secateur.pruners import REGISTRY
+from secateur.records import Record
 from secateur.tasks import TASKS
 
-Records = list[dict[str, Any]]
-SETTING = ("suite", "model", "limit", "seed")  # what cells of one table share
+Records = list[Record]
 
 
 def by_setting(records: Records) -> list[Records]:
     """Records that may share a table, by setting."""
 
-    def setting(record: dict[str, Any]) -> str:
-        return str([record["identity"][key] for key in SETTING])
+    def setting(record: Record) -> tuple[str, str]:
+        return record.identity.stem, record.identity.setting
 
     return [list(group) for _, group in groupby(sorted(records, key=setting), key=setting)]
-
-
-def changed_fields(
-    pruner: dict[str, Any], expected: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Fields of a record's method that differ from `expected`, or from the defaults.
-
-    Fields that `expected` does not name are compared with the defaults. A field that the method got
-    after the record was written counts as its default.
-    """
-    defaults = {field.name: field.default for field in dataclasses.fields(REGISTRY[pruner["name"]])}
-    # JSON has no tuples
-    own, usual = (
-        json.loads(json.dumps(fields))
-        for fields in (defaults | pruner, defaults | (expected or {}))
-    )
-    return {name: own[name] for name in defaults if own[name] != usual[name]}
-
-
-def label(pruner: dict[str, Any]) -> str:
-    """Method name, options that differ from their defaults, and the mark of a reconstruction."""
-    mark = " (reconstruction)" if pruner["status"] == "reconstruction" else ""
-    return (
-        " ".join(
-            [pruner["name"], *(f"{name}={value}" for name, value in changed_fields(pruner).items())]
-        )
-        + mark
-    )
 
 
 def accuracy(records: Records) -> pd.DataFrame:
@@ -68,12 +37,12 @@ def accuracy(records: Records) -> pd.DataFrame:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     tokens: dict[tuple[str, str], list[float]] = {}
     for record in records:
-        identity = record["identity"]
-        task, key = TASKS[identity["task"]], (label(identity["pruner"]), identity["budget"])
+        identity = record.identity
+        task, key = TASKS[identity.task], (identity.pruner.label, identity.budget)
         metric = task.metrics[task.headline]
-        score = metric.factor * record["metrics"][metric.stored]
+        score = metric.factor * record.metrics[metric.stored]
         rows.setdefault(key, {})[task.heading()] = score
-        tokens.setdefault(key, []).append(record["average_tokens"])
+        tokens.setdefault(key, []).append(record.average_tokens)
     means = {key: fmean(own) for key, own in tokens.items()}
     order = sorted(rows, key=lambda key: (key[0] != "none", -means[key], *key))
     table = pd.DataFrame(
@@ -89,17 +58,6 @@ def accuracy(records: Records) -> pd.DataFrame:
     return table
 
 
-def title(records: Records) -> str:
-    identity = records[0]["identity"]
-    limit = (
-        "all documents"
-        if identity["limit"] is None
-        else f"the first {identity['limit']} documents per task"
-    )
-    suite, model = identity["suite"]["name"], identity["model"]["name"]
-    return f"suite {suite}, model {model}, {limit}, seed {identity['seed']}"
-
-
 def _cells(table: pd.DataFrame) -> pd.DataFrame:
     """Numbers as printed: one decimal, a dash if nothing was run."""
     return table.map(
@@ -112,7 +70,7 @@ def _cells(table: pd.DataFrame) -> pd.DataFrame:
 def show(records: Records) -> None:
     """Print the table."""
     table = _cells(accuracy(records))
-    view = Table(title=title(records))
+    view = Table(title=records[0].identity.title)
     for name in table:
         view.add_column(str(name), justify="left" if name == "method" else "right")
     for row in table.itertuples(index=False):
@@ -123,15 +81,12 @@ def show(records: Records) -> None:
 def write(records: Records, folder: Path) -> list[Path]:
     """Write the table as Markdown and CSV; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    identity, table = records[0]["identity"], accuracy(records)
-    commits = sorted({record["environment"]["commit"] for record in records})
-    stem = (
-        folder
-        / f"{identity['suite']['name']}_{identity['model']['name']}_{identity['limit'] or 'all'}"
-    )
+    identity, table = records[0].identity, accuracy(records)
+    commits = sorted({record.environment.commit for record in records})
+    stem = folder / identity.stem
     shown = _cells(table)
     lines = [
-        f"Accuracy: {title(records)}.",
+        f"Accuracy: {identity.title}.",
         "",
         "| " + " | ".join(shown.columns) + " |",
         "|" + "|".join("---" if name == "method" else "---:" for name in shown.columns) + "|",

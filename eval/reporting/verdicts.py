@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from secateur.pruners import REGISTRY, InLLMPruner
 from secateur.reporting.comparison import TOKENS, Cell
 from secateur.reporting.stats import Interval
-from secateur.reporting.tables import changed_fields
 
 MATCH = 1.0
 CLOSE = 2.5
@@ -54,9 +53,8 @@ def judge_method(printed: float, own: Interval, unpruned: Verdict) -> Verdict:
 
 def choices(cell: Cell, model: dict[str, Any]) -> list[str]:
     """Fields of a cell's method that are neither the defaults nor what the model's config sets."""
-    changed = changed_fields(
-        cell.record["identity"]["pruner"], model.get("pruner_fields", {}).get(cell.name, {})
-    )
+    expected = model.get("pruner_fields", {}).get(cell.name, {})
+    changed = cell.record.identity.pruner.changed(expected)
     return [f"{name}={value}" for name, value in changed.items() if name not in MEASURED]
 
 
@@ -66,14 +64,13 @@ def foreign(cell: Cell, inputs: dict[str, Any]) -> str:
     Args:
         inputs: the model settings that the table needs.
     """
-    identity = cell.record["identity"]
-    if identity["limit"] is not None:
-        return f"only the first {identity['limit']} documents"
-    own = identity["model"]
+    identity = cell.record.identity
+    if identity.limit is not None:
+        return f"only the first {identity.limit} documents"
     other = [
-        f"{name} is {own.get(name)}, not {value}"
+        f"{name} is {own}, not {value}"
         for name, value in inputs.items()
-        if own.get(name) != value
+        if (own := getattr(identity.model, name, None)) != value
     ]
     return ", ".join(other)
 
@@ -86,7 +83,7 @@ def off_budget(cell: Cell, full_tokens: int | None, keep: float | None) -> str:
         keep: visual tokens per image after pruning, or, if at most 1, their share; None: the
             unpruned row.
     """
-    before, after = cell.per_image(cell.record["visual_tokens"]), cell.per_image(cell.tokens)
+    before, after = cell.per_image(cell.record.visual_tokens), cell.per_image(cell.tokens)
     if full_tokens is not None and abs(before - full_tokens) > 0.5:
         return f"layout: {before:.0f} visual tokens per image, not {full_tokens}"
     # inside the LLM a budget names the schedule of a release

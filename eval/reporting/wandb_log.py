@@ -14,12 +14,13 @@ import wandb
 from omegaconf import DictConfig, OmegaConf
 
 from secateur.progress import console, print_error
+from secateur.records import Record, digest
 from secateur.reporting import comparison, figures, gallery, interval_table, tables
 from secateur.reporting.comparison import Cell
 from secateur.reporting.costs import first_token_flops
 from secateur.reporting.overlay import kept_tokens
 from secateur.reporting.wandb_values import documents, image, numbers, settings, table
-from secateur.store import Store, digest
+from secateur.store import Store
 
 
 class _Run(NamedTuple):
@@ -141,25 +142,16 @@ class WandbLog:
 
     def _runs(self, group: tables.Records) -> list[_Run]:
         """The runs of a setting: its cells, and the tables."""
-        identity = group[0]["identity"]
+        identity = group[0].identity
         sweep = [self.experiment] if self.experiment else []
-        setting = digest([identity[key] for key in tables.SETTING])[:8]
-        name = "_".join(
-            [
-                *sweep,
-                identity["suite"]["name"],
-                identity["model"]["name"],
-                str(identity["limit"] or "all"),
-                setting,
-            ]
-        )
+        name = "_".join([*sweep, identity.stem, identity.setting])
         runs = []
         for record in group:
-            own = record["identity"]
-            title = f"{own['task']} {tables.label(own['pruner'])} {own['budget']}"
-            key = digest([name, own])[:16]
-            runs.append(_Run(title, key, record["seal"], partial(self._cell, key, name, record)))
-        seals = digest(sorted(record["seal"] for record in group))
+            own = record.identity
+            title = f"{own.task} {own.pruner.label} {own.budget}"
+            key = digest([name, own.as_json()])[:16]
+            runs.append(_Run(title, key, record.seal, partial(self._cell, key, name, record)))
+        seals = digest(sorted(record.seal for record in group))
         key = digest([name, "tables"])[:16]
         return [
             *runs,
@@ -197,13 +189,13 @@ class WandbLog:
             settings=settings(),
         )
 
-    def _cell(self, key: str, group: str, record: dict[str, Any]) -> None:
-        identity, cell = record["identity"], self._load(record)
+    def _cell(self, key: str, group: str, record: Record) -> None:
+        identity, cell = record.identity, self._load(record)
         tags = {
-            "model": identity["model"]["name"],
+            "model": identity.model.name,
             "method": cell.name,
             "budget": cell.budget,
-            "suite": identity["suite"]["name"],
+            "suite": identity.suite.name,
             "task": cell.task,
             "experiment": self.experiment,
         }
@@ -212,10 +204,10 @@ class WandbLog:
         logged["samples"] = table(cell.rows.head(self.samples))
         if pictures := self._pictures(cell, notes):
             logged["overlays"] = pictures
-        config = identity | {
+        config = identity.as_json() | {
             "method": cell.method,
-            "environment": record["environment"],
-            "cell": digest(identity),
+            "environment": record.environment.as_json(),
+            "cell": identity.digest,
         }
         with self._init(
             key, group, "cell", f"{cell.task} {cell.key}", tags, config, "\n\n".join(notes)
@@ -224,9 +216,9 @@ class WandbLog:
 
     def _tables(self, key: str, name: str, group: tables.Records) -> None:
         """Log accuracy and the comparison with its figures; notes: the table with intervals."""
-        identity, cells = group[0]["identity"], [self._load(record) for record in group]
+        identity, cells = group[0].identity, [self._load(record) for record in group]
         logged: dict[str, Any] = {"cells": len(cells), "accuracy": table(tables.accuracy(group))}
-        caption = tables.title(group)
+        caption = identity.title
         try:
             compared = comparison.compare(cells)
         except ValueError as error:
@@ -247,13 +239,13 @@ class WandbLog:
                 notes.append(f"No accuracy against FLOPs: {error}.")
             if shares := figures.agreement(cells):
                 logged["agreement"] = image(figures.agreement_matrices(shares, caption))
-        commits = sorted({record["environment"]["commit"] for record in group})
-        config = {key: identity[key] for key in (*tables.SETTING, "versions")} | {
-            "commits": commits
-        }
+        commits = sorted({record.environment.commit for record in group})
+        shared = ("suite", "model", "limit", "seed", "versions")
+        own = identity.as_json()
+        config = {name: own[name] for name in shared} | {"commits": commits}
         tags = {
-            "model": identity["model"]["name"],
-            "suite": identity["suite"]["name"],
+            "model": identity.model.name,
+            "suite": identity.suite.name,
             "experiment": self.experiment,
         }
         with self._init(
@@ -261,19 +253,19 @@ class WandbLog:
         ) as run:
             run.log(logged)
 
-    def _load(self, record: dict[str, Any]) -> Cell:
+    def _load(self, record: Record) -> Cell:
         """A cell with its rows, without the long lists of tokens, which no table needs."""
-        rows = Store.samples(self.store.folder(record["identity"]))
+        rows = self.store.cell(record.identity).samples()
         return Cell(
             record, rows.drop(columns=["kept_indices", "layer_tokens", "crops"], errors="ignore")
         )
 
     def _pictures(self, cell: Cell, notes: list[str]) -> list[wandb.Image]:
         """The first images beside the tokens that the cell kept; notes say why there are none."""
-        identity = cell.record["identity"]
+        identity = cell.record.identity
         if not self.overlays or cell.name == "none":
             return []
-        if identity["suite"] != {key: self.suite[key] for key in ("name", "revision")}:
+        if identity.suite.model_dump() != {key: self.suite[key] for key in ("name", "revision")}:
             notes.append(f"No pictures of kept tokens: the sweep's suite is {self.suite['name']}.")
             return []
         docs = (
@@ -283,9 +275,9 @@ class WandbLog:
         )
         pictures = []
         try:
-            source = documents(identity["suite"]["name"], cell.task, self.suite["data_root"])
+            source = documents(identity.suite.name, cell.task, self.suite["data_root"])
             for _, row in gallery.samples(cell, self.results, docs.tolist()).iterrows():
-                seen = gallery.as_seen(identity["model"], source.images(cell.task, row), row)
+                seen = gallery.as_seen(identity.model, source.images(cell.task, row), row)
                 if seen is None:
                     notes.append(
                         f"No picture of document {row['doc_id']}: "

@@ -35,9 +35,7 @@ def numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
     Metrics are in the units of the tables; the headline is also logged as "score". What has no
     interval is added to `notes`.
     """
-    content = {
-        key: value for key, value in cell.record.items() if key not in ("identity", "environment")
-    }
+    content = cell.record.model_dump(exclude={"identity", "environment"}, exclude_unset=True)
     flat = pd.json_normalize(content, sep="/").iloc[0].to_dict()
     values = {
         str(key): float(value)
@@ -46,7 +44,7 @@ def numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
     }
     task = TASKS[cell.task]
     for metric, definition in task.metrics.items():
-        if definition.stored not in cell.record["metrics"]:
+        if definition.stored not in cell.record.metrics:
             continue  # a half of MME that has no documents within the limit
         found = {"value": cell.stored(metric)}
         try:

@@ -70,7 +70,7 @@ def _while_importing(compose: Callable[[], Configs]) -> Configs:
     import secateur.reporting.tables  # noqa: F401 - both import the methods, and these PyTorch
 
     try:
-        return receiving.recv()  # type: ignore[no-any-return]
+        return receiving.recv()
     except EOFError:
         return compose()
     finally:

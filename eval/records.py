@@ -1,0 +1,173 @@
+"""What a results folder says of its cells: identity, results, where a cell ran, why it failed.
+
+The models are plain data. They are as strict as the files should be: a value of another type, a
+missing field and an unknown one are errors.
+"""
+
+import dataclasses
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from secateur.settings import ModelIdentity, SuiteIdentity
+
+VERSION = 1  # of record.json; raised when a file of today could be misread
+
+
+def digest(value: Any) -> str:
+    """Hash of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    def as_json(self) -> dict[str, Any]:
+        """The content as it is written. Fields that a file did not hold are not added."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class MethodIdentity(_Data):
+    """A pruning method with its fields, which are attributes here as well."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    status: str  # official, paper, reconstruction or baseline
+    source: str = ""  # digest of its code; empty for a method that has not run
+
+    @classmethod
+    def of(cls, pruner: Any, source: str = "") -> Self:
+        """The identity of a built method."""
+        # through JSON, which has no tuples, so that it equals what a file gives back
+        fields = json.loads(json.dumps(dataclasses.asdict(pruner)))
+        return cls(name=pruner.name, status=pruner.status, source=source, **fields)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of the method's class."""
+        return self.__pydantic_extra__ or {}
+
+    def changed(self, expected: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The fields that differ from `expected`, or from the class's defaults.
+
+        Fields that `expected` does not name are compared with the defaults. A field that the
+        method got after the record was written counts as its default.
+        """
+        from secateur.pruners import REGISTRY  # imports PyTorch, which takes more than a second
+
+        defaults = {field.name: field.default for field in dataclasses.fields(REGISTRY[self.name])}
+        own, usual = (
+            json.loads(json.dumps(fields))
+            for fields in (defaults | self.fields, defaults | (expected or {}))
+        )
+        return {name: own[name] for name in defaults if own[name] != usual[name]}
+
+    @property
+    def label(self) -> str:
+        """Name, fields that differ from their defaults, and the mark of a reconstruction."""
+        words = [self.name, *(f"{name}={value}" for name, value in self.changed().items())]
+        return " ".join(words) + (" (reconstruction)" if self.status == "reconstruction" else "")
+
+
+class Identity(_Data):
+    """Everything that decides a cell's answers. Equal identities mean the same cell.
+
+    The unpruned model's budget is `full`.
+    """
+
+    model: ModelIdentity
+    pruner: MethodIdentity
+    budget: str
+    suite: SuiteIdentity
+    task: str
+    limit: int | None
+    seed: int
+    versions: dict[str, str]
+
+    @cached_property
+    def digest(self) -> str:
+        return digest(self.as_json())
+
+    @property
+    def folder(self) -> Path:
+        """The cell's folder, relative to the store's."""
+        budget = self.budget.replace("%", "pct").replace("/", "-per-")
+        name = f"{self.pruner.name}_{budget}_{self.digest[:12]}"
+        return Path(self.suite.name, self.model.name, self.task, name)
+
+    @cached_property
+    def setting(self) -> str:
+        """Digest of what all cells of one table share."""
+        own = self.as_json()
+        return digest([own[name] for name in ("suite", "model", "limit", "seed")])[:8]
+
+    @property
+    def stem(self) -> str:
+        """The setting in the names of files of tables."""
+        return f"{self.suite.name}_{self.model.name}_{self.limit or 'all'}"
+
+    @property
+    def title(self) -> str:
+        """The setting in the titles of tables and figures."""
+        documents = (
+            "all documents" if self.limit is None else f"the first {self.limit} documents per task"
+        )
+        return f"suite {self.suite.name}, model {self.model.name}, {documents}, seed {self.seed}"
+
+
+class Environment(_Data):
+    """Where a cell ran. None: not known, or not recorded by the release that wrote the file."""
+
+    python: str
+    machine: str
+    cores: int | None
+    device: str
+    commit: str
+    lock: str | None = None  # digest of the lock, or "not the lock"
+    differences: dict[str, str] | str | None = None  # from the lock, by package
+    weights_commit: str | None = None
+    data_fingerprint: str | None = None
+    batch_tokens: int | None = None  # the smallest of the run: a lack of memory lowers it
+
+
+class Results(_Data):
+    """What a cell came to.
+
+    Token counts are means over documents: of one prompt, all its images together. `average_tokens`
+    is the mean over the layers of the language model as well.
+    """
+
+    metrics: dict[str, float]  # as lmms-eval aggregates them
+    documents: int
+    images: float = 1.0  # per document, mean; old records do not count them
+    visual_tokens: float  # before pruning
+    kept_tokens: float  # after pruning before the language model
+    average_tokens: float
+    flops: dict[str, float | None] | None = None  # per document; old records have none
+    empty_answers: int = 0
+    started: str  # UTC
+    seconds: float
+
+
+class Record(Results):
+    """The content of a cell's record.json."""
+
+    version: int = VERSION
+    environment: Environment
+    identity: Identity
+    samples_sha256: str  # of samples.parquet
+    seal: str  # digest of all other fields
+
+
+class Failure(_Data):
+    """The content of a `.failed.json`: why a cell failed, and with which settings."""
+
+    identity: Identity
+    traceback: str
+    environment: Environment
+    config: dict[str, Any]
