@@ -41,7 +41,8 @@ class Answers(dict[Key, A], Generic[A]):
         whole, damaged = self._read(path)
         if damaged:
             log.warning(
-                "%d lines of %s are torn, edited or of another cell; their documents are asked again",
+                "%d lines of %s are torn, edited or of another cell; "
+                "their documents are asked again",
                 damaged,
                 path,
             )

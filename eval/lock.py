@@ -93,7 +93,7 @@ def problems(lock: Path = LOCK) -> list[str]:
 
 
 def unmet(pyproject: dict[str, Any], lock: Path = LOCK) -> list[str]:
-    """Requirements of pyproject.toml, parsed, that the lock does not meet, with the lock's lines."""
+    """Requirements of a parsed pyproject.toml that the lock does not meet, with its lines."""
     project = pyproject["project"]
     extras = project["optional-dependencies"].values()
     wanted = [Requirement(text) for part in (project["dependencies"], *extras) for text in part]

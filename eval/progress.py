@@ -14,6 +14,7 @@ KEPT = "Finished cells and answers are kept; the same command goes on from there
 
 
 def print_error(paragraph: str) -> None:
+    """Print a message in red on the real stderr."""
     console.print(paragraph, style="red", highlight=False, markup=False)
 
 

@@ -232,7 +232,8 @@ class Store:
                 pass
         except OSError as error:
             raise PermissionError(
-                f"the results folder {root} cannot be written ({error}); set results=/another/folder"
+                f"the results folder {root} cannot be written ({error}); "
+                "set results=/another/folder"
             ) from error
 
     def cell(self, identity: Identity) -> StoredCell:

@@ -239,6 +239,7 @@ def begin(jobs: int) -> Sweep:
 
 
 def current() -> Sweep:
+    """The current sweep of this process; a new one of a single job if there is none."""
     return _current or begin(1)
 
 

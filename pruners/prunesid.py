@@ -192,7 +192,8 @@ def suppress(
     """[B, N] candidates left after suppression within the groups.
 
     A candidate is suppressed when its similarity to a surviving candidate of the same group and
-    of higher rank exceeds the threshold [B]."""
+    of higher rank exceeds the threshold [B].
+    """
     rivals = (group[:, :, None] == group[:, None]) & (rank[:, :, None] < rank[:, None])
     return non_maximum_suppression(
         (rivals & (similarity > threshold[:, None, None])).float(), candidates

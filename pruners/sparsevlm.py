@@ -82,7 +82,8 @@ class SparseVLM(InLLMPruner):
     def queries(self, embeddings: Tensor, visual: Tensor, text: Tensor) -> Tensor:
         """Text positions with above-average relevance to the image.
 
-        Relevance is the softmax over the text of image . text, averaged over the image."""
+        Relevance is the softmax over the text of image . text, averaged over the image.
+        """
         embeddings = embeddings.float()
         products = gather_rows(embeddings, visual) @ embeddings.transpose(1, 2)
         share = products.masked_fill(~text[:, None], -torch.inf).softmax(2).mean(1)
@@ -128,7 +129,8 @@ class SparseVLM(InLLMPruner):
     def cluster(self, x: Tensor, clusters: int) -> Tensor:
         """Cluster means [B, clusters, C] of x [B, n, C] by density-peak clustering.
 
-        The density takes as many neighbours as there are clusters."""
+        The density takes as many neighbours as there are clusters.
+        """
         count = x.shape[1]
         distance = (
             torch.cdist(x.double(), x.double()).float() / x.shape[2] ** 0.5

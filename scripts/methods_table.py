@@ -32,7 +32,8 @@ NOTES = {
     "sppruner": (
         "**Decisions (only the abstract is public).**",
         "R1 saliency and relevance add up, plus their product: the abstract wants their interplay "
-        "but also all subjects, and a product alone drops salient subjects the question does not name.",
+        "but also all subjects, and a product alone drops salient subjects the question does "
+        "not name.",
         "R2 half of the budget for the focus: no rule is public, and half is what VisPruner takes.",
         "R3 mean score of the neighbouring places: context is said to come from "
         "neighbouring regions.",
@@ -50,7 +51,8 @@ ABSENT = {
         "in the LLM",
         "left out",
         "Only a description at the level of the abstract is public: group size, "
-        "schedule and thresholds of its graph and layer groups are not, and the code is out of reach. Anything under its name would be invented.",
+        "schedule and thresholds of its graph and layer groups are not, and the code is out of "
+        "reach. Anything under its name would be invented.",
     )
 }
 

@@ -1,4 +1,7 @@
-"""Fixtures: tiny real transformers models with weights drawn wide, so that dropping tokens moves the logits."""
+"""Fixtures: tiny real transformers models.
+
+Their weights are drawn wide, so that dropping tokens moves the logits.
+"""
 
 import importlib.util
 import os
@@ -76,7 +79,10 @@ def qwen_eager() -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def shapes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded data set, made once for all processes of this test run. Read only: copy it to change it."""
+    """The embedded data set, made once for all processes of this test run.
+
+    Read only: copy it to change it.
+    """
     from secateur.shapes.datasets import build  # needs `datasets`, which most tests do without
 
     own = tmp_path_factory.getbasetemp()

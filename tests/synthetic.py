@@ -63,7 +63,10 @@ def visual_tokens(
 def layer_tokens(
     batch: int, count: int, *, seed: int = 0, width: int = 16, kind: str = "gauss"
 ) -> LayerTokens:
-    """B prompts: 3 positions, `count` visual tokens, 6 text positions; 2 heads, 2 asked rows of which one is padding."""
+    """B prompts of 3 positions, `count` visual tokens and 6 text positions.
+
+    There are 2 heads and 2 query positions, of which one is padding.
+    """
     states = visual_tokens(batch, (1, count + 9), seed=seed, width=width, kind=kind)
     length, heads = count + 9, 2
     generator = torch.Generator().manual_seed(seed)
@@ -91,7 +94,10 @@ def rows_of(tokens: VisualTokens | LayerTokens, rows: list[int]) -> typing.Any:
 
 
 def variants(kind: type) -> list[tuple[str, dict]]:
-    """(name, options) of every registered subclass of `kind`: its defaults, then each choice of each Literal and bool field."""
+    """(name, options) of every registered subclass of `kind`.
+
+    First its defaults, then each other choice of each Literal and bool field.
+    """
     found = []
     for name, cls in sorted(REGISTRY.items()):
         if issubclass(cls, kind):

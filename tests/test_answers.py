@@ -1,4 +1,7 @@
-"""The answers of a running cell: every one is on disk once it is set, and comes back as it was, or is asked again."""
+"""The answers of a running cell.
+
+Each is on disk once it is set, and comes back as it was; a damaged one is asked again.
+"""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,7 @@
-"""What injection reads of transformers by name: found under every known name, refused under others, tested where untested."""
+"""The names in transformers that injection reads.
+
+They are found under every known name and refused under others; untested releases are self-tested.
+"""
 
 import functools
 import inspect
@@ -125,8 +128,9 @@ def test_the_cache_is_found_under_every_known_name(model, inputs, monkeypatch, m
 def test_an_unknown_name_of_the_cache_is_an_error(model, monkeypatch):
     renamed(monkeypatch, type(model.model.language_model), "cache", "kv_store", told=True)
     message = (
-        r"\w+\.forward has no argument cache or past_key_values, which injection reads.* transformers "
-        rf"{transformers.__version__} names it otherwise: install a tested release \(5\.0, .*\), with pip install "
+        r"\w+\.forward has no argument cache or past_key_values, which injection reads.* "
+        rf"transformers {transformers.__version__} names it otherwise: install a tested release "
+        r"\(5\.0, .*\), with pip install "
         r"'transformers==5\.24\.\*'"
     )
     with pytest.raises(ContractError, match=message), inject(model, build("uniform"), 0.5):
@@ -181,7 +185,8 @@ class TestUntestedReleases:
             pass
         said = str(caught.value)
         assert said.startswith(
-            "transformers 5.99.0 is not among the releases that injection is tested on (5.0, 5.17, 5.23, 5.24)"
+            "transformers 5.99.0 is not among the releases that injection is tested on "
+            "(5.0, 5.17, 5.23, 5.24)"
         )
         assert f"tiny random {family} model failed" in said
         assert "pip install 'transformers==5.24.*'" in said

@@ -1,4 +1,7 @@
-"""Every family through lmms-eval: all six tasks, all methods, tiny real models loaded from their folders as a user's would be."""
+"""Every family through lmms-eval: all six tasks, all methods.
+
+The models are tiny real ones, loaded from their folders as a user's would be.
+"""
 
 import weakref
 
@@ -74,7 +77,10 @@ def model(request, folders):
 
 @pytest.fixture(scope="module")
 def requests(model, tasks):
-    """One document of every task, once lmms-eval has put the tasks to the model: all six scored with the unpruned one."""
+    """One document of every task, after lmms-eval has asked the model all six.
+
+    They are scored with the unpruned model.
+    """
     model.use(build("none"), Budget(), None)
     results = simple_evaluate(
         model=model,
@@ -334,7 +340,10 @@ class TestBatches:
         )
 
     def answers(self, model, tasks, method, **options):
-        """Every document of two tasks, one of them with several images a prompt, told apart by task and document."""
+        """The answers to every document of two tasks, by task and document.
+
+        One of the tasks has several images per prompt.
+        """
         model.use(build(method, **options), Budget.parse("50%"), None)
         requests = [request for name in ("pope", "mmmu_val") for request in tasks[name].instances]
         given = [result.text for result in model.generate_until(requests)]

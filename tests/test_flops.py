@@ -225,7 +225,8 @@ def test_a_method_without_a_count_says_so():
     assert unknown.first_token == counted.first_token
 
 
-# one image of N tokens of which K stay, D wide in the LLM and C in the tower, in 2 heads; a question
+# one image of N tokens of which K stay, D wide in the LLM and C in the tower, in 2 heads; a
+# question
 # of S segments; a prompt of T text positions
 N, K, D, C, S, T = 48, 12, 32, 24, 2, 9
 CAPTURE = 2 * (N + 1) * C  # the attention of CLS, which the hooks compute

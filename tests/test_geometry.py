@@ -1,4 +1,4 @@
-"""Models without weights: the checkpoints' sizes, drawn models that are ordinary ones, processors that fit them."""
+"""Models without weights: the checkpoints' sizes, random models, processors that fit them."""
 
 import pytest
 import torch
@@ -100,7 +100,8 @@ def test_processor_and_model_fit_through_a_saved_folder(family, tmp_path):
     )
     inputs = prompt(config, pictures=2)
     count = int((inputs["input_ids"] == config.image_token_id).sum())
-    # 48 x 64 px: 16 and, without padding, 4 rows of 6 of two crops or 6 of 8 of four, each with a newline; Qwen: 56 x 56
+    # 48 x 64 px: 16 tokens and, without padding, 4 rows of 6 (two crops) or 6 rows of 8 (four
+    # crops), each with a newline; Qwen resizes to 56 x 56
     assert (
         count
         == 2

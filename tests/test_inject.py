@@ -1,4 +1,7 @@
-"""The contract of `inject`, on a tiny real LLaVA: what the pruned model computes, and that nothing is left behind."""
+"""The contract of `inject`, on a tiny real LLaVA.
+
+It covers what the pruned model computes, and that the block leaves nothing on the model.
+"""
 
 import gc
 import subprocess
@@ -65,7 +68,7 @@ def logits(output) -> Tensor:
 
 @torch.no_grad()
 def reference(model, inputs, kept: list[list[int]], new: Tensor, positions: str) -> Tensor:
-    """Logits of the language model fed only the kept tokens: row by row, without cache, mask or hooks."""
+    """Logits of the language model on the kept tokens, row by row, without cache, mask or hooks."""
     core, image = model.model, model.config.image_token_id
     features = torch.cat(core.get_image_features(inputs["pixel_values"]).pooler_output)
     embeds = model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(
@@ -153,7 +156,8 @@ def test_steps_by_hand_equal_generate(model, processor, positions):
 def test_the_library_needs_neither_hydra_nor_lmms_eval():
     code = (
         "import sys; from secateur.injection import inject; from secateur.pruners import build;"
-        "found = {'hydra', 'lmms_eval', 'datasets', 'wandb', 'secateur.injection.selftest'} & sys.modules.keys();"
+        "found = {'hydra', 'lmms_eval', 'datasets', 'wandb', 'secateur.injection.selftest'};"
+        "found &= sys.modules.keys();"
         "sys.exit(str(found) if found else 0)"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -260,7 +264,7 @@ def test_captures_equal_those_of_an_eager_tower(processor):
 
 @pytest.mark.parametrize("space", ["encoder", "projected"])
 def test_replacement_features_reach_the_model(model, processor, space):
-    """A pruner that hands over the encoder's (or projector's) own rows equals one that hands over none."""
+    """A pruner that returns the encoder's (or projector's) own rows equals one without features."""
 
     @dataclass(frozen=True)
     class Replacing(Fixed):

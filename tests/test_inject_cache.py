@@ -1,4 +1,7 @@
-"""The encode cache behind a block: an image is one entry, whatever stands beside it and whichever method asks first."""
+"""The encoder cache in a block: one entry per image.
+
+The other images of a batch do not matter, nor which method asks first.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""Methods inside the language model, on a tiny real LLaVA, against a layer-by-layer reference without cache, mask or hooks."""
+"""Methods inside the language model, on a tiny real LLaVA.
+
+The reference runs layer by layer, without cache, mask or hooks.
+"""
 
 import copy
 import dataclasses
@@ -15,7 +18,8 @@ from secateur.injection import Sample, inject
 from secateur.pruners import InLLMPruner, LayerTokens, PrunerError, Selection, build
 from secateur.pruners.base import EXTRA
 
-# every method with schedules for four layers, the budget, and the visual tokens the four layers then process
+# every method with schedules for four layers, the budget, and the visual tokens that each of the
+# four layers then processes
 METHODS = {
     "fastv": ("fastv", {"layer": 1}, 8, (16, 5, 5, 5)),
     "fastv after 2": ("fastv", {"layer": 2, "budget": "after"}, 6, (16, 16, 6, 6)),
@@ -114,7 +118,10 @@ def causal(length: int) -> Tensor:
 
 @torch.no_grad()
 def prompts(model, inputs) -> list[tuple[Tensor, Tensor]]:
-    """Every row's prompt as the language model gets it, [L, D] without padding, and where it is visual, [L]."""
+    """Each row's prompt as the language model gets it.
+
+    [L, D] without padding, and a mask [L] of the visual tokens.
+    """
     visual = inputs["input_ids"] == model.config.image_token_id
     images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
     features = torch.cat(list(model.model.get_image_features(**images).pooler_output))
@@ -131,7 +138,10 @@ def prompts(model, inputs) -> list[tuple[Tensor, Tensor]]:
 def reference(
     eager, rows_in, pruner: InLLMPruner, budget: int, new: Tensor
 ) -> tuple[Tensor, list[list[int]]]:
-    """Logits of every row and its surviving tokens: one row at a time, all layers over prompt and generated tokens at once."""
+    """Logits of every row, and the tokens that it kept.
+
+    One row at a time; every layer gets the prompt and the generated tokens at once.
+    """
     language, lookup = eager.model.language_model, eager.get_input_embeddings()
     rows, survivors = [], []
     for b, (embeds, places_seen) in enumerate(rows_in):
@@ -143,7 +153,8 @@ def reference(
         plan = pruner.schedule(len(visual), len(language.layers), budget)
         is_text = torch.tensor([[i in text for i in range(prompt)]])
         asked = pruner.queries(hidden[:, :prompt], torch.tensor([visual]), is_text)[0]
-        distance = prompt  # from the end of the prompt, where the text does not move, asked positions are counted
+        # query positions are counted from the end of the prompt, where the text does not move
+        distance = prompt
         asked = [int(i) - distance for i in asked.nonzero()[:, 0]]
         entered: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
         for number, layer in enumerate(language.layers):

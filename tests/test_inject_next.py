@@ -1,4 +1,4 @@
-"""LLaVA-NeXT in both layouts, on tiny real models: what the pruned model computes from crops, tiles and newlines."""
+"""LLaVA-NeXT in both layouts, on tiny real models: crops, tiles and newlines."""
 
 import copy
 import functools
@@ -85,7 +85,7 @@ def mosaic() -> Tensor:
 
 @torch.no_grad()
 def language(model, embeds: Tensor, new: Tensor) -> Tensor:
-    """Logits of the language model fed a prompt [L, D] and what was generated, without cache or hooks."""
+    """Logits of the language model on a prompt [L, D] and its answer, without cache or hooks."""
     sequence = torch.cat([embeds, model.get_input_embeddings()(new[:-1])])[None]
     ones = torch.ones(sequence.shape[:2], dtype=torch.long)
     hidden = model.model.language_model(

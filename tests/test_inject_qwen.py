@@ -1,4 +1,4 @@
-"""Injection into a tiny real Qwen2.5-VL: M-RoPE coordinates, images of different sizes, grouped queries."""
+"""Injection into a tiny real Qwen2.5-VL: M-RoPE, images of different sizes, grouped queries."""
 
 from dataclasses import dataclass
 
@@ -111,7 +111,10 @@ def kept_rows(rows: list[Row], kept: list[list[list[int]]]) -> list[Row]:
 
 @torch.no_grad()
 def reference(model, rows: list[Row], new: Tensor) -> Tensor:
-    """Logits of the language model fed these rows and what was generated: one row at a time, without cache, mask or hooks."""
+    """Logits of the language model on these rows and their answers.
+
+    One row at a time, without cache, mask or hooks.
+    """
     answers = []
     for row, tokens in zip(rows, new, strict=True):
         sequence = torch.cat([row.embeds, model.get_input_embeddings()(tokens[:-1])])
@@ -195,7 +198,7 @@ class TestAnswers:
     reason="generate of 5.0 does not take embeddings and M-RoPE positions",
 )
 def test_a_subset_equals_generation_from_its_embeddings(qwen_model, qwen_processor):
-    """The other way to prune: `generate` is handed the shortened prompt itself, and counts its frame."""
+    """Another way to prune: `generate` gets the shortened prompt itself and counts positions."""
     for size in SIZES:
         inputs = encode(qwen_processor, [[size]])
         with inject(qwen_model, build("random"), "25%") as trace:

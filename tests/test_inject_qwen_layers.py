@@ -1,4 +1,7 @@
-"""Methods inside the language model of a tiny real Qwen2.5-VL, against a layer-by-layer reference without cache or hooks."""
+"""Methods inside the language model of a tiny real Qwen2.5-VL.
+
+The reference runs layer by layer, without cache or hooks.
+"""
 
 import pytest
 import torch
@@ -19,7 +22,10 @@ SIXTEEN = [(112, 112), (224, 56)]  # 4 x 4 and 2 x 8
 def layered(
     eager, rows: list[Row], pruner: InLLMPruner, budget: int, new: Tensor
 ) -> tuple[Tensor, list[list[int]]]:
-    """Logits of every row and its surviving tokens: one row at a time, all layers over prompt and generated tokens at once."""
+    """Logits of every row, and the tokens that it kept.
+
+    One row at a time; every layer gets the prompt and the generated tokens at once.
+    """
     language, answers, survivors = eager.model.language_model, [], []
     for row, generated in zip(rows, new, strict=True):
         steps = len(generated) - 1

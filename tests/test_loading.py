@@ -1,4 +1,7 @@
-"""Every family with every backend of its image processor, from a saved folder, by the shipped configs."""
+"""Every family with every backend of its image processor, from a saved folder.
+
+The settings are those of the shipped configs.
+"""
 
 import pytest
 import torch
@@ -30,7 +33,7 @@ def folders(tmp_path_factory):
 
 
 def loaded(folder, family, resize):
-    """As `secateur.models.PrunedModel` loads it, with the settings of the family's shipped config."""
+    """Load as `secateur.models.PrunedModel` does, with the family's shipped config."""
     fields = ("name", "weights", "revision", "dtype", "attn_implementation")
     shipped = model_settings(SHIPPED[family])
     assert shipped["family"] == family

@@ -1,4 +1,4 @@
-"""Records of several machines in one folder: what is whole and agrees, and nothing over what is there."""
+"""Records of several machines in one folder: intact ones that agree; none is overwritten."""
 
 import json
 import runpy
@@ -58,7 +58,8 @@ def test_cells_arrive_byte_for_byte_and_each_source_is_accounted_for(tmp_path, m
     kept = contents(here)
     code, printed = run(monkeypatch, capsys, a, b, "--into", here)
     assert code == 0
-    # of a: scope is new, none was run here too with the same answers; of b: random is new, scope came from a
+    # of a: scope is new, none was run here too with the same answers; of b: random is new, scope
+    # came from a
     assert f"{a} 1 0 1 0 0 0 {b} 1 1 1 0 0 0" in printed
     assert "MIXED" not in printed
     arrived = contents(here)

@@ -13,7 +13,8 @@ PROMPT = f"A chat. USER: \nIs there a cat?{SUFFIX} ASSISTANT:"
         (f"Is there a cat?{SUFFIX}", "Is there a cat?"),
         ("Is there a cat?", "Is there a cat?"),
         (SUFFIX, ""),
-        # what else a task tells the model is part of the question, and so is the instruction anywhere else
+        # what else a task tells the model is part of the question, and so is the instruction
+        # elsewhere in the prompt
         (f"What is it?\nOr say 'Unanswerable'.{SUFFIX}", "What is it?\nOr say 'Unanswerable'."),
         (f"What is it?{SUFFIX}\nA. a cat", f"What is it?{SUFFIX}\nA. a cat"),
         ("Which?\nAnswer with the option's letter from the given choices directly.",) * 2,

@@ -1,4 +1,7 @@
-"""What pruners see of Qwen2.5-VL's tower: raster order behind its windows, and attention received, against an eager tower."""
+"""What pruners see of Qwen2.5-VL's tower, against an eager tower.
+
+Tokens come in raster order although the tower works in windows; attention is that received.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -59,7 +62,10 @@ def seen(qwen_model, inputs):
 
 @torch.no_grad()
 def tower(model, inputs, **blocks: int) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
-    """Softmax maps [H, P, P] of every image in the named blocks of an eager tower, and their qkv [sum of P, 3C], in its order."""
+    """Softmax maps [H, P, P] of every image in the named blocks of an eager tower.
+
+    Also the blocks' qkv [sum of P, 3C], in the tower's order.
+    """
     model = random_model(model.config, attn_implementation="eager", std=0.2)
     module = import_module(type(model.model.visual).__module__)
     plain, maps, qkv = module.eager_attention_forward, {name: [] for name in blocks}, {}

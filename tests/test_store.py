@@ -182,7 +182,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path, holder):
 
 
 def test_of_two_records_of_a_cell_the_first_stays(tmp_path):
-    """Where a file system's locks do not reach other nodes, two of them may finish the same cell."""
+    """Where locks do not reach other nodes, two of them may finish the same cell."""
     for value in (0.5, 0.6):
         save(tmp_path, *changed([CELL], {"metrics.exact_match": value}))
     assert Store(tmp_path).cell(IDENTITY).read().metrics == {"exact_match": 0.5}

@@ -136,7 +136,6 @@ def count_row(
 ) -> Flops:
     """FLOPs of one row of a sweep.
 
-
     Args:
         row: its columns `layer_tokens`, `prompt_tokens`, `new_tokens` and `crops`. LLaVA-1.5 needs
             no `crops`: `visual_tokens` gives the number of images.

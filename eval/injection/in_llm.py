@@ -264,8 +264,8 @@ class InLLM(Hooks):
         if len(set(counts)) > 1 or len(set(budgets)) > 1:
             raise ValueError(
                 f"budgets of {', '.join(map(str, budgets))} of {', '.join(map(str, counts))} "
-                f"visual tokens in the prompts of a batch: pruner {self.pruner.name!r} acts inside the "
-                "language model, where all must be equal; use batch size 1"
+                f"visual tokens in the prompts of a batch: pruner {self.pruner.name!r} acts inside "
+                "the language model, where all must be equal; use batch size 1"
             )
         layers = len(self.adapter.layers)
         self.now.plan = self.pruner.schedule(counts[0], layers, budgets[0])

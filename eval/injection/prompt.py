@@ -58,8 +58,8 @@ def place(images: list[EncodedImage], visual: Tensor) -> list[PlacedImage]:
             )
         raise ValueError(
             f"{len(positions)} image placeholders for images of {', '.join(map(str, sizes))} "
-            "tokens (beam search, or several answers per prompt, repeat the prompt without its image: "
-            "generate one answer per prompt)"
+            "tokens (beam search, or several answers per prompt, repeat the prompt without its "
+            "image: generate one answer per prompt)"
         )
     placed: list[PlacedImage] = []
     for image, row, places in zip(images, rows.split(sizes), positions.split(sizes), strict=True):

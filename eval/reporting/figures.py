@@ -23,6 +23,8 @@ _BLACK = "#222222"
 
 
 class Look(NamedTuple):
+    """How a method is drawn."""
+
     color: tuple[float, float, float]
     marker: str
 

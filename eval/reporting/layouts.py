@@ -43,6 +43,7 @@ class Row(NamedTuple):
 
 
 def layouts() -> list[PaperLayout]:
+    """The layouts of all paper tables."""
     return [
         PaperLayout(stem=stem, **fields) for stem, fields in yaml(FOLDER / "layouts.yaml").items()
     ]

@@ -118,6 +118,7 @@ def _entry(cell: pd.Series, causes: dict[str, int]) -> Entry:
 
 
 def markdown(sheet: Sheet) -> str:
+    """A sheet as a Markdown table, with its notes."""
     rule = ["---"] + ["---:"] * (len(sheet.header) - 1)
     lines = [f"# {_md(sheet.title)}", "", _md_row(sheet.header), "|" + "|".join(rule) + "|"]
     for heading, rows in sheet.groups.items():

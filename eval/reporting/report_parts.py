@@ -16,6 +16,8 @@ DEMONSTRATION = (
 
 
 class Picture(NamedTuple):
+    """A picture file with its caption."""
+
     path: Path
     caption: str
 

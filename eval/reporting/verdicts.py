@@ -26,6 +26,8 @@ VERDICTS = ("match", "close", "miss", "baseline off", "not comparable", "not run
 
 
 class Verdict(NamedTuple):
+    """One of `VERDICTS`, and why."""
+
     verdict: str
     cause: str = ""
 

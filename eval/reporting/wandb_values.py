@@ -18,6 +18,7 @@ RETRIES = 4
 
 
 def settings() -> wandb.Settings:
+    """wandb's settings: quiet, without data of the console, the machine or the checkout."""
     return wandb.Settings(
         silent=True,
         console="off",
@@ -65,6 +66,7 @@ def numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
 
 
 def table(frame: pd.DataFrame) -> wandb.Table:
+    """A table as wandb shows it; missing values are empty."""
     frame = frame.astype(object).where(frame.notna(), None)
     return wandb.Table(
         columns=[str(name) for name in frame],
@@ -74,6 +76,7 @@ def table(frame: pd.DataFrame) -> wandb.Table:
 
 
 def image(figure: Figure, caption: str | None = None) -> wandb.Image:
+    """A figure as wandb shows it; the figure is closed."""
     image = wandb.Image(figure, caption=caption)
     plt.close(figure)
     return image

@@ -74,6 +74,7 @@ def _absent(scene: Scene, rng: Rng, category: str) -> str:
 
 
 def color_of(scene: Scene, rng: Rng) -> Item | None:
+    """Ask for the color of the only thing of its shape; None if there is none."""
     thing = _pick(rng, _unique(scene, "shape"))
     if thing is None:
         return None
@@ -81,6 +82,7 @@ def color_of(scene: Scene, rng: Rng) -> Item | None:
 
 
 def shape_of(scene: Scene, rng: Rng) -> Item | None:
+    """Ask for the shape of the only thing of its color; None if there is none."""
     thing = _pick(rng, _unique(scene, "color"))
     if thing is None:
         return None
@@ -92,6 +94,7 @@ def shape_of(scene: Scene, rng: Rng) -> Item | None:
 
 
 def count(scene: Scene, rng: Rng) -> Item:
+    """Ask for the number of things."""
     return (
         "How many objects are there?",
         str(len(scene.things)),
@@ -100,6 +103,7 @@ def count(scene: Scene, rng: Rng) -> Item:
 
 
 def count_plus(scene: Scene, rng: Rng) -> Item:
+    """Ask for the number of things plus 1, 2 or 3."""
     extra = int(rng.integers(1, 4))
     answer = len(scene.things) + extra
     return (
@@ -110,6 +114,7 @@ def count_plus(scene: Scene, rng: Rng) -> Item:
 
 
 def corners_of(scene: Scene, rng: Rng) -> Item | None:
+    """Ask for the corners of the only thing of its color; None if there is none."""
     thing = _pick(rng, _unique(scene, "color"))
     if thing is None:
         return None
@@ -122,6 +127,7 @@ def corners_of(scene: Scene, rng: Rng) -> Item | None:
 
 
 def side_of(scene: Scene, rng: Rng) -> Item | None:
+    """Ask for the side a thing is on; None if all are near the middle."""
     thing = _pick(rng, [thing for thing in scene.things if _side(thing)])
     if thing is None:
         return None
@@ -134,6 +140,7 @@ def side_of(scene: Scene, rng: Rng) -> Item | None:
 
 
 def direction_of(scene: Scene, rng: Rng) -> Item | None:
+    """Ask where one thing is, seen from another; None if no direction is clear."""
     pairs = [(a, b) for a in scene.things for b in scene.things if a is not b and _direction(a, b)]
     if not pairs:
         return None
@@ -144,6 +151,7 @@ def direction_of(scene: Scene, rng: Rng) -> Item | None:
 
 
 def which_object(scene: Scene, rng: Rng) -> Item:
+    """Ask which of several things is in the picture."""
     there = _pick(rng, sorted(scene.names))
     wrong = [
         " ".join(KINDS[i])
@@ -154,6 +162,7 @@ def which_object(scene: Scene, rng: Rng) -> Item:
 
 
 def color_by_corners(scene: Scene, rng: Rng) -> Item | None:
+    """Ask for the color of the only thing with its corners; None if there is none."""
     thing = _pick(rng, _unique(scene, "shape"))
     if thing is None:
         return None
@@ -181,6 +190,7 @@ ITEMS: dict[str, Callable[[Scene, Rng], Item | None]] = {
 
 
 def existence(scene: Scene, rng: Rng, category: str = "random") -> Claim:
+    """Is a thing there? The absent one is chosen as POPE does for the category."""
     ask = "Is there {} in the image?"
     return ask.format(_a(_pick(rng, sorted(scene.names)))), ask.format(
         _a(_absent(scene, rng, category))
@@ -188,6 +198,7 @@ def existence(scene: Scene, rng: Rng, category: str = "random") -> Claim:
 
 
 def has_shape(scene: Scene, rng: Rng) -> Claim | None:
+    """Is a shape there? None if all shapes are."""
     there = {thing.shape for thing in scene.things}
     if there == set(SHAPES):
         return None
@@ -198,6 +209,7 @@ def has_shape(scene: Scene, rng: Rng) -> Claim | None:
 
 
 def has_color(scene: Scene, rng: Rng) -> Claim:
+    """Is a color there?"""
     there = {thing.color for thing in scene.things}
     ask = "Is there {} object in the image?"
     return ask.format(_a(_pick(rng, sorted(there)))), ask.format(
@@ -206,6 +218,7 @@ def has_color(scene: Scene, rng: Rng) -> Claim:
 
 
 def count_is(scene: Scene, rng: Rng) -> Claim:
+    """Is this the number of things?"""
     right = len(scene.things)
     wrong = _pick(rng, [n for n in range(1, 5) if n != right])
     ask = "Is the number of objects in the image {}?"
@@ -213,6 +226,7 @@ def count_is(scene: Scene, rng: Rng) -> Claim:
 
 
 def color_is(scene: Scene, rng: Rng) -> Claim | None:
+    """Is this the color of a thing? None as for `color_of`."""
     item = color_of(scene, rng)
     if item is None:
         return None
@@ -221,6 +235,7 @@ def color_is(scene: Scene, rng: Rng) -> Claim | None:
 
 
 def side_is(scene: Scene, rng: Rng) -> Claim | None:
+    """Is this the side of a thing? None as for `side_of`."""
     item = side_of(scene, rng)
     if item is None:
         return None
@@ -230,6 +245,7 @@ def side_is(scene: Scene, rng: Rng) -> Claim | None:
 
 
 def has_corners(scene: Scene, rng: Rng) -> Claim | None:
+    """Is a thing with so many corners there? None as for `has_shape`."""
     claim = has_shape(scene, rng)
     if claim is None:
         return None
@@ -241,6 +257,7 @@ def has_corners(scene: Scene, rng: Rng) -> Claim | None:
 
 
 def count_plus_is(scene: Scene, rng: Rng) -> Claim:
+    """Is this the number of things plus 1, 2 or 3?"""
     question, right, wrong = count_plus(scene, rng)
     ask = question.replace("What is", "Is").removesuffix("?") + " equal to {}?"
     return ask.format(right), ask.format(_pick(rng, wrong))
@@ -339,6 +356,7 @@ def _options(rng: Rng, item: Item, most: int = 4) -> tuple[list[str], int]:
 
 
 def pope(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+    """Two documents of POPE: a thing that is there and one that is not."""
     category = POPE_CATEGORIES[key % len(POPE_CATEGORIES)]
     rows = zip(existence(scene, rng, category), ("yes", "no"), strict=True)
     return [
@@ -354,6 +372,7 @@ def pope(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
 
 
 def gqa(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+    """A document of GQA: three of five ask for a word, two for yes or no."""
     if key % 5 < 3:
         item = ITEMS[mix.gqa_items[(key // 5 * 3 + key % 5) % len(mix.gqa_items)]](scene, rng)
         asked = item and item[:2]
@@ -378,6 +397,7 @@ def gqa(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
 
 
 def scienceqa(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+    """A document of ScienceQA: multiple choice, half of them with the hint of their kind."""
     name = mix.scienceqa[key % len(mix.scienceqa)]
     item = ITEMS[name](scene, rng)
     if item is None:
@@ -405,6 +425,7 @@ def scienceqa(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
 
 
 def mme(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+    """Two documents of MME on one image: the answers are yes and no."""
     category = list(mix.mme)[key % len(mix.mme)]
     claim = CLAIMS[mix.mme[category]](scene, rng)
     return [
@@ -419,6 +440,7 @@ def mme(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
 
 
 def mmmu(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+    """A document of MMMU: multiple choice, or open for half of Math."""
     subject = list(mix.mmmu)[key % len(mix.mmmu)]
     item = ITEMS[_pick(rng, list(mix.mmmu[subject]))](scene, rng)
     if item is None:
@@ -446,6 +468,7 @@ def mmmu(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
 
 
 def mmstar(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+    """A document of MMStar: multiple choice, with the options in the question."""
     category, l2_category, name = mix.mmstar[key % len(mix.mmstar)]
     item = ITEMS[name](scene, rng)
     if item is None:
