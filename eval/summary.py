@@ -120,6 +120,7 @@ def _report(files: list[Path], results: Path, log: "Callable[[Records], bool]") 
         print_error(f"FAILED {where}: {message}")
     counts = Counter(outcome["state"] for outcome in by_cell.values())
     shown = [state for state in STATES if counts[state] or state in ("done", "skipped", "failed")]
-    console.print(", ".join(f"{counts[state]} cells {state}" for state in shown), style="bold")
+    words = ", ".join(f"{counts[state]} {state}" for state in shown)
+    console.print(f"cells: {words}", style="bold")
     logged = log(records)
     return bool(counts["failed"] or counts["locked"]) or not outcomes or not logged

@@ -41,7 +41,7 @@ def reference(sweeps, tmp_path_factory):
     results = tmp_path_factory.mktemp("reference")
     code, printed = sweeps.here(results, *GRID)
     assert code == 0, printed
-    assert "4 cells done, 0 cells skipped, 0 cells failed" in printed
+    assert "cells: 4 done, 0 skipped, 0 failed" in printed
     started = time.monotonic()
     process = sweeps.child(results.with_name("warm"), *GRID)
     process.join(120)
@@ -105,7 +105,7 @@ def test_a_broken_pruner_fails_its_cells_only(sweeps, broken, tmp_path, how, mes
         tmp_path, "-m", "pruner=none", "pruner.name=broken", f"+pruner.how={how},fine", "limit=2"
     )
     assert code == 1
-    assert "2 cells done, 0 cells skipped, 2 cells failed" in printed
+    assert "cells: 2 done, 0 skipped, 2 failed" in printed
     assert "FAILED pope broken 16" in printed
     assert message in printed
     assert set(cells(tmp_path)) == {"pope/broken_16", "gqa/broken_16"}
@@ -131,7 +131,7 @@ def test_a_model_that_answers_nothing_fails_and_recovers(sweeps, tmp_path, monke
     assert code == 1
     code, printed = sweeps.here(tmp_path, "pruner=random", "limit=2", "retry_failed=true")
     assert code == 0
-    assert "2 cells done" in printed
+    assert "cells: 2 done" in printed
     assert not failures(tmp_path)
 
 
@@ -155,12 +155,12 @@ def test_a_scoring_that_raises_keeps_the_answers(sweeps, tmp_path, monkeypatch):
         patch.setattr(ConfigurableTask, "process_results", scoring)
         code, printed = sweeps.here(tmp_path, "pruner=random")
     assert code == 1
-    assert "1 cells done, 0 cells skipped, 1 cells failed" in printed
+    assert "cells: 1 done, 0 skipped, 1 failed" in printed
     assert "FAILED pope random 16: ZeroDivisionError: no score" in printed
     (answers,) = tmp_path.rglob("*.answers.jsonl")
     assert len(answers.read_text().splitlines()) == 4
     code, printed = sweeps.here(tmp_path, "pruner=random", "retry_failed=true")
-    assert "1 cells done, 1 cells skipped, 0 cells failed" in printed
+    assert "cells: 1 done, 1 skipped, 0 failed" in printed
     assert not list(tmp_path.rglob("*.answers*"))
 
 
@@ -173,7 +173,7 @@ def test_a_truncated_image_fails_its_task_only(sweeps, tmp_path):
     rows.to_parquet(file)
     code, printed = sweeps.here(tmp_path / "results", "pruner=random", f"++suite.data_root={data}")
     assert code == 1
-    assert "1 cells done, 0 cells skipped, 1 cells failed" in printed
+    assert "cells: 1 done, 0 skipped, 1 failed" in printed
     assert "FAILED pope random 16" in printed
     assert "truncated" in printed
 
@@ -185,7 +185,7 @@ def test_an_error_of_the_harness_itself_is_shown_and_kept_to_its_job(sweeps, tmp
     monkeypatch.setattr(ModelPool, "get", refuse)
     code, printed = sweeps.here(tmp_path, "-m", "pruner=random,uniform")
     assert code == 1
-    assert "0 cells done, 0 cells skipped, 4 cells failed" in printed
+    assert "cells: 0 done, 0 skipped, 4 failed" in printed
     assert "AttributeError: not of ours (traceback in " in printed
     assert "refuse" in next(tmp_path.rglob("traceback.txt")).read_text()
 
@@ -219,7 +219,7 @@ def test_a_failing_cell_is_retried_once_a_sweep(sweeps, broken, tmp_path, monkey
     for repeat in ("retry_failed=false", "retry_failed=true"):
         code, printed = sweeps.here(tmp_path, "-m", "pruner=none", "budget=16,32,48", repeat)
         assert code == 1
-        assert "0 cells done, 0 cells skipped, 2 cells failed" in printed
+        assert "cells: 0 done, 0 skipped, 2 failed" in printed
     assert tries == ["pope", "gqa"] * 2
 
 
@@ -227,7 +227,7 @@ def test_an_odd_limit_of_mme_stops_that_job_only(sweeps, tmp_path):
     code, printed = sweeps.here(tmp_path, "-m", "pruner=random", "tasks=[mme],[pope]", "limit=3")
     assert code == 1
     assert "limit=3 is odd, and MME scores pairs of questions; use limit=4" in printed
-    assert "1 cells done, 0 cells skipped, 1 cells failed" in printed
+    assert "cells: 1 done, 0 skipped, 1 failed" in printed
 
 
 @pytest.mark.parametrize("damage", ["truncated", "edited"])
@@ -326,8 +326,7 @@ def test_two_sweeps_at_once_share_the_cells(sweeps, reference, tmp_path):
 
 def _counts(printed: str) -> list[int]:
     return [
-        int(printed.split(f" cells {state}")[0].split()[-1])
-        for state in ("done", "skipped", "failed")
+        int(printed.split(f" {state}")[0].split()[-1]) for state in ("done", "skipped", "failed")
     ]
 
 
@@ -390,11 +389,11 @@ def test_shards_answer_apart_and_the_last_one_scores(sweeps, reference, tmp_path
     common = ("pruner=random", "tasks=[pope]")
     code, printed = sweeps.here(tmp_path, *common, "shard=0/3")
     assert code == 0
-    assert "0 cells done, 0 cells skipped, 0 cells failed, 1 cells partial" in printed
+    assert "cells: 0 done, 0 skipped, 0 failed, 1 partial" in printed
     assert not cells(tmp_path)
     code, printed = sweeps.here(tmp_path, "-m", *common, "shard=1/3,2/3")
     assert code == 0, printed
-    assert "1 cells done, 0 cells skipped, 0 cells failed" in printed
+    assert "cells: 1 done, 0 skipped, 0 failed" in printed
     assert _samples(tmp_path, "pope/random_16") == _samples(reference[0], "pope/random_16")
     assert not list(tmp_path.rglob("*.answers*"))
 
@@ -443,9 +442,7 @@ def test_a_full_disk_ends_the_sweep_with_what_it_has(sweeps, reference, tmp_path
     assert 1 <= len(finished) < 4
     code, printed = sweeps.here(left, *GRID)
     assert code == 0
-    assert (
-        f"{4 - len(finished)} cells done, {len(finished)} cells skipped, 0 cells failed" in printed
-    )
+    assert f"cells: {4 - len(finished)} done, {len(finished)} skipped, 0 failed" in printed
     assert tables(left) == reference[1]
 
 

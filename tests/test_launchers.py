@@ -86,7 +86,7 @@ def test_two_processes_make_the_same_tables(sweeps, reference, tmp_path):
     assert code == 0, printed
     assert "4 jobs on 2 workers" in printed
     assert "4 of 4 jobs through" in printed
-    assert "6 cells done, 0 cells skipped, 0 cells failed" in printed
+    assert "cells: 6 done, 0 skipped, 0 failed" in printed
     assert tables(tmp_path) == reference
 
 
@@ -118,7 +118,7 @@ def test_a_killed_worker_is_named_and_the_other_goes_on(sweeps, reference, tmp_p
     assert finished >= 2, "the other worker's"
     code, printed = end(start(sweeps, tmp_path, *GRID, *WORKERS))
     assert code == 0, printed
-    assert f"{6 - finished} cells done, {finished} cells skipped, 0 cells failed" in printed
+    assert f"cells: {6 - finished} done, {finished} skipped, 0 failed" in printed
     assert tables(tmp_path) == reference
 
 
@@ -158,7 +158,7 @@ def test_a_slurm_array_makes_the_same_tables(sweeps, reference, tmp_path):
     )
     code, printed = end(start(sweeps, tmp_path / "results", *GRID, *launcher, **environment))
     assert code == 0, printed
-    assert "6 cells done, 0 cells skipped, 0 cells failed" in printed
+    assert "cells: 6 done, 0 skipped, 0 failed" in printed
     assert tables(tmp_path / "results") == reference
     script = (cluster / "script").read_text()
     for line in (

@@ -28,7 +28,6 @@ class ToyForConditionalGeneration(LlavaForConditionalGeneration):
 
 class Toy(Llava):
     MODEL_TYPE = "toy_vl"
-    TITLE = "Toy"
     NEW_TOKENS = 7
     GEOMETRIES = ("pad",)
     CONFIGS = {"toy_7b": lambda: llava_config(ToyConfig, TINY_CLIP, TINY_VICUNA)}  # noqa: RUF012

@@ -42,7 +42,7 @@ def swept(results: Path) -> subprocess.CompletedProcess:
 
 def test_a_multirun_fills_every_cell_and_prints_the_table(results, swept):
     assert swept.returncode == 0, swept.stderr
-    assert "12 cells done, 0 cells skipped, 0 cells failed" in swept.stderr
+    assert "cells: 12 done, 0 skipped, 0 failed" in swept.stderr
     assert "suite shapes, model shapes_llava" in swept.stdout
     tasks = ("pope", "scienceqa_img", "gqa", "mme", "mmmu_val", "mmstar")
     assert set(cells(results)) == {
@@ -81,7 +81,7 @@ def test_a_second_sweep_does_nothing_and_says_so(results, swept):
     before = {path: path.stat().st_mtime_ns for path in results.rglob("record.json")}
     code, printed = here(results, "-m", "pruner=none,scope", "budget=16", "limit=12")
     assert code == 0
-    assert "0 cells done, 12 cells skipped, 0 cells failed" in printed
+    assert "cells: 0 done, 12 skipped, 0 failed" in printed
     assert {path: path.stat().st_mtime_ns for path in results.rglob("record.json")} == before
 
 
@@ -89,7 +89,7 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(results, swept):
     code, printed = here(results, "-m", "pruner=scope", "budget=200,16", "limit=12", "tasks=[pope]")
     assert code == 1
     assert "budget=200: the image has only 144 visual tokens" in printed
-    assert "0 cells done, 1 cells skipped, 1 cells failed" in printed
+    assert "cells: 0 done, 1 skipped, 1 failed" in printed
     (failure,) = (results / "runs").rglob("*.failed.json")
     assert "Traceback" in json.loads(failure.read_text())["traceback"]
     code, printed = here(results, "pruner=scope", "budget=200", "limit=12", "tasks=[pope]")

@@ -184,7 +184,6 @@ class Family:
     """
 
     MODEL_TYPE: ClassVar[str]  # of the family's configs
-    TITLE: ClassVar[str]  # as people write it
     NEW_TOKENS: ClassVar[int]  # longest answer where a task sets none, as in lmms-eval's classes
     PLACEHOLDER: ClassVar[str]  # an image in a prompt's text
     MARKERS: ClassVar[tuple[str, ...]] = ()  # special tokens beside the processor's image token

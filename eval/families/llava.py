@@ -180,7 +180,6 @@ class Llava(Family):
     """LLaVA-1.5 and its kin: one CLIP tower, square crops."""
 
     MODEL_TYPE = "llava"
-    TITLE = "LLaVA-1.5"
     NEW_TOKENS = 1024
     PLACEHOLDER = "<image>"
     GEOMETRIES: ClassVar[tuple[str, ...]] = ("processor", "pad")

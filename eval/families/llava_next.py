@@ -104,7 +104,6 @@ class LlavaNext(Llava):
     """LLaVA-NeXT."""
 
     MODEL_TYPE = "llava_next"
-    TITLE = "LLaVA-NeXT"
     GEOMETRIES = ("processor",)
     LAYOUTS = ("anyres", "fixed2880")
     # from config.json of llava-hf/llava-v1.6-vicuna-7b-hf

@@ -240,7 +240,6 @@ class Qwen25VL(Family):
     """Qwen2.5-VL."""
 
     MODEL_TYPE = "qwen2_5_vl"
-    TITLE = "Qwen2.5-VL"
     NEW_TOKENS = 128
     PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
     MARKERS = ("<|vision_start|>", "<|vision_end|>")
