@@ -1,6 +1,7 @@
 """How many visual tokens of an image are kept."""
 
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from math import floor
 
 
@@ -34,12 +35,12 @@ class Budget:
             if text == "full" and not per_tile:
                 return cls()
             if text.endswith("%"):
-                budget = cls(retention=float(text[:-1]) / 100, per_tile=per_tile)
+                budget = cls(retention=float(Decimal(text[:-1]) / 100), per_tile=per_tile)
             elif text.lstrip("+-").isdigit():
                 budget = cls(tokens=int(text), per_tile=per_tile)
             else:
                 budget = cls(retention=float(text), per_tile=per_tile)
-        except ValueError:
+        except (ValueError, InvalidOperation):
             raise ValueError(
                 f"budget={value!r} is not understood; give tokens (64), "
                 "a retention (11.1% or 0.111), either with /tile for every crop, or full"
@@ -94,5 +95,7 @@ class Budget:
     def __str__(self) -> str:
         unit = "/tile" * self.per_tile
         if self.retention is not None:
-            return f"{100 * self.retention:g}%{unit}"
+            # exact, since it names the cell: 11.45833233% and 11.45833433% are two budgets
+            percent = f"{Decimal(repr(self.retention)) * 100:f}"
+            return f"{percent.rstrip('0').rstrip('.') if '.' in percent else percent}%{unit}"
         return "full" if self.tokens is None else f"{self.tokens}{unit}"

@@ -1,12 +1,9 @@
 """One cell of a sweep, model x pruner x budget x task: its identity and its run."""
 
 import contextlib
-import hashlib
-import inspect
 import io
 import os
 import platform
-import sys
 import time
 from functools import cache
 from importlib.metadata import version
@@ -47,18 +44,19 @@ def identity(
 ) -> Identity:
     """The identity of a cell.
 
-    The unpruned model has no budget. The identity includes a digest of the pruner's source and
-    of the files in `pruners` that it uses, so an edited method runs again.
+    The unpruned model has no budget. Two digests of the code make edited code run again: that of
+    the method, and that of all other code that decides answers.
     """
     return Identity(
         model=model.identity(weights),
-        pruner=MethodIdentity.of(pruner, _source(type(pruner).__module__)),
+        pruner=MethodIdentity.of(pruner, pruner.code),
         budget=str(Budget() if pruner.name == "none" else budget),
         suite=suite.identity(),
         task=task,
         limit=limit,
         seed=seed,
         versions=_versions(),
+        code=source.code(),
     )
 
 
@@ -66,18 +64,6 @@ def identity(
 def _versions() -> dict[str, str]:
     """The installed version of each of `PACKAGES`; `version` parses a file on every call."""
     return {package: version(package) for package in PACKAGES}
-
-
-@cache
-def _source(module: str) -> str:
-    """Digest of a pruner's file and of the `pruners` files it uses, directly or indirectly."""
-    found, waiting = set[str](), {module}
-    while waiting:
-        found.add(name := waiting.pop())
-        used = {str(getattr(value, "__module__", "")) for value in vars(sys.modules[name]).values()}
-        waiting |= {other for other in used if other.startswith("secateur.pruners.")} - found
-    sources = [inspect.getsource(sys.modules[name]) for name in sorted(found)]
-    return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 
 def environment(device: "torch.device") -> Environment:

@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur import source
 from secateur.settings import EngineSettings, ModelSettings, SuiteSettings
 
 if TYPE_CHECKING:  # these imports take seconds, which a sweep with nothing to do saves
@@ -38,6 +39,7 @@ class ModelPool:
                 cache=engine.encode_cache(),
             )
             self._settings = wanted
+            source.check_unchanged()  # every model imports modules of its own
         return self._model
 
 

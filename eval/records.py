@@ -88,6 +88,7 @@ class Identity(_Data):
     limit: int | None
     seed: int
     versions: dict[str, str]
+    code: str = ""  # digest of the code of secateur that decides answers; empty in old records
 
     @cached_property
     def digest(self) -> str:

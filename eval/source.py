@@ -1,11 +1,54 @@
-"""The commit of the code that runs."""
+"""Which code runs: its commit, and a digest of the files that decide answers."""
 
+import hashlib
 import os
 import subprocess
 from functools import cache
 from pathlib import Path
 
-from secateur.checkpoints import ROOT
+from secateur.paths import PACKAGE, ROOT
+from secateur.progress import KEPT
+
+# What decides answers besides the methods, whose own digest stands beside their fields.
+_DECIDING = ("budget", "families", "injection", "inputs", "loading", "models", "prompts", "tasks")
+
+
+def _files() -> dict[str, str]:
+    """The deciding files, relative to the package, with their digests."""
+    paths = [
+        path
+        for name in _DECIDING
+        for path in (
+            (PACKAGE / name).glob("*.py") if (PACKAGE / name).is_dir() else [PACKAGE / f"{name}.py"]
+        )
+    ]
+    return {
+        str(path.relative_to(PACKAGE)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(paths)
+    }
+
+
+_AT_START = _files()  # of this process, before it imports most of them
+
+
+def code() -> str:
+    """Digest of the code that decides answers, as it was when this process started."""
+    return hashlib.sha256(repr(_AT_START).encode()).hexdigest()[:12]
+
+
+def check_unchanged() -> None:
+    """Check the files again, after they were imported.
+
+    Raises:
+        ValueError: one was edited since the process started, so that nobody knows which state of it
+            was imported.
+    """
+    now = _files()
+    if edited := sorted(name for name in now | _AT_START if now.get(name) != _AT_START.get(name)):
+        raise ValueError(
+            f"{', '.join(edited)} changed after this sweep had started, so its answers would be of "
+            f"neither version. Start the sweep again. {KEPT}"
+        )
 
 
 @cache

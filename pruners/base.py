@@ -178,6 +178,7 @@ class Method:
     """
 
     name: ClassVar[str]
+    code: ClassVar[str]  # digest of its code, set by `register`
     paper: ClassVar[str]
     status: ClassVar[Status]
     merges: ClassVar[bool] = False

@@ -1,7 +1,11 @@
 """All pruners by name."""
 
 import dataclasses
+import hashlib
+import inspect
+import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 from secateur.pruners.base import Pruner, PrunerError
@@ -21,6 +25,7 @@ def register(name: str) -> Callable[[type[P]], type[P]]:
                 f"{REGISTRY[name].__qualname__} and {cls.__qualname__}"
             )
         cls.name = name
+        cls.code = digest_of_code(cls.__module__)
         REGISTRY[name] = cls
         return cls
 
@@ -43,3 +48,22 @@ def build(name: str, **options: Any) -> Any:
             f"its options: {', '.join(known) or 'none'}"
         )
     return REGISTRY[name](**options)
+
+
+def digest_of_code(module: str) -> str:
+    """Digest of a module and of the modules of this package that it uses, directly or indirectly.
+
+    It is taken when a method is registered, so that it tells which code runs, not which code is on
+    the disk when a cell is stored hours later.
+    """
+    found, waiting = set[str](), {module}
+    while waiting:
+        found.add(name := waiting.pop())
+        used = {str(getattr(value, "__module__", "")) for value in vars(sys.modules[name]).values()}
+        waiting |= {other for other in used if other.startswith("secateur.pruners.")} - found
+    return hashlib.sha256("".join(_code(name) for name in sorted(found)).encode()).hexdigest()[:12]
+
+
+@cache
+def _code(module: str) -> str:
+    return inspect.getsource(sys.modules[module])

@@ -32,3 +32,21 @@ def test_what_makes_no_sense_is_refused(value):
 def test_more_than_there_is_names_both_numbers():
     with pytest.raises(ValueError, match=r"600.*576"):
         Budget.parse(600).resolve(576)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("11.1%", "11.1%"),
+        (0.111, "11.1%"),
+        ("33.3%", "33.3%"),
+        ("50%/tile", "50%/tile"),
+        (1.0, "100%"),
+        (1e-05, "0.001%"),
+        ("11.45833233%", "11.45833233%"),  # 16 of 144 tokens
+        ("11.45833433%", "11.45833433%"),  # 17 of 144 tokens
+    ],
+)
+def test_a_retention_is_written_exactly(value, text):
+    assert str(Budget.parse(value)) == text
+    assert Budget.parse(text) == Budget.parse(value)

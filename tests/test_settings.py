@@ -1,17 +1,18 @@
 """Every config composes; a value that makes no sense is an error with the field and the fix."""
 
-import inspect
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from secateur import cell
 from secateur.budget import Budget
 from secateur.checkpoints import fingerprint, hub_commit
 from secateur.job import Job
+from secateur.pruners import REGISTRY, build, registry
+from secateur.pruners.registry import digest_of_code
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -114,6 +115,21 @@ def test_what_changes_the_answers_changes_the_cell(tmp_path):
     assert identity("pruner=none", "budget=16") == identity("pruner=none", "budget=48")
 
 
+OWN = """
+from dataclasses import dataclass
+from secateur.pruners.registry import register
+from secateur.pruners.scoring import ScoreTopK
+
+@register("own_method")
+@dataclass(frozen=True)
+class Own(ScoreTopK):
+    status = "baseline"
+
+    def score(self, tokens):
+        return tokens.features[..., {answer}]
+"""
+
+
 @pytest.mark.parametrize(
     ("pruner", "module", "counts"),
     [
@@ -126,20 +142,26 @@ def test_what_changes_the_answers_changes_the_cell(tmp_path):
         ("prunesid_dyn", "prunesid", True),
     ],
 )
-def test_editing_what_a_method_uses_makes_its_cells_new(
-    tmp_path, monkeypatch, pruner, module, counts
-):
-    job, edited, read = (
-        Job.of(composed(tmp_path, f"pruner={pruner}")),
-        sys.modules[f"secateur.pruners.{module}"],
-        inspect.getsource,
-    )
-    cell._source.cache_clear()
-    before = job.cell("pope").identity
-    cell._source.cache_clear()
-    monkeypatch.setattr(inspect, "getsource", lambda of: read(of) + "# edited" * (of is edited))
-    assert (job.cell("pope").identity != before) is counts
-    cell._source.cache_clear()
+def test_editing_what_a_method_uses_makes_its_cells_new(monkeypatch, pruner, module, counts):
+    method, edited = build(pruner), f"secateur.pruners.{module}"
+    read = registry._code
+    assert digest_of_code(type(method).__module__) == method.code
+    monkeypatch.setattr(registry, "_code", lambda name: read(name) + "# edited" * (name == edited))
+    assert (digest_of_code(type(method).__module__) != method.code) is counts
+
+
+def test_a_methods_digest_is_that_of_the_code_that_was_imported(tmp_path, monkeypatch):
+    """An edit while a sweep runs does not change what runs."""
+    (tmp_path / "own_method.py").write_text(OWN.format(answer=0))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import_module("own_method")
+    try:
+        before = build("own_method")
+        (tmp_path / "own_method.py").write_text(OWN.format(answer=1))
+        assert build("own_method").code == before.code
+    finally:
+        REGISTRY.pop("own_method")
+        sys.modules.pop("own_method")
 
 
 @pytest.mark.parametrize(

@@ -109,3 +109,20 @@ def test_the_commit_is_read_once_in_a_process(monkeypatch):
     finally:
         source.commit.cache_clear()
     assert asked == [source.ROOT]
+
+
+def test_code_that_was_edited_after_the_start_is_named(monkeypatch):
+    source.check_unchanged()
+    now = source._files()
+    monkeypatch.setattr(source, "_files", lambda: now | {"models.py": "other"})
+    before = source.code()
+    with pytest.raises(ValueError, match=r"models\.py changed after this sweep had started"):
+        source.check_unchanged()
+    assert source.code() == before
+
+
+def test_every_module_that_decides_answers_counts():
+    names = set(source._files())
+    assert {"models.py", "inputs.py", "injection/prompt.py", "families/llava.py"} <= names
+    assert {"tasks/metrics.py", "prompts.py", "budget.py", "loading.py"} <= names
+    assert not {"store.py", "progress.py", "reporting/stats.py"} & names
