@@ -7,11 +7,12 @@ import platform
 import time
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur import lock, source
 from secateur.budget import Budget
-from secateur.checkpoints import hub_commit
+from secateur.checkpoints import commit_on_hub, fingerprint, locate
 from secateur.pruners import InLLMPruner, Pruner
 from secateur.records import Environment, Identity, MethodIdentity, Results
 from secateur.settings import ModelSettings, SuiteSettings
@@ -34,7 +35,6 @@ class EmptyAnswers(RuntimeError):
 
 def identity(
     model: ModelSettings,
-    weights: str,
     pruner: Pruner | InLLMPruner,
     budget: Budget,
     suite: SuiteSettings,
@@ -48,7 +48,7 @@ def identity(
     the method, and that of all other code that decides answers.
     """
     return Identity(
-        model=model.identity(weights),
+        model=model.identity(_weights(model, pruner)),
         pruner=MethodIdentity.of(pruner, pruner.code),
         budget=str(Budget() if pruner.name == "none" else budget),
         suite=suite.identity(),
@@ -57,7 +57,16 @@ def identity(
         seed=seed,
         versions=_versions(),
         code=source.code(),
+        data=suite.data_commit(find_task(task).dataset) or "",
     )
+
+
+def _weights(model: ModelSettings, pruner: Pruner | InLLMPruner) -> str:
+    """Identifies the weights that answer: the model's, and CLIP's if the method compares in it."""
+    weights = fingerprint(model.pretrained, model.revision)
+    if model.clip and pruner.needs & {"clip_patches", "clip_text"}:
+        weights += f" clip {fingerprint(model.clip, 'main')}"
+    return weights
 
 
 @cache
@@ -81,13 +90,12 @@ def environment(device: "torch.device") -> Environment:
 
 
 def sources(model: ModelSettings, task: "Task") -> dict[str, str | None]:
-    """Versions of the model files (hub commit) and of the data set (fingerprint) in use.
-
-    A revision such as `main` does not fix them.
-    """
-    pretrained = model.weights == "pretrained"
+    """The hub's commit of the weights, if they are from there, and the data set's fingerprint."""
+    folder = isinstance(locate(model.pretrained), Path)
     return {
-        "weights_commit": hub_commit(model.pretrained, model.revision) if pretrained else None,
+        "weights_commit": None
+        if folder or model.weights == "random"
+        else commit_on_hub(model.pretrained, model.revision),
         "data_fingerprint": getattr(task.eval_docs, "_fingerprint", None),
     }
 

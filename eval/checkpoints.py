@@ -4,10 +4,16 @@ Imports no model code, so that a sweep with nothing to do is fast.
 """
 
 import hashlib
+import logging
+import re
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from secateur.paths import PACKAGE, ROOT
+
+Kind = Literal["model", "dataset"]
+log = logging.getLogger(__name__)
 
 
 def locate(pretrained: str) -> str | Path:
@@ -21,10 +27,10 @@ def locate(pretrained: str) -> str | Path:
 
 @cache
 def fingerprint(pretrained: str, revision: str) -> str:
-    """Identifies the weights: a digest of a local folder's files, otherwise hub id and revision."""
+    """Identifies the weights: a digest of a local folder's files, otherwise hub id and commit."""
     place = locate(pretrained)
     if not isinstance(place, Path):
-        return f"{pretrained}@{revision}"
+        return f"{pretrained}@{pinned(pretrained, revision)}"
     digest = hashlib.sha256()
     for file in sorted(place.iterdir()):
         if file.is_file() and file.suffix != ".md":
@@ -34,14 +40,37 @@ def fingerprint(pretrained: str, revision: str) -> str:
     return digest.hexdigest()
 
 
-def hub_commit(pretrained: str, revision: str) -> str | None:
-    """The commit that a revision like `main` means in the local cache; None for a folder."""
+def pinned(pretrained: str, revision: str) -> str:
+    """The commit of a model on the hub, for all of its loads; `revision` itself for a folder."""
     if isinstance(locate(pretrained), Path):
-        return None
-    from huggingface_hub import try_to_load_from_cache  # slow to import
+        return revision
+    return commit_on_hub(pretrained, revision) or revision
 
-    place = try_to_load_from_cache(pretrained, "config.json", revision=revision)
-    return Path(place).parent.name if isinstance(place, str) else None
+
+@cache
+def commit_on_hub(repository: str, revision: str, kind: Kind = "model") -> str | None:
+    """The commit that a revision such as `main` means, resolved once per process.
+
+    The hub is asked; if it does not answer, the local cache says which commit it last gave. None
+    if neither knows.
+    """
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    import huggingface_hub  # slow to import
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            # a hub that answers late is as good as none: the cache may have the files
+            found = huggingface_hub.repo_info(
+                repository, repo_type=kind, revision=revision, timeout=10
+            )
+            return found.sha
+        except Exception as error:  # of the network, of the hub, of a name that is no hub id
+            log.info("the hub does not say the commit of %s: %s", repository, error)
+    folder = f"{kind}s--{repository.replace('/', '--')}"
+    reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
+    return reference.read_text().strip() if reference.is_file() else None
 
 
 def not_loaded(

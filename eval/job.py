@@ -10,7 +10,6 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, mo
 
 from secateur import cell
 from secateur.budget import Budget
-from secateur.checkpoints import fingerprint
 from secateur.pruners import InLLMPruner, Pruner, build
 from secateur.settings import Count, EngineSettings, ModelSettings, SuiteSettings
 from secateur.store import Store, StoredCell
@@ -93,12 +92,8 @@ class Job(EngineSettings):
 
     def cell(self, task: str, pruner: Pruner | InLLMPruner | None = None) -> StoredCell:
         """This job's cell of a task, or the same cell under another method."""
-        weights = fingerprint(self.model.pretrained, self.model.revision)
-        if self.model.clip:
-            weights += f" clip {fingerprint(self.model.clip, 'main')}"
         identity = cell.identity(
             self.model,
-            weights,
             pruner or self.pruner,
             self.budget,
             self.suite,

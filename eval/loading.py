@@ -13,7 +13,7 @@ from transformers import (
 )
 from transformers.models.auto import image_processing_auto
 
-from secateur.checkpoints import locate, not_loaded
+from secateur.checkpoints import locate, not_loaded, pinned
 from secateur.geometry import config_of, random_model, random_processor
 
 
@@ -42,17 +42,17 @@ def load(
         ), processor
     if weights != "pretrained":
         raise ValueError(f"weights={weights!r} is not one of pretrained, random")
-    place = str(locate(pretrained))
+    place, commit = str(locate(pretrained)), pinned(pretrained, revision)
     try:
-        processor = AutoProcessor.from_pretrained(place, revision=revision)
+        processor = AutoProcessor.from_pretrained(place, revision=commit)
         if resize is not None:
             # AutoProcessor passes a backend to Qwen's video processor too, which has no PIL form
             processor.image_processor = AutoImageProcessor.from_pretrained(
-                place, revision=revision, **_backend(resize)
+                place, revision=commit, **_backend(resize)
             )
         model = AutoModelForImageTextToText.from_pretrained(
             place,
-            revision=revision,
+            revision=commit,
             dtype=dtype,
             device_map=str(device),
             attn_implementation=attn_implementation,

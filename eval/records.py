@@ -88,6 +88,7 @@ class Identity(_Data):
     limit: int | None
     seed: int
     versions: dict[str, str]
+    data: str = ""  # commit of the data set on the hub; empty for a folder, and in old records
     code: str = ""  # digest of the code of secateur that decides answers; empty in old records
 
     @cached_property

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from secateur.checkpoints import commit_on_hub
+
 if TYPE_CHECKING:
     from secateur.cache import EncodeCache
 
@@ -108,7 +110,12 @@ class SuiteSettings(SuiteIdentity):
     tasks: list[str]
     limit: Count | None
 
+    def data_commit(self, dataset: str) -> str | None:
+        """The commit of a data set on the hub; None for data in a folder."""
+        return commit_on_hub(dataset, self.revision, "dataset") if self.data_root is None else None
+
     def identity(self) -> SuiteIdentity:
+        """The suite without the place of its data."""
         return SuiteIdentity(name=self.name, revision=self.revision)
 
 

@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 from conftest import picture
 from hydra import compose, initialize_config_dir
+from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.protocol import ChatMessages
+from tenacity import stop_after_attempt
 
 from scripts.training.train_shapes import Recipe, train
 from secateur import cell, models
@@ -158,6 +160,22 @@ def test_unknown_tasks_and_missing_data_are_named(tmp_path):
         load_tasks(["vqav2"])
     with pytest.raises(FileNotFoundError, match=r"pope.*suite.data_root"):
         load_tasks(["pope"], tmp_path)
+
+
+@pytest.mark.parametrize("token", [None, "hf_mine"])
+def test_data_sets_of_the_hub_are_pinned_and_public_ones_need_no_login(monkeypatch, token):
+    asked = []
+
+    def load_dataset(*, path, revision, token, **_):
+        asked.append((path, revision, token))
+        raise FileNotFoundError("not here")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("secateur.tasks.load.get_token", lambda: token)
+    monkeypatch.setattr(ConfigurableMessagesTask.download.retry, "stop", stop_after_attempt(1))
+    with pytest.raises(FileNotFoundError, match=r"pope.*was looked for in the Hugging Face hub"):
+        load_tasks(["pope"], revision="a" * 40)
+    assert asked == [("lmms-lab-encoder/POPE", "a" * 40, True if token else None)]
 
 
 def test_a_full_disk_is_no_missing_data_set(monkeypatch):

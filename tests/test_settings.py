@@ -3,14 +3,18 @@
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from secateur.budget import Budget
-from secateur.checkpoints import fingerprint, hub_commit
+from secateur.checkpoints import commit_on_hub, fingerprint
+from secateur.injection.clip import ClipRelevance
 from secateur.job import Job
+from secateur.loading import load
 from secateur.pruners import REGISTRY, build, registry
 from secateur.pruners.registry import digest_of_code
 
@@ -176,14 +180,86 @@ def test_every_file_of_a_local_model_counts_but_its_card(tmp_path, name, counts)
     fingerprint.cache_clear()
 
 
-def test_the_commit_behind_a_revision_is_read_from_the_hubs_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert hub_commit("org/model", "main") is None
-    repository = tmp_path / "models--org--model"
-    (repository / "snapshots" / "a1b2c3").mkdir(parents=True)
-    (repository / "snapshots" / "a1b2c3" / "config.json").write_text("{}")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("a1b2c3")
-    assert hub_commit("org/model", "main") == hub_commit("org/model", "a1b2c3") == "a1b2c3"
-    assert hub_commit("org/model", "other") is None
-    assert hub_commit("eval/shapes/model", "main") is None
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on line whose answers a test may set, and a cache that holds one commit."""
+    answers = {}
+
+    def repo_info(repository, *, repo_type, revision, timeout):
+        if (repository, repo_type, revision) not in answers:
+            raise OSError("no such repository")
+        return SimpleNamespace(sha=answers[repository, repo_type, revision])
+
+    monkeypatch.setattr("huggingface_hub.repo_info", repo_info)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    references = tmp_path / "hub" / "models--org--model" / "refs"
+    references.mkdir(parents=True)
+    (references / "main").write_text("a" * 40)
+    commit_on_hub.cache_clear(), fingerprint.cache_clear()
+    yield answers
+    commit_on_hub.cache_clear(), fingerprint.cache_clear()
+
+
+def test_a_revision_is_resolved_by_the_hub_or_else_by_its_cache(hub):
+    assert commit_on_hub("org/model", "main") == "a" * 40
+    hub["org/model", "model", "main"] = "b" * 40
+    assert commit_on_hub("org/model", "main") == "a" * 40, "resolved once per process"
+    commit_on_hub.cache_clear()
+    assert commit_on_hub("org/model", "main") == "b" * 40
+    assert commit_on_hub("org/model", "c" * 40) == "c" * 40
+    assert commit_on_hub("org/other", "main") is None
+    assert commit_on_hub("org/model", "main", "dataset") is None
+
+
+def test_offline_the_hub_is_not_asked(hub, monkeypatch):
+    hub["org/model", "model", "main"] = "b" * 40
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert commit_on_hub("org/model", "main") == "a" * 40
+
+
+def test_a_revision_that_moves_makes_other_cells(hub, tmp_path):
+    """Model, CLIP and data set are part of a cell's identity by their commits."""
+
+    def identity(*overrides):
+        commit_on_hub.cache_clear(), fingerprint.cache_clear()
+        words = ["model=llava_1_5_7b", "suite=hub", *overrides]
+        return Job.of(composed(tmp_path, *words)).cell("pope").identity
+
+    model, clip = "llava-hf/llava-1.5-7b-hf", "openai/clip-vit-large-patch14-336"
+    for repository, kind in (
+        (model, "model"),
+        (clip, "model"),
+        ("lmms-lab-encoder/POPE", "dataset"),
+    ):
+        hub[repository, kind, "main"] = "1" * 40
+    for repository, kind, counts in (
+        (model, "model", True),
+        (clip, "model", False),
+        ("lmms-lab-encoder/POPE", "dataset", True),
+    ):
+        before = identity("pruner=scope"), identity("pruner=cdpruner")
+        hub[repository, kind, "main"] = "2" * 40
+        after = identity("pruner=scope"), identity("pruner=cdpruner")
+        assert (before[0] != after[0]) is counts, "CLIP is loaded for cdpruner only"
+        assert before[1] != after[1]
+    assert after[1].data == "2" * 40
+    assert identity("suite.data_root=/data").data == ""
+
+
+def test_weights_come_from_the_commit_of_the_identity(hub, monkeypatch):
+    hub["org/model", "model", "main"] = "d" * 40
+    asked = []
+
+    def from_pretrained(place, *, revision, **_):
+        asked.append((place, revision))
+        raise OSError("not here")
+
+    monkeypatch.setattr("secateur.loading.AutoProcessor.from_pretrained", from_pretrained)
+    monkeypatch.setattr("secateur.injection.clip.CLIPModel.from_pretrained", from_pretrained)
+    commit_on_hub.cache_clear()
+    with pytest.raises(FileNotFoundError):
+        load("org/model", "", "pretrained", "main", "auto", None, torch.device("cpu"), None)
+    with pytest.raises(FileNotFoundError):
+        ClipRelevance.from_pretrained("org/model")
+    assert asked == [("org/model", "d" * 40)] * 2

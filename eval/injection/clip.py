@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import CLIPModel, CLIPTokenizer
 
-from secateur.checkpoints import locate, not_loaded
+from secateur.checkpoints import locate, not_loaded, pinned
 
 _QUESTIONS = 2**14  # kept in memory, more than a task has: 3 KB each
 
@@ -53,12 +53,12 @@ class ClipRelevance(nn.Module):
                 damaged.
             ValueError: it lacks a part of CLIP, or the tokenizer.
         """
-        place = str(locate(pretrained))
+        place, commit = str(locate(pretrained)), pinned(pretrained, revision)
         try:
             loaded: Any = CLIPModel.from_pretrained(
-                place, revision=revision, dtype=torch.float32, output_loading_info=True
+                place, revision=commit, dtype=torch.float32, output_loading_info=True
             )
-            tokenizer = CLIPTokenizer.from_pretrained(place, revision=revision)
+            tokenizer = CLIPTokenizer.from_pretrained(place, revision=commit)
         except (OSError, SafetensorError) as error:
             raise FileNotFoundError(
                 not_loaded(pretrained, revision, error, "model.clip")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import lmms_eval.tasks
+from huggingface_hub import get_token
 from lmms_eval.api.task import Task, _resolve_hf_datasets_cache_dir
 from lmms_eval.tasks import TaskManager
 from tenacity import RetryError
@@ -59,13 +60,16 @@ def task_manager() -> TaskManager:
     return TaskManager(verbosity="WARNING", include_path=folders, include_defaults=False)
 
 
-def load_tasks(names: list[str], data_root: Path | None = None) -> dict[str, Task]:
+def load_tasks(
+    names: list[str], data_root: Path | None = None, revision: str | None = None
+) -> dict[str, Task]:
     """Task objects by name, in chat form (messages with images in place).
 
     Args:
         names: tasks of `TASKS`.
         data_root: folder with the data sets under their hub names (`lmms-lab-encoder/POPE`,
             `Lin-Chen/MMStar`, ...); None means the hub.
+        revision: of the data sets on the hub; None: the newest.
 
     Raises:
         ValueError: a name that is not one of `TASKS`.
@@ -79,7 +83,7 @@ def load_tasks(names: list[str], data_root: Path | None = None) -> dict[str, Tas
             if data_root and not Path(dataset).is_dir():
                 raise FileNotFoundError(_not_found(name, dataset, f"the folder {data_root}"))
             try:
-                tasks.update(task_manager().load_task_or_group([name], task_type="chat"))
+                tasks.update(_load(name, None if data_root else revision))
             except (OSError, RetryError) as error:
                 cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
                 if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
@@ -88,6 +92,18 @@ def load_tasks(names: list[str], data_root: Path | None = None) -> dict[str, Tas
                 place = "the Hugging Face hub"
                 raise FileNotFoundError(f"{_not_found(name, dataset, place)} ({what})") from error
     return tasks
+
+
+def _load(name: str, revision: str | None) -> dict[str, Task]:
+    manager = task_manager()
+    options = manager._get_config(name).get("dataset_kwargs") or {}
+    if revision:
+        options = options | {"revision": revision}
+    if options.get("token") is True and get_token() is None:
+        # lmms-eval asks for a login, which public data sets do not need
+        options = options | {"token": None}
+    wanted = {"task": name, "dataset_kwargs": options}
+    return manager.load_task_or_group([wanted], task_type="chat")
 
 
 def _not_found(task: str, dataset: str, place: str) -> str:
