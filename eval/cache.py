@@ -18,6 +18,7 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 log = logging.getLogger(__name__)
+_PATIENCE = 60  # seconds to wait for the folder's lock, which is held for milliseconds
 
 
 def image_key(pixels: Tensor | Iterable[Tensor], identity: str) -> str:
@@ -42,7 +43,9 @@ class Counts:
 class EncodeCache:
     """Tensors by key. In both tiers the least recently used entries are deleted first.
 
-    Several processes may share the folder.
+    Several processes may share the folder. If it cannot be used (full disk, no permission, a
+    network file system that fails), the cache goes on in memory alone, with a warning: a cell
+    must not fail for it.
 
     Args:
         limit_bytes: limit of the tensors in memory; 0 keeps none.
@@ -69,7 +72,10 @@ class EncodeCache:
                 f"{self.limit_bytes}, {self.disk_limit_bytes}"
             )
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                self._give_up_disk(error)
 
     def fetch(
         self, key: str, encode: Callable[[], Tensors], names: Set[str] = frozenset()
@@ -83,9 +89,6 @@ class EncodeCache:
             key: from `image_key` if there is a folder, where it names a file; else any text.
             encode: returns the tensors of the key; those not in the entry yet are added to it.
             names: tensors that the entry must hold.
-
-        Raises:
-            OSError: the folder cannot be written, or its disk is full.
         """
         tensors = self._entries.get(key, {})
         if key in self._entries and names <= tensors.keys():
@@ -133,8 +136,8 @@ class EncodeCache:
             content = path.read_bytes()  # in one go: another process may replace the file
             tensors = load(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            if header.get("__metadata__", {}).get("sha256") != _digest(tensors):
-                raise SafetensorError("its content is not what was written")
+            if header.get("__metadata__", {}).get("sha256") != _digest(tensors, key):
+                raise SafetensorError("its content is not what was written under this name")
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)  # used now
         except FileNotFoundError:
@@ -143,22 +146,39 @@ class EncodeCache:
             self.counts.damaged += 1
             log.warning("the cache entry %s is damaged (%s) and encoded again", path, error)
             return None
+        except OSError as error:
+            self._give_up_disk(error)
+            return None
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+    def _give_up_disk(self, error: OSError) -> None:
+        log.warning(
+            "the cache folder %s cannot be used (%s): this process keeps encoded images in memory "
+            "only, and encodes more often",
+            self.folder,
+            error,
+        )
+        self.folder = None
 
     def _write(self, key: str, tensors: Tensors) -> None:
         """Write an entry in one step, after deleting the oldest to make room for it."""
         if self.folder is None:
             return
         content = save(
-            {name: tensor.cpu() for name, tensor in tensors.items()}, {"sha256": _digest(tensors)}
+            {name: tensor.cpu() for name, tensor in tensors.items()},
+            {"sha256": _digest(tensors, key)},
         )
         if len(content) > self.disk_limit_bytes:
             return
         scratch = self.folder / f"{key}.writing"
-        with FileLock(self.folder / "lock"):
-            self._make_room(len(content))
-            scratch.write_bytes(content)
-            scratch.rename(self.folder / f"{key}.safetensors")
+        try:
+            # a process that is suspended while it holds the lock must not stop the others
+            with FileLock(self.folder / "lock", timeout=_PATIENCE):
+                self._make_room(len(content))
+                scratch.write_bytes(content)
+                scratch.rename(self.folder / f"{key}.safetensors")
+        except OSError as error:
+            self._give_up_disk(error)
 
     def _make_room(self, size: int) -> None:
         """Delete half-written files of killed processes, then the oldest, for `size` bytes."""

@@ -1,11 +1,14 @@
 """The encode cache: a hit equals a miss bit for bit; limits, order of deletion and damage."""
 
+import errno
 import multiprocessing
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import save
 
 import secateur.cache as cache_module
@@ -273,3 +276,50 @@ def test_a_cleared_cache_holds_nothing_and_encodes_again():
     again = cache.fetch("a", lambda: {"x": torch.arange(4.0)})
     assert again["x"] is not first["x"]
     assert cache.counts.misses == 2
+
+
+def test_entries_under_each_others_names_are_noticed(tmp_path, caplog):
+    cache = EncodeCache(0, tmp_path, 10**9)
+    for number in (0, 1):
+        cache.fetch(key(number), lambda number=number: entry(number))
+    first, second = files(tmp_path)
+    first.rename(tmp_path / "aside"), second.rename(first), (tmp_path / "aside").rename(second)
+    for number in (0, 1):
+        got = cache.fetch(key(number), lambda number=number: entry(number))
+        assert torch.equal(got["features"], entry(number)["features"])
+    assert cache.counts.damaged == 2
+    assert "not what was written under this name" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOSPC])
+@pytest.mark.parametrize("call", ["read_bytes", "write_bytes"])
+def test_a_folder_that_fails_is_given_up_with_a_warning(
+    tmp_path, monkeypatch, caplog, number, call
+):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    cache = EncodeCache(10**6, tmp_path, 10**9)
+    monkeypatch.setattr(Path, call, fail)
+    for _ in range(2):
+        assert cache.fetch("a", lambda: {"features": torch.ones(2)})["features"].sum() == 2
+    assert f"the cache folder {tmp_path} cannot be used" in caplog.text
+    assert len(caplog.records) == 1
+    assert cache.counts.memory_hits == 1
+
+
+def test_something_else_in_the_place_of_the_folder_or_of_an_entry(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path):
+        (tmp_path / "a.safetensors").mkdir(exist_ok=True)
+        cache = EncodeCache(0, folder, 10**9)
+        assert cache.fetch("a", lambda: {"features": torch.ones(2)})["features"].sum() == 2
+    assert caplog.text.count("cannot be used") == 2
+
+
+def test_a_lock_that_is_never_released_is_not_waited_for(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("secateur.cache._PATIENCE", 0.1)
+    cache = EncodeCache(0, tmp_path, 10**9)
+    with FileLock(tmp_path / "lock", is_singleton=False):
+        cache.fetch("a", lambda: {"features": torch.ones(2)})
+    assert "cannot be used" in caplog.text
