@@ -48,7 +48,7 @@ def identity(
     the method, and that of all other code that decides answers.
     """
     return Identity(
-        model=model.identity(_weights(model, pruner)),
+        model=model.identity(fingerprint(model.pretrained, model.revision)),
         pruner=MethodIdentity.of(pruner, pruner.code),
         budget=str(Budget() if pruner.name == "none" else budget),
         suite=suite.identity(),
@@ -57,16 +57,15 @@ def identity(
         seed=seed,
         versions=_versions(),
         code=source.code(),
+        clip=_clip(model, pruner),
         data=suite.data_commit(find_task(task).dataset) or "",
     )
 
 
-def _weights(model: ModelSettings, pruner: Pruner | InLLMPruner) -> str:
-    """Identifies the weights that answer: the model's, and CLIP's if the method compares in it."""
-    weights = fingerprint(model.pretrained, model.revision)
-    if model.clip and pruner.needs & {"clip_patches", "clip_text"}:
-        weights += f" clip {fingerprint(model.clip, 'main')}"
-    return weights
+def _clip(model: ModelSettings, pruner: Pruner | InLLMPruner) -> str:
+    if model.clip is None or not pruner.needs & {"clip_patches", "clip_text"}:
+        return ""
+    return fingerprint(model.clip, "main")
 
 
 @cache

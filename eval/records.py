@@ -88,6 +88,7 @@ class Identity(_Data):
     limit: int | None
     seed: int
     versions: dict[str, str]
+    clip: str = ""  # the weights of CLIP, for a method that compares with the question in it
     data: str = ""  # commit of the data set on the hub; empty for a folder, and in old records
     code: str = ""  # digest of the code of secateur that decides answers; empty in old records
 
@@ -103,9 +104,23 @@ class Identity(_Data):
         return Path(self.suite.name, self.model.name, self.task, name)
 
     @cached_property
-    def setting(self) -> str:
-        """Digest of what all cells of one table share."""
+    def configuration(self) -> str:
+        """Digest of what was asked for, without the versions of code, packages, weights and data.
+
+        Cells of one configuration are versions of one cell.
+        """
         own = self.as_json()
+        for name in ("versions", "code", "data", "clip"):
+            own.pop(name, None)
+        del own["model"]["weights"]
+        own["pruner"].pop("source", None)
+        return digest(own)
+
+    @cached_property
+    def setting(self) -> str:
+        """Digest of what all cells of one table share. The weights are their version."""
+        own = self.as_json()
+        del own["model"]["weights"]
         return digest([own[name] for name in ("suite", "model", "limit", "seed")])[:8]
 
     @property

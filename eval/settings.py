@@ -73,7 +73,7 @@ class _ModelChoices(Settings):
 class ModelIdentity(_ModelChoices):
     """A model in the identity of a cell."""
 
-    weights: str  # type: ignore[assignment] # names the files of the weights, and of CLIP's
+    weights: str  # type: ignore[assignment] # names the files of the weights
 
 
 class ModelSettings(_ModelChoices):

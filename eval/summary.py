@@ -111,9 +111,10 @@ def _report(files: list[Path], results: Path, log: "Callable[[Records], bool]") 
             records.append(read(Path(folder)))
         except DamagedRecord as error:
             by_cell[folder] = {"state": "failed", "cell": "table", "message": str(error)}
-    for group in tables.by_setting(records):
+    groups = tables.by_setting(records)
+    for group, stem in zip(groups, tables.stems(groups), strict=True):
         tables.show(group)
-        for path in tables.write(group, results / "tables"):
+        for path in tables.write(group, results / "tables" / stem):
             console.print(f"written: {path}", highlight=False)
     messages = {o["message"]: o["cell"] for o in reversed(by_cell.values()) if "message" in o}
     for message, where in messages.items():

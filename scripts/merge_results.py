@@ -8,15 +8,16 @@ the source's cell is refused, because nothing says which one is right. Unfinishe
 and tables are not copied: run `make tables` afterwards. A seal shows damage and editing, not
 forgery.
 
-The script also reports what keeps cells out of one table: other versions of the packages, or two
-versions of a method's code. It exits with 1 if it refused a cell.
+The script also reports versions: cells that tables will mark, because they were run with other
+code or packages, and cells that tables will leave out, because a newer version of them is there. It
+exits with 1 if it refused a cell.
 """
 
 import argparse
 import shutil
 import sys
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +26,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from secateur.records import Record, digest
+from secateur.records import Record
 from secateur.reporting.tables import by_setting
+from secateur.reporting.versions import mixtures, newest
 from secateur.store import DamagedRecord, Store, StoredCell, read
 
 _COUNTS = ("new", "already here", "same answers", "refused", "failed", "unfinished")
@@ -68,35 +70,19 @@ def merge(source: Path, target: Store) -> Contribution:
     return contribution
 
 
-def mixtures(target: Store) -> list[str]:
-    """Why cells of a results folder cannot share a table that their settings put them in.
+def warnings(target: Store) -> list[str]:
+    """What tables of a results folder mark or leave out because of other versions.
 
     Raises:
-        DamagedRecord: one of them was damaged before.
+        DamagedRecord: a cell of the folder is damaged.
     """
-    found = []
-    for group in by_setting(target.records()):
-        identities = [record.identity for record in group]
-        where = identities[0].title
-        versions = Counter(
-            ", ".join(f"{k} {v}" for k, v in sorted(identity.versions.items()))
-            for identity in identities
-        )
-        if len(versions) > 1:
-            found.append(
-                f"{where}: "
-                + " but ".join(f"{count} cells of {text}" for text, count in versions.items())
-            )
-        rows = defaultdict(list)
-        for own in identities:
-            method = own.pruner.name, own.pruner.fields
-            rows[digest([own.task, own.budget, own.versions, method])].append(own)
-        for same in rows.values():
-            if len(same) > 1:
-                sources = ", ".join(sorted(own.pruner.source for own in same))
-                cell = f"{same[0].task} {same[0].pruner.name} {same[0].budget}"
-                found.append(f"{where}: {cell} of code {sources}")
-    return found
+    shown, stale = newest(target.records())
+    found = [
+        f"MIXED {group[0].identity.title}: {text}"
+        for group in by_setting(shown)
+        for text in mixtures(group)
+    ]
+    return found + [f"OLDER {old}" for old in stale]
 
 
 def _cells(runs: Path) -> Iterator[Path]:
@@ -191,8 +177,8 @@ def main() -> int:
         console.print("Cells that failed or are unfinished there were not merged.")
     refused = [text for one in contributions for text in one.refused]
     try:
-        for text in mixtures(target):
-            console.print(f"MIXED {text}; such cells cannot share a table", style="yellow")
+        for text in warnings(target):
+            console.print(text, style="yellow")
     except DamagedRecord as error:
         refused.append(f"already here: {error}")
     for text in refused:

@@ -16,9 +16,10 @@ from pathlib import Path
 from rich.console import Console
 
 from secateur.paths import ROOT
-from secateur.reporting import comparison, interval_table, paper_tables, render, reported
+from secateur.reporting import comparison, interval_table, paper_tables, render, reported, tables
 from secateur.reporting.layouts import layouts
 from secateur.reporting.stats import RESAMPLES
+from secateur.reporting.versions import Stale
 
 
 def main() -> int:
@@ -46,10 +47,15 @@ def main() -> int:
 
     numbers = reported.load_reported()
     damaged: list[str] = []
-    cells = comparison.load(options.results, damaged)
+    stale: list[Stale] = []
+    cells = comparison.load(options.results, damaged, stale)
     for message in damaged:
         console.print(f"REFUSED {message}", style="red")
         failed = True
+    for old in stale:
+        console.print(f"older version left out: {old}", style="yellow")
+    if stale:
+        console.print("`python scripts/stale_cells.py --delete` removes older versions.\n")
     for layout in layouts():
         try:
             table = paper_tables.build(layout, numbers, cells, options.resamples)
@@ -92,14 +98,16 @@ def main() -> int:
         "see papers/averages.csv\n"
     )
 
-    for group in comparison.settings(cells):
+    groups = comparison.settings(cells)
+    stems = tables.stems([[cell.record for cell in group] for group in groups])
+    for group, stem in zip(groups, stems, strict=True):
         try:
             compared = comparison.compare(group, options.resamples)
         except ValueError as error:
             console.print(f"REFUSED {group[0].record.identity.title}: {error}", style="red")
             failed = True
             continue
-        for path in interval_table.write(group, compared, folder):
+        for path in interval_table.write(group, compared, folder / f"intervals_{stem}"):
             console.print(path.read_text() if path.suffix == ".md" else f"written: {path}")
     return int(failed)
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from cells import ENVIRONMENT, cell, changed, identity, rows, save
 
-from scripts.merge_results import merge, mixtures
+from scripts.merge_results import merge, warnings
 from secateur.records import digest
 from secateur.store import Store
 
@@ -171,19 +171,18 @@ def test_a_cell_that_a_sweep_is_at_is_refused(tmp_path):
     assert merge(source, Store(here)).counts["new"] == 1
 
 
-def test_versions_and_code_that_cannot_share_a_table_are_reported(tmp_path, monkeypatch, capsys):
+def test_versions_that_tables_mark_or_leave_out_are_reported(tmp_path, monkeypatch, capsys):
     source, here = tmp_path / "source", tmp_path / "here"
     write(here, "none"), write(here, "scope")
-    write(source, "scope", changes={"identity.pruner.source": "t"})
+    newer = {"started": "2026-02-01T00:00:00Z"}
+    write(source, "scope", changes=newer | {"identity.pruner.source": "t"})
     write(source, "random", changes={"identity.versions": {"secateur": "0.2.0"}})
     code, printed = run(monkeypatch, capsys, source, "--into", here)
     assert code == 0
-    assert (
-        "3 cells of secateur 0.1.0 but 1 cells of secateur 0.2.0; such cells cannot share a table"
-        in printed
-    )
-    assert "gqa scope 64 of code s, t; such cells cannot share a table" in printed
-    assert len(mixtures(Store(here))) == 2
+    assert "Cells differ in packages: 2 of secateur 0.1.0 and 1 of secateur 0.2.0." in printed
+    assert "OLDER runs/hub/llava_1_5_7b/gqa/scope_64_" in printed
+    assert "of 2026-01-01T00:00:00Z: method's code differs" in printed
+    assert len(warnings(Store(here))) == 2
 
 
 @pytest.mark.parametrize(

@@ -201,14 +201,24 @@ def test_cells_of_different_limits_stand_apart(tmp_path):
     assert not report.refused
 
 
-def test_cells_of_different_versions_are_refused(tmp_path):
+def test_cells_of_different_versions_are_marked(tmp_path):
     cells = grid(tasks=("gqa",), scope=0.7)
     cells[1:] = changed(cells[1:], {"identity.versions": {"secateur": "0.2.0"}})
     report = reported(tmp_path, cells)
-    assert report.refused
-    assert "REFUSED: cells of 2 settings cannot share a table; versions" in text_of(page(report))
-    assert report.sections[0].rows == {}
-    assert report.sections[0].charts == []
+    assert not report.refused
+    assert any("Cells differ in packages: 1 of secateur" in text for text in report.problems)
+    assert "other packages than the unpruned cell" in text_of(page(report))
+
+
+def test_older_versions_of_a_cell_are_left_out_and_listed(tmp_path):
+    cells = grid(tasks=("gqa",), scope=0.7)
+    newer = {"identity.code": "abc", "started": "2026-02-01T00:00:00Z"}
+    report = reported(tmp_path, [*cells, *changed(cells[1:], newer)])
+    assert not report.refused
+    assert any(
+        text.startswith("older version left out: runs/shapes/shapes_llava/gqa/scope_16_")
+        for text in report.problems
+    )
 
 
 def test_one_sample_only_is_marked(tmp_path):

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from secateur.records import Record
 from secateur.reporting import stats
 from secateur.reporting.tables import by_setting
+from secateur.reporting.versions import Stale, differences, newest
 from secateur.store import Store
 from secateur.tasks import TASKS
 
@@ -67,10 +68,20 @@ class Cell(NamedTuple):
         return definition.factor * self.record.metrics[definition.stored]
 
 
-def load(results: Path, damaged: list[str] | None = None) -> list[Cell]:
-    """All finished cells of a results folder; `damaged` as in `Store.records`."""
+def load(
+    results: Path, damaged: list[str] | None = None, stale: list[Stale] | None = None
+) -> list[Cell]:
+    """The finished cells of a results folder, of each the newest version.
+
+    Args:
+        damaged: as in `Store.records`.
+        stale: receives the older versions.
+    """
     store, cells = Store(results), []
-    for record in store.records(damaged):
+    shown, older = newest(store.records(damaged))
+    if stale is not None:
+        stale += older
+    for record in shown:
         path = store.cell(record.identity).folder / "samples.parquet"
         stored = pq.read_schema(path).names
         cells.append(
@@ -82,13 +93,16 @@ def load(results: Path, damaged: list[str] | None = None) -> list[Cell]:
 
 
 def check_one_setting(cells: list[Cell]) -> None:
-    """Cells may share a table only if they differ in nothing but method, budget and task.
+    """Cells may share a table only if their settings are equal.
 
     Raises:
-        ValueError: they do not; the message says in what.
+        ValueError: they are not; the message says which one.
     """
-    for field in ("suite", "model", "limit", "seed", "versions"):
-        found = {str(cell.record.identity.as_json()[field]) for cell in cells}
+    settings = [cell.record.identity for cell in cells]
+    if len({own.setting for own in settings}) <= 1:
+        return
+    for field in ("suite", "model", "limit", "seed"):
+        found = {str(own.as_json()[field]) for own in settings}
         if len(found) > 1:
             raise ValueError(
                 f"cells of {len(found)} settings cannot share a table; "
@@ -158,8 +172,8 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
         for cell in (cell for cell in cells if cell.task == task):
             if cell.key in own:
                 raise ValueError(
-                    f"two cells of {task} for {cell.key}: the method's source changed in between; "
-                    "delete the older"
+                    f"two cells of {task} for {cell.key}: "
+                    f"{own[cell.key].record.identity.folder} and {cell.record.identity.folder}"
                 )
             own[cell.key] = cell
         unpruned = next((key for key, cell in own.items() if cell.name == "none"), None)
@@ -195,6 +209,8 @@ def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
     metric = TASKS[cell.task].headline
     images, answers = cell.rows["image_id"].nunique(), cell.rows["answer"].str.strip().str.lower()
     mark = []
+    if other := differences(cell.record, unpruned.record):
+        mark.append(f"other {', '.join(other)} than the unpruned cell")
     if answers.nunique() == 1:
         mark.append(f"every answer is {answers.iloc[0]!r}")
     if images < FEW_IMAGES:

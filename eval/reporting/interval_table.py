@@ -6,6 +6,7 @@ import pandas as pd
 
 from secateur.reporting.comparison import Cell, provenance
 from secateur.reporting.stats import LEVEL
+from secateur.reporting.versions import mixtures
 
 
 def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
@@ -47,6 +48,7 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
             else ", ".join(rows["method"] + " " + rows["budget"])
         )
         notes.append(f"{task}, {who}: {mark}.")
+    notes += mixtures(cell.record for cell in cells)
     notes.append(provenance(cells))
     table = wide.loc[tokens.index].reset_index().to_markdown(index=False, disable_numparse=True)
     heading = f"Intervals: {cells[0].record.identity.title}."
@@ -62,11 +64,10 @@ def _shown(row: pd.Series) -> str:
     return f"**{text}**" if row["tied_best"] else text
 
 
-def write(cells: list[Cell], comparison: pd.DataFrame, folder: Path) -> list[Path]:
+def write(cells: list[Cell], comparison: pd.DataFrame, stem: Path) -> list[Path]:
     """Write the comparison as Markdown and, with every column, as CSV; return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"intervals_{cells[0].record.identity.stem}"
-    paths = [folder / f"{stem}.md", folder / f"{stem}.csv"]
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".md", ".csv")]
     paths[0].write_text(markdown(cells, comparison), encoding="utf-8")
     comparison.to_csv(paths[1], index=False)
     return paths

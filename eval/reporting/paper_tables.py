@@ -11,6 +11,7 @@ from secateur.reporting.comparison import Cell, check_one_setting, estimate, pro
 from secateur.reporting.layouts import PaperLayout, Row, rows_of, yaml
 from secateur.reporting.reported import AVERAGE, averages
 from secateur.reporting.verdicts import Verdict, choices, foreign, judge, judge_method, off_budget
+from secateur.reporting.versions import mixtures
 from secateur.tasks import TASKS
 
 OVER_RUN = "over tasks run"  # the mean over the columns that have cells, printed and ours
@@ -80,6 +81,7 @@ def build(
         "a printed average that is another mean is not comparable."
     )
     if placed:
+        notes += mixtures(cell.record for cell in placed.values())
         notes.append(provenance(list(placed.values())))
     else:
         notes.append(

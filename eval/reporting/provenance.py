@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from secateur.pruners import REGISTRY
 from secateur.reporting.comparison import Cell
+from secateur.reporting.versions import mixtures
 
 
 class Provenance(NamedTuple):
@@ -83,10 +84,8 @@ def _row(cell: Cell) -> dict[str, Any]:
 def _doubts(cells: Sequence[Cell]) -> list[str]:
     commits, found = sorted({cell.record.environment.commit for cell in cells}), []
     if len(commits) > 1:
-        found.append(
-            f"The cells ran at {len(commits)} commits, {', '.join(commits)}: "
-            "versions are equal, sources may differ."
-        )
+        found.append(f"The cells ran at {len(commits)} commits, {', '.join(commits)}.")
+    found += mixtures(cell.record for cell in cells)
     if dirty := [commit for commit in commits if commit.endswith("-dirty")]:
         found.append(f"Cells ran on edited sources that no commit holds: {', '.join(dirty)}.")
     if unknown := [commit for commit in commits if commit.startswith("unknown")]:

@@ -17,6 +17,7 @@ from secateur.reporting.overlay import kept_tokens
 from secateur.reporting.provenance import Provenance
 from secateur.reporting.report_parts import DEMONSTRATION, Entry, Picture, Published, Section
 from secateur.reporting.reported import load_reported
+from secateur.reporting.versions import Stale
 
 _PER_PICTURE = 5  # methods per picture of kept tokens
 
@@ -45,7 +46,8 @@ class Report:
         self.results, self.resamples, self.data_root = results, resamples, data_root
         self.documents, self.rivals = documents, rivals
         self._damaged: list[str] = []
-        cells = comparison.load(results, self._damaged)
+        self.stale: list[Stale] = []
+        cells = comparison.load(results, self._damaged, self.stale)
         if not cells:
             raise ValueError(f"no finished cells in {results / 'runs'}; run `make sweep` first")
         self.sections = [self._section(group) for group in comparison.settings(cells)]
@@ -55,6 +57,7 @@ class Report:
     def problems(self) -> list[str]:
         """What is refused or missing, and where."""
         found = [f"REFUSED {message}" for message in self._damaged]
+        found += [f"older version left out: {old}" for old in self.stale]
         found += [
             f"{section.title}: {text}" for section in self.sections for text in section.warnings
         ]

@@ -1,6 +1,7 @@
 """Accuracy tables of finished cells: printed, Markdown, CSV."""
 
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur.records import Record
+from secateur.reporting.versions import mixtures
 from secateur.tasks import TASKS
 
 Records = list[Record]
@@ -78,12 +80,20 @@ def show(records: Records) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(view)
 
 
-def write(records: Records, folder: Path) -> list[Path]:
+def stems(groups: Sequence[Records]) -> list[str]:
+    """File names of settings, without suffix; where two would be equal, with their digests."""
+    names = [group[0].identity.stem for group in groups]
+    return [
+        f"{name}_{group[0].identity.setting}" if names.count(name) > 1 else name
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def write(records: Records, stem: Path) -> list[Path]:
     """Write the table as Markdown and CSV; return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    stem.parent.mkdir(parents=True, exist_ok=True)
     identity, table = records[0].identity, accuracy(records)
     commits = sorted({record.environment.commit for record in records})
-    stem = folder / identity.stem
     shown = _cells(table)
     lines = [
         f"Accuracy: {identity.title}.",
@@ -92,12 +102,13 @@ def write(records: Records, folder: Path) -> list[Path]:
         "|" + "|".join("---" if name == "method" else "---:" for name in shown.columns) + "|",
         *("| " + " | ".join(row) + " |" for row in shown.itertuples(index=False)),
         "",
+        *(f"{text}\n" for text in mixtures(records)),
         f"{len(records)} cells, commit {', '.join(commits)}. "
         "`tokens`: visual tokens per prompt, mean over layers and tasks. "
         "`relative %`: mean over tasks of the score as a share of the unpruned model's.",
         "",
     ]
-    paths = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".md", ".csv")]
     paths[0].write_text("\n".join(lines))
     table.to_csv(paths[1], index=False)
     return paths

@@ -1,0 +1,83 @@
+"""Versions of a cell: which one tables show, and in what the shown cells differ.
+
+Two cells are versions of one if they have the same settings, method, budget and task, but were run
+with other code, packages, weights or data. Tables show the newest.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from secateur.records import Record
+
+_OF_METHOD = ("method's code", "CLIP")
+
+
+class Stale(NamedTuple):
+    """A cell of which a newer version exists."""
+
+    record: Record
+    newer: Record
+
+    def __str__(self) -> str:
+        changed = ", ".join(differences(self.record, self.newer)) or "nothing that is recorded"
+        return f"runs/{self.record.identity.folder} of {self.record.started}: {changed} differs"
+
+
+def newest(records: Iterable[Record]) -> tuple[list[Record], list[Stale]]:
+    """The newest version of each cell, in the order given, and the older ones."""
+    versions = defaultdict(list)
+    for record in records:
+        versions[record.identity.configuration].append(record)
+    shown, stale = [], []
+    for own in versions.values():
+        # two that started in the same second: any order, but always the same
+        last = max(own, key=lambda record: (record.started, record.identity.digest))
+        shown.append(last)
+        stale += [Stale(record, last) for record in own if record is not last]
+    return shown, stale
+
+
+def differences(one: Record, other: Record) -> list[str]:
+    """What may make the answers of two cells of one task differ, apart from their settings.
+
+    Two methods have code of their own, which does not count.
+    """
+    mine, theirs = _origin(one), _origin(other)
+    names = [name for name in mine if mine[name] != theirs[name]]
+    if one.identity.pruner.name != other.identity.pruner.name:
+        names = [name for name in names if name not in _OF_METHOD]
+    return names
+
+
+def mixtures(records: Iterable[Record]) -> list[str]:
+    """In what the cells of a table differ, as sentences for its notes; empty if in nothing."""
+    groups: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    for record in records:
+        for name, value in _origin(record).items():
+            own = record.identity
+            part = own.task if name == "data" else own.pruner.name if name in _OF_METHOD else ""
+            groups[name][part][value] += 1
+    found = []
+    for name, by_part in groups.items():
+        for part, values in by_part.items():
+            if len(values) > 1:
+                counts = " and ".join(
+                    f"{count} of {value}" for value, count in values.most_common()
+                )
+                found.append(f"Cells differ in {name}{f' ({part})' * bool(part)}: {counts}.")
+    return found
+
+
+def _origin(record: Record) -> dict[str, str]:
+    own, ran = record.identity, record.environment
+    packages = ", ".join(f"{name} {version}" for name, version in sorted(own.versions.items()))
+    return {
+        "code": own.code or "not recorded",
+        "method's code": own.pruner.source,
+        "CLIP": own.clip,
+        "packages": packages,
+        "lock": ran.lock or "not recorded",
+        "weights": own.model.weights,
+        "data": own.data or ran.data_fingerprint or "not recorded",
+    }

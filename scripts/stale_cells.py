@@ -1,0 +1,46 @@
+"""List the cells of which a newer version exists, and remove them on request.
+
+    python scripts/stale_cells.py --results results
+    python scripts/stale_cells.py --results results --delete
+
+A newer version of a cell has the same settings, method, budget and task, but was run with other
+code, packages, weights or data. Tables show the newest version only.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from secateur.paths import ROOT
+from secateur.reporting.versions import newest
+from secateur.store import Store
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser.add_argument("--delete", action="store_true", help="remove their folders")
+    options = parser.parse_args()
+    if not (options.results / "runs").is_dir():
+        parser.error(f"--results {options.results} has no runs/ and is no results folder")
+    store, console = Store(options.results), Console(soft_wrap=True, highlight=False, markup=False)
+    damaged: list[str] = []
+    _, stale = newest(store.records(damaged))
+    for message in damaged:
+        console.print(f"REFUSED {message}", style="red")
+    for old in stale:
+        console.print(str(old))
+        if options.delete:
+            shutil.rmtree(store.cell(old.record.identity).folder)
+    done = "removed" if options.delete else "found; --delete removes them"
+    console.print(f"{len(stale)} stale cells {done}", style="bold")
+    return int(bool(damaged))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
