@@ -156,7 +156,7 @@ def run(
         flops=_flops(model, rows),
         empty_answers=int((rows["answer"].str.strip() == "").sum()),
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        seconds=time.time() - started,
+        seconds=float(rows["seconds"].sum()),
     )
     return found, rows
 
@@ -183,15 +183,18 @@ def _flops(model: "PrunedModel", rows: "pd.DataFrame") -> dict[str, float | None
 
 
 def _row(task: str, sample: dict[str, Any], model: "PrunedModel") -> dict[str, Any]:
-    """The row of one document: answer, score, tokens and diagnostics."""
+    """The row of one document: answer, score, tokens and diagnostics.
+
+    No file holds a lone surrogate: it is written as its escape in Python.
+    """
     entry, answer = TASKS[task], model.answers[task, sample["doc_id"]]
     return {
         "doc_id": sample["doc_id"],
-        "image_id": entry.image_id(sample),
-        "category": entry.category(sample),
-        "prompt": answer.prompt,
-        "target": str(sample["target"]),
-        "answer": answer.text,
+        "image_id": _writable(entry.image_id(sample)),
+        "category": _writable(entry.category(sample)),
+        "prompt": _writable(answer.prompt),
+        "target": _writable(str(sample["target"])),
+        "answer": _writable(answer.text),
         "score": entry.score(sample),
         "images": len(answer.audit.visual_tokens),
         "visual_tokens": sum(answer.audit.visual_tokens),
@@ -209,3 +212,7 @@ def _row(task: str, sample: dict[str, Any], model: "PrunedModel") -> dict[str, A
             if values
         },
     }
+
+
+def _writable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()

@@ -3,19 +3,41 @@
 import os
 import signal
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 # the real stderr, also while the output of a task is captured
-console = Console(file=sys.stderr)
+console = Console(file=sys.stderr, markup=False)  # paths and answers may contain brackets
 KEPT = "Finished cells and answers are kept; the same command goes on from there."
 
 
 def print_error(paragraph: str) -> None:
     """Print a message in red on the real stderr."""
-    console.print(paragraph, style="red", highlight=False, markup=False)
+    console.print(paragraph, style="red", highlight=False)
+
+
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """Run a script and exit with its status. A file it cannot read or write is one paragraph."""
+    try:
+        code = main()
+    except OSError as error:
+        print_error(
+            f"{error}. The script stopped there; files that it wrote before are complete. Make "
+            "room or give access, then run it again."
+        )
+        code = 1
+    sys.exit(code)
+
+
+def count(text: str) -> int:
+    """A number of at least 1 on a script's command line."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 class Interrupt:
@@ -56,7 +78,7 @@ class ProgressBar:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=console,
         )
 

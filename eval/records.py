@@ -168,7 +168,7 @@ class Results(_Data):
     flops: dict[str, float | None] | None = None  # per document; old records have none
     empty_answers: int = 0
     started: str  # UTC
-    seconds: float
+    seconds: float  # of all answers; in old records of the last process, with its pauses
 
 
 class Record(Results):

@@ -4,8 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,10 +126,30 @@ class StoredCell:
         except Timeout:
             yield False
             return
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the file system of {locks} gives no locks ({error.strerror}); mount it with "
+                "locks, or set results=/a/folder/elsewhere",
+            ) from error
+        holder = self._holder(part)
         try:
+            when = time.strftime("%Y-%m-%d %H:%M:%S")
+            holder.write_text(f"process {os.getpid()} on {platform.node()}, since {when}")
             yield True
         finally:
+            holder.unlink(missing_ok=True)
             lock.release()
+
+    def holder(self, part: str = "") -> str:
+        """Who holds the cell (or a part of it), for messages."""
+        try:
+            return self._holder(part).read_text()
+        except FileNotFoundError:
+            return "another process"
+
+    def _holder(self, part: str) -> Path:
+        return self._runs / ".locks" / f"{self.identity.digest[:12]}{part}.holder"
 
     def answers_file(self, part: str = "") -> Path:
         """The file of answers of the running cell (or a part of it)."""
@@ -151,7 +173,8 @@ class StoredCell:
         """
         path = self._failure
         try:
-            if path.stat().st_mtime < since:
+            # a time that is still to come is of a clock that was wrong
+            if not since <= path.stat().st_mtime <= time.time():
                 return None
             failure = Failure.model_validate_json(path.read_bytes())
         except FileNotFoundError:
@@ -172,8 +195,10 @@ class StoredCell:
         name, writing = self.identity.digest[:12], self._runs / ".writing"
         for place in (self.folder.parent, writing):
             place.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=name, dir=writing))
+        # mkdtemp hides its folder from other users; the cell inside gets the rights of the umask
+        scratch = Path(tempfile.mkdtemp(prefix=name, dir=writing)) / "cell"
         try:
+            scratch.mkdir()
             samples.to_parquet(scratch / "samples.parquet", index=False)
             content = {
                 "version": VERSION,
@@ -249,9 +274,14 @@ class Store:
             DamagedRecord: a cell is damaged, and `damaged` is None.
         """
         records = []
-        for path in sorted(self.runs.glob("*/*/*/*/record.json")):
+        for folder in sorted(self.runs.glob("[!.]*/*/*/*")):
+            if not folder.is_dir():
+                continue
             try:
-                records.append(read(path.parent))
+                if not os.access(folder, os.R_OK | os.X_OK):
+                    raise DamagedRecord(f"this user may not read {folder}; ask its owner")
+                if (folder / "record.json").exists():
+                    records.append(read(folder))
             except DamagedRecord as error:
                 if damaged is None:
                     raise

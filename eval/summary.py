@@ -30,6 +30,12 @@ class Summary(Callback):
         self._start(config, jobs=1)
 
     def _start(self, config: DictConfig, jobs: int) -> None:
+        if config.hydra.job.chdir:
+            print_error(
+                "hydra.job.chdir=true would look for results and data in another folder for each "
+                "job; leave it out"
+            )
+            sys.exit(1)
         try:  # before Hydra writes there, and before hours of a sweep that could not be logged
             Store(Path(config.results))
             self._logger = _logger(config)

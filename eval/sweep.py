@@ -84,8 +84,9 @@ class Sweep:
         while self.waiting:
             job, task, path = self.waiting.pop(0)
             name = f"{job.pruner.name} {job.budget}"
-            self.bar.show(1, f"waiting for another process: {name} {task}")
             try:
+                holder = job.cell(task).holder()
+                self.bar.show(1, f"waiting for {holder}: {name} {task}")
                 outcome = self._run_cell(job, task, wait=True)
             except Exception as error:  # Hydra would only warn of it
                 outcome = self._failed(f"{task} {name}", error, path)
@@ -141,7 +142,8 @@ class Sweep:
         part = f"-{number}of{count}" if count > 1 else ""
         with stored.claim(part, wait) as mine:
             if not mine:
-                return outcome | {"state": "locked", "message": "another process is running it"}
+                holder = stored.holder(part)
+                return outcome | {"state": "locked", "message": f"{holder} is running it"}
             result = self._run_or_skip(job, task, stored, part)
         # The last shard to finish scores the cell: after its own answers each shard looks, one
         # at a time, whether all answers are there.

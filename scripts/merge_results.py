@@ -15,7 +15,6 @@ exits with 1 if it refused a cell.
 
 import argparse
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from secateur.progress import run_script
 from secateur.records import Record
 from secateur.reporting.tables import by_setting
 from secateur.reporting.versions import mixtures, newest
@@ -187,4 +187,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -8,12 +8,12 @@ cells were refused; the page then says which cells, and why.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from secateur.paths import ROOT
+from secateur.progress import count, run_script
 from secateur.reporting.stats import RESAMPLES
 
 
@@ -34,7 +34,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--resamples",
-        type=int,
+        type=count,
         default=RESAMPLES,
         help=f"how often images are resampled (default: {RESAMPLES})",
     )
@@ -59,6 +59,8 @@ def main() -> int:
         help="the two methods of the gallery (default: the two best)",
     )
     options = parser.parse_args()
+    if not options.results.is_dir():
+        parser.error(f"--results {options.results}: no such folder")
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # of lmms-eval's index of tasks
     os.environ.setdefault("TQDM_DISABLE", "1")
     from secateur.reporting.report import Report
@@ -80,4 +82,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

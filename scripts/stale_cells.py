@@ -9,12 +9,12 @@ code, packages, weights or data. Tables show the newest version only.
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from secateur.paths import ROOT
+from secateur.progress import run_script
 from secateur.reporting.versions import newest
 from secateur.store import Store
 
@@ -43,4 +43,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -10,12 +10,12 @@ intervals_<suite>_<model>_<limit>.{md,csv}        one for every sweep
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from secateur.paths import ROOT
+from secateur.progress import count, run_script
 from secateur.reporting import comparison, interval_table, paper_tables, render, reported, tables
 from secateur.reporting.layouts import layouts
 from secateur.reporting.stats import RESAMPLES
@@ -34,11 +34,13 @@ def main() -> int:
     )
     parser.add_argument(
         "--resamples",
-        type=int,
+        type=count,
         default=RESAMPLES,
         help=f"how often images are resampled (default: {RESAMPLES})",
     )
     options = parser.parse_args()
+    if not options.results.is_dir():
+        parser.error(f"--results {options.results}: no such folder")
     folder, console, failed = (
         options.results / "tables",
         Console(soft_wrap=True, highlight=False, markup=False),
@@ -113,4 +115,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -196,7 +196,10 @@ def test_what_goes_wrong_with_a_cell_that_was_waited_for_fails_it(tmp_path, monk
 
     path = tmp_path / "cells.json"
     path.write_text(json.dumps([{"state": "locked", "cell": "pope random 16"}]))
-    job = SimpleNamespace(tasks=["pope"], pruner=SimpleNamespace(name="random"), budget=16)
+    held = SimpleNamespace(holder=lambda: "another process")
+    job = SimpleNamespace(
+        tasks=["pope"], pruner=SimpleNamespace(name="random"), budget=16, cell=lambda _: held
+    )
     monkeypatch.setattr(engine.Sweep, "_run_cell", refuse)
     sweep = engine.Sweep(jobs=1)
     sweep.waiting.append((job, "pope", path))

@@ -1,10 +1,12 @@
 """Records are whole or absent, and a change behind our back is noticed."""
 
+import errno
 import json
 import multiprocessing
 import os
 import re
 import shutil
+import stat
 import time
 from pathlib import Path
 
@@ -216,3 +218,50 @@ def test_the_answers_of_a_cell_go_when_it_is_written(tmp_path):
     save(tmp_path, CELL)
     assert own.answers_files() == []
     assert other.answers_files()
+
+
+def test_a_cell_has_the_rights_of_the_umask(tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = save(tmp_path, CELL)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
+
+
+def test_a_cell_that_this_user_may_not_read_is_named(tmp_path, monkeypatch):
+    folder = save(tmp_path, CELL)
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder and allowed(path, mode))
+    with pytest.raises(DamagedRecord, match=f"may not read {folder}"):
+        Store(tmp_path).records()
+
+
+def test_a_failure_of_the_future_is_an_old_one(tmp_path):
+    """The clock of another machine was wrong."""
+    stored, now = Store(tmp_path).cell(IDENTITY), time.time()
+    path = stored.write_failure("Traceback", ENVIRONMENT, {})
+    assert stored.failure(since=now - 1)
+    os.utime(path, (now + 9999, now + 9999))
+    assert stored.failure(since=now - 1) is None
+
+
+def test_a_file_system_without_locks_is_named_with_a_remedy(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("secateur.store._Lock.acquire", refuse)
+    with (
+        pytest.raises(OSError, match=r"gives no locks \(No locks available\).*set results="),
+        Store(tmp_path).cell(IDENTITY).claim(),
+    ):
+        pass
+
+
+def test_a_held_cell_says_who_holds_it(tmp_path, holder):
+    said = Store(tmp_path).cell(IDENTITY).holder()
+    assert re.fullmatch(rf"process {holder[0].pid} on .+, since \d{{4}}-.*", said)
+    holder[1].set()
+    holder[0].join()
+    assert Store(tmp_path).cell(IDENTITY).holder() == "another process"

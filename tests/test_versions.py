@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from cells import cell, changed, rows, save
 
+from secateur.reporting import interval_table, tables
 from secateur.reporting.comparison import compare, load
 from secateur.reporting.interval_table import markdown
 from secateur.reporting.tables import stems
 from secateur.reporting.versions import mixtures, newest
+from secateur.store import DamagedRecord
 
 MODEL = "llava_1_5_7b"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "stale_cells.py"
@@ -83,6 +85,64 @@ def test_settings_that_share_a_name_get_files_of_their_own():
     assert len(set(names)) == 3
     assert names[0].startswith("hub_llava_1_5_7b_all_")
     assert names[2] == "hub_llava_1_5_7b_100"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"identity.pruner.name": "gone"}, "is of the method 'gone', which is not registered here"),
+        ({"identity.task": "gone"}, "is of the task 'gone', which is not known here"),
+        ({"metrics": {"other": 1.0}}, "has no metric 'exact_match'"),
+    ],
+)
+def test_records_of_another_installation_are_named_and_left_out(tmp_path, change, message):
+    save(tmp_path, CELLS[0])
+    folder = save(tmp_path, *changed(CELLS[1:], change))
+    damaged = []
+    assert [one.name for one in load(tmp_path, damaged)] == ["none"]
+    assert damaged == [f"the record in {folder} {message}"]
+    with pytest.raises(DamagedRecord, match=message):
+        load(tmp_path)
+
+
+def test_text_of_answers_and_commits_is_escaped(tmp_path):
+    same = CELLS[1].rows.assign(answer="<script>")
+    cells = changed([CELLS[0], CELLS[1]._replace(rows=same)], {"environment.commit": "<img>"})
+    for path in interval_table.write(cells, compare(cells, 200), tmp_path / "table")[:1]:
+        assert "every answer is '&lt;script&gt;'" in path.read_text()
+        assert "commit &lt;img&gt;" in path.read_text()
+    accuracy, _ = tables.write([one.record for one in cells], tmp_path / "accuracy")
+    assert "commit &lt;img&gt;" in accuracy.read_text()
+
+
+@pytest.mark.parametrize("script", ["tables", "report"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--results", "/nowhere"], "--results /nowhere: no such folder"),
+        (["--resamples", "-1"], "argument --resamples: invalid count value: '-1'"),
+    ],
+)
+def test_a_typo_is_refused_by_name(script, words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT.with_name(f"{script}.py")), run_name="__main__")
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_in_the_way_of_the_tables_is_one_paragraph(tmp_path, monkeypatch):
+    save(tmp_path, CELLS[0])
+    (tmp_path / "tables").write_text("")
+    said = []
+    monkeypatch.setattr("secateur.progress.print_error", said.append)
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT.with_name("tables.py")), run_name="__main__")
+    assert ended.value.code == 1
+    (text,) = said
+    assert "Not a directory" in text or "File exists" in text
+    assert "run it again" in text
 
 
 def test_the_script_lists_stale_cells_and_removes_them_on_request(tmp_path, monkeypatch, capsys):

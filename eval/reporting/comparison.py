@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from secateur.pruners import REGISTRY
 from secateur.records import Record
 from secateur.reporting import stats
 from secateur.reporting.tables import by_setting
 from secateur.reporting.versions import Stale, differences, newest
-from secateur.store import Store
+from secateur.store import DamagedRecord, Store
 from secateur.tasks import TASKS
 
 FEW_IMAGES = 30  # with fewer images, percentile intervals are too short
@@ -74,7 +75,7 @@ def load(
     """The finished cells of a results folder, of each the newest version.
 
     Args:
-        damaged: as in `Store.records`.
+        damaged: as in `Store.records`; also for records of a method or task that is not known here.
         stale: receives the older versions.
     """
     store, cells = Store(results), []
@@ -82,6 +83,12 @@ def load(
     if stale is not None:
         stale += older
     for record in shown:
+        if unknown := _unknown(record):
+            message = f"the record in {store.cell(record.identity).folder} {unknown}"
+            if damaged is None:
+                raise DamagedRecord(message)
+            damaged.append(message)
+            continue
         path = store.cell(record.identity).folder / "samples.parquet"
         stored = pq.read_schema(path).names
         cells.append(
@@ -90,6 +97,17 @@ def load(
             )
         )
     return cells
+
+
+def _unknown(record: Record) -> str:
+    """What of a record this installation does not know; empty if nothing."""
+    own = record.identity
+    if own.pruner.name not in REGISTRY:
+        return f"is of the method {own.pruner.name!r}, which is not registered here"
+    if own.task not in TASKS:
+        return f"is of the task {own.task!r}, which is not known here"
+    headline = TASKS[own.task].metrics[TASKS[own.task].headline].stored
+    return "" if headline in record.metrics else f"has no metric {headline!r}"
 
 
 def check_one_setting(cells: list[Cell]) -> None:

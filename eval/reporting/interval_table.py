@@ -1,5 +1,6 @@
 """The comparison of a sweep's cells as Markdown with notes, and as CSV."""
 
+import html
 from pathlib import Path
 
 import pandas as pd
@@ -68,6 +69,7 @@ def write(cells: list[Cell], comparison: pd.DataFrame, stem: Path) -> list[Path]
     """Write the comparison as Markdown and, with every column, as CSV; return the files."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".md", ".csv")]
-    paths[0].write_text(markdown(cells, comparison), encoding="utf-8")
+    # answers and commits in the notes may contain anything
+    paths[0].write_text(html.escape(markdown(cells, comparison), quote=False), encoding="utf-8")
     comparison.to_csv(paths[1], index=False)
     return paths

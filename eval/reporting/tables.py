@@ -1,5 +1,6 @@
 """Accuracy tables of finished cells: printed, Markdown, CSV."""
 
+import html
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -109,6 +110,6 @@ def write(records: Records, stem: Path) -> list[Path]:
         "",
     ]
     paths = [stem.with_name(stem.name + suffix) for suffix in (".md", ".csv")]
-    paths[0].write_text("\n".join(lines))
+    paths[0].write_text(html.escape("\n".join(lines), quote=False), encoding="utf-8")
     table.to_csv(paths[1], index=False)
     return paths

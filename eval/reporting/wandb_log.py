@@ -5,6 +5,7 @@ one setting (suite, model, limit, seed) may share a table: they are a group, and
 are one more run.
 """
 
+import html
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -224,7 +225,7 @@ class WandbLog:
         except ValueError as error:
             notes = [f"No comparison: {error}."]
         else:
-            notes = [interval_table.markdown(cells, compared)]
+            notes = [html.escape(interval_table.markdown(cells, compared), quote=False)]
             logged |= {
                 "comparison": table(compared),
                 "tasks": image(figures.bars(compared, caption)),
