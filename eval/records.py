@@ -167,6 +167,11 @@ class Results(_Data):
     average_tokens: float
     flops: dict[str, float | None] | None = None  # per document; old records have none
     empty_answers: int = 0
+    # the task's own scoring reads nothing from them (see `secateur.tasks.usable`); empty ones too
+    unusable_answers: int = 0
+    cut_off_answers: int = 0  # ended by the limit of new tokens
+    generation_defaults: dict[str, Any] | None = None  # in use, that can change a greedy answer
+    rewritten_prompts: int = 0  # documents whose prompt lmms-eval rewrites wrongly
     started: str  # UTC
     seconds: float  # of all answers; in old records of the last process, with its pauses
 

@@ -8,6 +8,7 @@ from cells import cell, changed, rows, save
 from secateur.reporting.comparison import compare, load, settings
 from secateur.reporting.interval_table import markdown, write
 from secateur.reporting.stats import Estimates
+from secateur.reporting.tables import NOTE
 
 MODEL = "llava_1_5_7b"
 
@@ -200,3 +201,14 @@ def test_stored_cells_come_back_by_setting(tmp_path):
         compare(complete, 200).sort_values("method", ignore_index=True),
         compare(cells[:2], 200).sort_values("method", ignore_index=True),
     )
+
+
+def test_answers_that_mean_nothing_mark_their_rows():
+    cells = grid(tasks=["gqa"], scope=0.7, visionzip=0.6)
+    cells[1:2] = changed(cells[1:2], {"unusable_answers": 7, "cut_off_answers": 3})
+    table = compare(cells, 200)
+    text = markdown(cells, table)
+    assert "70.0† ± " in text
+    assert "60.0 ± " in text
+    assert "gqa, scope 64: 7 of 2000 answers are unusable; 3 of 2000 answers were cut off" in text
+    assert NOTE in text

@@ -506,3 +506,11 @@ def test_the_script_writes_all_tables_and_refuses_what_it_must(tmp_path, monkeyp
         runpy.run_path(str(ROOT / "scripts" / "tables.py"), run_name="__main__")
     assert ended.value.code == 1
     assert "REFUSED SCOPE Table 1, llava_1_5_7b: cells of 2 settings" in capsys.readouterr().out
+
+
+def test_answers_that_mean_nothing_are_noted():
+    cells = ours({("scope", "64"): 0.0}, tasks=("gqa",))
+    number = cells[1].record.documents
+    cells[1:] = changed(cells[1:], {"unusable_answers": number // 2})
+    table = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200)
+    assert "Some answers are unusable: gqa scope at 64 50.0 %." in table.notes

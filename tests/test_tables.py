@@ -115,3 +115,24 @@ def test_the_files_name_suite_model_limit_and_commit(tmp_path):
     assert "commit abc" in text
     assert "| random seed=3 | 48 | 48.0 | 60.0 | - | - |" in text
     assert pd.read_csv(csv)["tokens"].tolist() == [144, 48, 16]
+
+
+def test_answers_that_mean_nothing_stand_beside_the_score(tmp_path, capsys):
+    assert not {"empty %", "unusable %", "cut off %"} & set(tables.accuracy(UNPRUNED))
+    counted = {"unusable_answers": 1, "cut_off_answers": 2, "documents": 4}
+    records = [*RANDOM, altered(UNPRUNED[0], counted), UNPRUNED[1]]
+    table = tables.accuracy(records).set_index(["method", "budget"])
+    assert table.loc[("none", "full"), "unusable %"] == pytest.approx(100 / 8)
+    assert table.loc[("none", "full"), "cut off %"] == pytest.approx(100 / 4)
+    assert table.loc[("random", "16"), "unusable %"] == 0
+    assert "empty %" not in table
+    markdown, csv = tables.write(records, tmp_path / "marked")
+    text = markdown.read_text()
+    assert "| none | full | 144.0 | 80.0† | 1000.0 | 100.0 | 12.5 | 25.0 |" in text
+    assert "| random | 16 | 16.0 | 40.0 |" in text
+    assert tables.NOTE in text
+    assert pd.read_csv(csv)["POPE F1"].tolist() == [80, 60, 40]
+    tables.show(records)
+    printed = capsys.readouterr().out
+    assert "80.0†" in printed
+    assert "scoring reads nothing" in " ".join(printed.split())

@@ -17,6 +17,13 @@ from secateur.store import DamagedRecord, Store
 from secateur.tasks import TASKS
 
 FEW_IMAGES = 30  # with fewer images, percentile intervals are too short
+# counts of a record as marks of its row
+COUNTED = {
+    "answers are empty": "empty_answers",
+    "answers are unusable": "unusable_answers",
+    "answers were cut off by the limit of new tokens": "cut_off_answers",
+    "prompts were rewritten wrongly by lmms-eval": "rewritten_prompts",
+}
 TOKENS = 0.01  # methods are compared if their mean tokens differ by at most this share
 # of the samples; the kept tokens, which are their bulk, are not read
 _COLUMNS = ("doc_id", "image_id", "category", "target", "answer", "score")
@@ -231,6 +238,9 @@ def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
         mark.append(f"other {', '.join(other)} than the unpruned cell")
     if answers.nunique() == 1:
         mark.append(f"every answer is {answers.iloc[0]!r}")
+    for text, field in COUNTED.items():
+        if number := getattr(cell.record, field):
+            mark.append(f"{number} of {cell.record.documents} {text}")
     if images < FEW_IMAGES:
         mark.append(f"{images} images: intervals are too short")
     paired = cell.key != unpruned.key and sorted(cell.rows["doc_id"]) == sorted(

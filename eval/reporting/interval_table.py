@@ -7,6 +7,7 @@ import pandas as pd
 
 from secateur.reporting.comparison import Cell, provenance
 from secateur.reporting.stats import LEVEL
+from secateur.reporting.tables import DAGGER, NOTE
 from secateur.reporting.versions import mixtures
 
 
@@ -49,6 +50,8 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
             else ", ".join(rows["method"] + " " + rows["budget"])
         )
         notes.append(f"{task}, {who}: {mark}.")
+    if shown["cell"].str.contains(DAGGER).any():
+        notes.append(NOTE)
     notes += mixtures(cell.record for cell in cells)
     notes.append(provenance(cells))
     table = wide.loc[tokens.index].reset_index().to_markdown(index=False, disable_numparse=True)
@@ -57,7 +60,7 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
 
 
 def _shown(row: pd.Series) -> str:
-    text = f"{row['value']:.1f}"
+    text = f"{row['value']:.1f}" + DAGGER * ("answers are unusable" in row["mark"])
     if row["low"] == row["low"]:
         text += f" ± {(row['high'] - row['low']) / 2:.1f}"
     if row["p_holm"] < 1 - LEVEL:

@@ -7,9 +7,16 @@ import pandas as pd
 
 from secateur.paths import CONFIGS
 from secateur.reporting import stats
-from secateur.reporting.comparison import Cell, check_one_setting, estimate, provenance
+from secateur.reporting.comparison import (
+    COUNTED,
+    Cell,
+    check_one_setting,
+    estimate,
+    provenance,
+)
 from secateur.reporting.layouts import PaperLayout, Row, rows_of, yaml
 from secateur.reporting.reported import AVERAGE, averages
+from secateur.reporting.tables import share
 from secateur.reporting.verdicts import Verdict, choices, foreign, judge, judge_method, off_budget
 from secateur.reporting.versions import mixtures
 from secateur.tasks import TASKS
@@ -81,6 +88,7 @@ def build(
         "a printed average that is another mean is not comparable."
     )
     if placed:
+        notes += _counted(placed)
         notes += mixtures(cell.record for cell in placed.values())
         notes.append(provenance(list(placed.values())))
     else:
@@ -89,6 +97,23 @@ def build(
             f"python scripts/sweep.py -m experiment={layout.experiment}"
         )
     return PaperTable(layout, pd.DataFrame(found), notes)
+
+
+def _counted(placed: dict[tuple[str, str], Cell]) -> list[str]:
+    """Notes on empty, unusable and cut-off answers and on rewritten prompts, by (row, task)."""
+    found = []
+    for text, field in COUNTED.items():
+        shares = {
+            where: 100 * share([cell.record], field)
+            for where, cell in placed.items()
+            if getattr(cell.record, field)
+        }
+        if shares:
+            listed = ", ".join(
+                f"{task} {row} {value:.1f} %" for (row, task), value in shares.items()
+            )
+            found.append(f"Some {text}: {listed}.")
+    return found
 
 
 def _place(

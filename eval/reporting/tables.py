@@ -17,6 +17,17 @@ from secateur.reporting.versions import mixtures
 from secateur.tasks import TASKS
 
 Records = list[Record]
+# columns of tables, where they are not zero: heading, and the field of `Results` that counts
+COUNTS = {
+    "empty %": "empty_answers",
+    "unusable %": "unusable_answers",
+    "cut off %": "cut_off_answers",
+    "rewritten %": "rewritten_prompts",
+}
+DAGGER = "†"
+NOTE = (
+    f"{DAGGER}: from some answers the task's own scoring reads nothing; they are wrong, or guessed."
+)
 
 
 def by_setting(records: Records) -> list[Records]:
@@ -35,10 +46,12 @@ def accuracy(records: Records) -> pd.DataFrame:
     the row, since a method may keep more of a budget in one task than in another. Column
     relative %: mean over tasks of the score in percent of the unpruned score. The unpruned row
     comes first, then the rows from many to few tokens. Tasks that a row did not run are empty, and
-    so is its relative %.
+    so is its relative %. The columns of `COUNTS` give shares of a row's documents; a column without
+    any is left out.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     tokens: dict[tuple[str, str], list[float]] = {}
+    own: dict[tuple[str, str], Records] = {}
     for record in records:
         identity = record.identity
         task, key = TASKS[identity.task], (identity.pruner.label, identity.budget)
@@ -46,6 +59,7 @@ def accuracy(records: Records) -> pd.DataFrame:
         score = metric.factor * record.metrics[metric.stored]
         rows.setdefault(key, {})[task.heading()] = score
         tokens.setdefault(key, []).append(record.average_tokens)
+        own.setdefault(key, []).append(record)
     means = {key: fmean(own) for key, own in tokens.items()}
     order = sorted(rows, key=lambda key: (key[0] != "none", -means[key], *key))
     table = pd.DataFrame(
@@ -58,27 +72,47 @@ def accuracy(records: Records) -> pd.DataFrame:
         table["relative %"] = (100 * table[tasks] / unpruned_rows[tasks].iloc[0]).mean(
             axis=1, skipna=False
         )
+    for heading, field in COUNTS.items():
+        shares = [share(own[key], field) for key in order]
+        if any(shares):
+            table[heading] = [100 * value for value in shares]
     return table
 
 
-def _cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Numbers as printed: one decimal, a dash if nothing was run."""
-    return table.map(
+def share(records: Records, field: str) -> float:
+    """The share of all documents of some cells that this field of `Results` counts."""
+    counted = sum(getattr(record, field) for record in records)
+    return counted / sum(record.documents for record in records)
+
+
+def _cells(records: Records) -> pd.DataFrame:
+    """The table as printed: one decimal, a dash if nothing was run, a dagger (see `NOTE`)."""
+    table = accuracy(records)
+    shown = table.map(
         lambda value: (
             "-" if value != value else f"{value:.1f}" if isinstance(value, float) else str(value)
         )
     )
+    for record in records:
+        own = record.identity
+        if share([record], "unusable_answers"):
+            row = (table["method"] == own.pruner.label) & (table["budget"] == own.budget)
+            shown.loc[row, TASKS[own.task].heading()] += DAGGER
+    return shown
 
 
 def show(records: Records) -> None:
     """Print the table."""
-    table = _cells(accuracy(records))
+    table = _cells(records)
     view = Table(title=records[0].identity.title)
     for name in table:
         view.add_column(str(name), justify="left" if name == "method" else "right")
     for row in table.itertuples(index=False):
         view.add_row(*row, style="bold" if row[0] == "none" else None)
-    Console(width=None if sys.stdout.isatty() else 120).print(view)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(view)
+    if share(records, "unusable_answers"):
+        console.print(NOTE, markup=False, highlight=False)
 
 
 def stems(groups: Sequence[Records]) -> list[str]:
@@ -95,7 +129,7 @@ def write(records: Records, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     identity, table = records[0].identity, accuracy(records)
     commits = sorted({record.environment.commit for record in records})
-    shown = _cells(table)
+    shown = _cells(records)
     lines = [
         f"Accuracy: {identity.title}.",
         "",
@@ -103,6 +137,7 @@ def write(records: Records, stem: Path) -> list[Path]:
         "|" + "|".join("---" if name == "method" else "---:" for name in shown.columns) + "|",
         *("| " + " | ".join(row) + " |" for row in shown.itertuples(index=False)),
         "",
+        *[f"{NOTE}\n"] * bool(share(records, "unusable_answers")),
         *(f"{text}\n" for text in mixtures(records)),
         f"{len(records)} cells, commit {', '.join(commits)}. "
         "`tokens`: visual tokens per prompt, mean over layers and tasks. "
