@@ -78,15 +78,15 @@ class Inputs:
         self.template = None if prompt == "hub" else PROMPTS[prompt]
         self.family.use_layout(self.processor, config, layout)
 
-    def prompt(self, chat: ChatMessages, sample: str) -> Prompt:
-        """The prompt of a chat; `sample` names it in errors.
+    def prompt(self, chat: ChatMessages) -> Prompt:
+        """The prompt of a chat.
 
         Raises:
             ValueError: videos; or text that the tokenizer would read as an image.
         """
         images, videos, _ = chat.extract_media()
         if videos:
-            raise ValueError(f"{sample}: videos are not supported")
+            raise ValueError("videos are not supported")
         words = "\n".join(
             part.text
             for message in chat.messages
@@ -96,8 +96,7 @@ class Inputs:
         placeholder = self.processor.image_token
         if placeholder in words:
             raise ValueError(
-                f"{sample}: the question contains the literal text {placeholder!r}, which stands "
-                "for an image"
+                f"the question contains the literal text {placeholder!r}, which stands for an image"
             )
         text, images = self.family.chat(
             self.processor, chat, images, self.template, self.image_side

@@ -41,7 +41,34 @@ class Answer:
     prompt: str
     seconds: float  # its equal share of its batch's time
     new_tokens: int
+    cut_off: bool  # ended by the limit of new tokens, not by an end token
     audit: PromptAudit
+
+
+class DocumentError(RuntimeError):
+    """An error while documents were prepared or answered. Its message names them."""
+
+    def __init__(self, documents: Iterable[str], error: Exception) -> None:
+        super().__init__(f"{', '.join(documents)}: {type(error).__name__}: {error}")
+
+
+class _FiniteCheck:
+    """A forward hook: finds rows whose logits of the last position are not finite.
+
+    It reads the model's own logits, since logits processors write -inf. The result stays on the
+    model's device until `rows` is called.
+    """
+
+    def __init__(self) -> None:
+        self._broken: Tensor | None = None  # [B]
+
+    def __call__(self, _module: Any, _args: Any, output: Any) -> None:
+        broken = ~output.logits[:, -1].isfinite().all(-1)
+        self._broken = broken if self._broken is None else self._broken | broken
+
+    def rows(self) -> list[int]:
+        """Numbers of the rows that had a logit that is not finite."""
+        return [] if self._broken is None else self._broken.nonzero()[:, 0].tolist()
 
 
 @dataclass(frozen=True)
@@ -196,7 +223,9 @@ class PrunedModel(lmms):
         """Answer greedily every request of the shard that has no answer yet.
 
         Raises:
-            ValueError: sampling or beam search, or an error in a document.
+            ValueError: the task asks for sampling or beam search.
+            DocumentError: a document could not be prepared or answered, or its logits are not
+                finite.
             Unanswered: documents of other shards have no answers yet.
         """
         number, count = self.shard
@@ -229,13 +258,14 @@ class PrunedModel(lmms):
         key = f"{self._data[task][1]} {task} {doc_id}"
 
         def prepare() -> dict[str, Tensor]:
-            prompt = self.inputs.prompt(
-                ChatMessages(messages=doc_to_messages(data[doc_id])), f"{task}/{doc_id}"
-            )
+            prompt = self.inputs.prompt(ChatMessages(messages=doc_to_messages(data[doc_id])))
             self._words[key] = (prompt.text, prompt.question, len(prompt.images))
             return dict(self.inputs(prompt))
 
-        inputs = BatchFeature(self._prepared.fetch(key, prepare))
+        try:
+            inputs = BatchFeature(self._prepared.fetch(key, prepare))
+        except Exception as error:
+            raise DocumentError([_name(task, doc_id)], error) from error
         new_tokens = options.get("max_new_tokens", self.inputs.family.NEW_TOKENS)
         return _Request(
             task, doc_id, *self._words[key], inputs, min(new_tokens, self._most or new_tokens)
@@ -271,12 +301,22 @@ class PrunedModel(lmms):
         )
 
     def _answer(self, batch: list[_Request], trace: Trace) -> None:
-        """Answer a batch; if memory runs out, in halves, and later batches at the smaller size."""
+        """Answer a batch; if memory runs out, in halves, and later batches at the smaller size.
+
+        Raises:
+            DocumentError: any error but lack of memory, or lack of memory for one document.
+        """
         try:
-            return self._generate(batch, trace)
-        except torch.cuda.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
+            answers = self._generate(batch, trace)
+        except Exception as error:
+            if len(batch) == 1 or not isinstance(error, torch.cuda.OutOfMemoryError):
+                names = [_name(request.task, request.doc_id) for request in batch]
+                raise DocumentError(names, error) from error
+        else:
+            for request, answer in zip(batch, answers, strict=True):
+                self.answers[request.task, request.doc_id] = answer
+                self.on_answer()
+            return
         # only here, outside `except`: the exception's traceback keeps the call's tensors alive
         self.images.cache.clear()  # its tensors are on the accelerator too
         torch.cuda.empty_cache()
@@ -288,42 +328,61 @@ class PrunedModel(lmms):
         )
         for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
             self._answer(half, trace)
-        return None
 
-    def _generate(self, batch: list[_Request], trace: Trace) -> None:
+    def _generate(self, batch: list[_Request], trace: Trace) -> list[Answer]:
+        """The answers of a batch.
+
+        Raises:
+            FloatingPointError: logits that are NaN or infinite. It names the documents.
+        """
         inputs = self.inputs.collate([request.inputs for request in batch]).to(
             self.device, self.model.dtype
         )
         trace.audits.clear()
         trace.announce([self._sample(request) for request in batch])
-        started = self._now()
-        output = self.model.generate(
-            **inputs,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            max_new_tokens=batch[0].new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-        )
+        check, started = _FiniteCheck(), self._now()
+        handle = self.model.register_forward_hook(check)
+        try:
+            output = self.model.generate(
+                **inputs,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                max_new_tokens=batch[0].new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
+        finally:
+            handle.remove()
         seconds = (self._now() - started) / len(batch)
+        if broken := check.rows():
+            names = ", ".join(_name(batch[row].task, batch[row].doc_id) for row in broken)
+            raise FloatingPointError(
+                f"the logits of {names} are NaN or infinite with pruner {self.method.name!r} at "
+                f"budget {self._method['budget']}: the weights are damaged, or the values are too "
+                f"large for {self.model.dtype}; check the checkpoint, or set model.dtype=float32"
+            )
+        answers = []
         for request, row, audit in zip(
             batch, output[:, inputs["input_ids"].shape[1] :], trace.audits, strict=True
         ):
             ends = (row == self.tokenizer.eos_token_id).nonzero()
             new = row[: int(ends[0]) + 1] if len(ends) else row  # the rest is padding
             text = self.tokenizer.decode(new, skip_special_tokens=True)
-            self.answers[request.task, request.doc_id] = Answer(
-                text, request.text, seconds, len(new), audit
-            )
-            self.on_answer()
+            answers.append(Answer(text, request.text, seconds, len(new), not len(ends), audit))
+        return answers
 
     def _sample(self, request: _Request) -> Sample:
         ids = self.tokenizer(request.question, add_special_tokens=False)["input_ids"]
-        return Sample(f"{request.task}/{request.doc_id}", tuple(ids), request.question)
+        return Sample(_name(request.task, request.doc_id), tuple(ids), request.question)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _name(task: str, doc_id: int) -> str:
+    """How messages and samples name a document."""
+    return f"{task}/{doc_id}"

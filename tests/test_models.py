@@ -16,11 +16,12 @@ from tenacity import stop_after_attempt
 from scripts.training.train_shapes import Recipe, train
 from secateur import cell, models
 from secateur.budget import Budget
+from secateur.cache import EncodeCache
 from secateur.families import contract
 from secateur.injection import selftest
 from secateur.job import Job
 from secateur.model_pool import ModelPool
-from secateur.models import PrunedModel
+from secateur.models import DocumentError, PrunedModel
 from secateur.paths import CONFIGS
 from secateur.pruners import build
 from secateur.shapes.datasets import build as build_shapes
@@ -126,8 +127,68 @@ def test_the_training_recipe_runs_and_its_model_answers(tasks, tmp_path):
 
 def test_an_error_in_a_pruner_is_fatal(model, tasks):
     model.use(build("scope"), Budget(tokens=145), "compact")
-    with pytest.raises(ValueError, match=r"145.*144"):
+    with pytest.raises(DocumentError, match=r"^pope/0: \w*Error: .*145.*144"):
         run(model, tasks, "pope", 2)
+
+
+class TestErrorsNameTheirDocuments:
+    """Every error while documents are prepared or answered."""
+
+    @pytest.fixture
+    def batched(self, model, monkeypatch):
+        monkeypatch.setattr(model, "batch_tokens", 2000)
+        return model
+
+    def test_one_row_of_the_head_that_is_nan(self, model, tasks):
+        model.use(build("random"), Budget(tokens=16), "compact")
+        weight = model.model.lm_head.weight.data
+        own = weight[5].clone()
+        weight[5] = float("nan")
+        message = (
+            r"^pope/0: FloatingPointError: the logits of pope/0 are NaN .*'random' at budget 16"
+        )
+        try:
+            with pytest.raises(DocumentError, match=message):
+                run(model, tasks, "pope", 2)
+        finally:
+            weight[5] = own
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_logits_of_some_rows_at_a_later_step(self, batched, tasks, value):
+        def spoil(_module, _args, logits):
+            if logits.shape[1] == 1 and not spoilt:  # a decoding step, or the last of the prompt
+                spoilt.append(True)
+                logits[1::2, -1, 7] = value
+            return logits
+
+        spoilt: list[bool] = []
+        batched.use(build("none"), Budget(), "compact")
+        handle = batched.model.lm_head.register_forward_hook(spoil)
+        try:
+            with pytest.raises(DocumentError, match="the logits of pope/1, pope/3 are NaN"):
+                run(batched, tasks, "pope", 4)
+        finally:
+            handle.remove()
+        assert not batched.model._forward_hooks
+
+    def test_an_error_in_generate_names_the_batch(self, batched, tasks, monkeypatch):
+        def fail(**_):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(batched.model, "generate", fail)
+        batched.use(build("none"), Budget(), "compact")
+        with pytest.raises(DocumentError, match=r"^pope/0, pope/1: RuntimeError: CUDA error"):
+            run(batched, tasks, "pope", 2)
+
+    def test_an_error_of_the_processor(self, model, tasks, monkeypatch):
+        def fail(_inputs, _prompt):
+            raise KeyError("pixels")
+
+        monkeypatch.setattr(type(model.inputs), "__call__", fail)
+        monkeypatch.setattr(model, "_prepared", EncodeCache(0))
+        model.use(build("none"), Budget(), "compact")
+        with pytest.raises(DocumentError, match=r"^gqa/0: KeyError: 'pixels'"):
+            run(model, tasks, "gqa", 2)
 
 
 def test_a_model_that_answers_nothing_fails_its_cell(model, tasks, monkeypatch):
@@ -135,6 +196,21 @@ def test_a_model_that_answers_nothing_fails_its_cell(model, tasks, monkeypatch):
     monkeypatch.setattr(model.tokenizer, "decode", lambda *_, **__: " ")
     with pytest.raises(RuntimeError, match="all 2 answers of task gqa are empty"):
         run(model, tasks, "gqa", 2)
+
+
+def test_unusable_and_cut_off_answers_are_counted(model, tasks, monkeypatch):
+    model.use(build("none"), Budget(), "compact")
+    record, rows = run(model, tasks, "pope", 4)
+    assert (record["unusable_answers"], record["cut_off_answers"]) == (0, 0)
+    assert not rows[["unusable", "cut_off"]].to_numpy().any()
+    model.use(build("none"), Budget(), "compact")
+    monkeypatch.setattr(model, "_most", 1)  # the end token does not fit
+    texts = iter(["maybe", "yes", "Yes.", "no"])
+    monkeypatch.setattr(model.tokenizer, "decode", lambda *_, **__: next(texts))
+    record, rows = run(model, tasks, "pope", 4)
+    assert rows["unusable"].tolist() == [True, False, True, False]
+    assert (record["unusable_answers"], record["cut_off_answers"]) == (2, 4)
+    assert record["empty_answers"] == 0
 
 
 def test_the_model_survives_lmms_evals_clean_up(model):
@@ -145,9 +221,7 @@ def test_the_model_survives_lmms_evals_clean_up(model):
 def test_the_vicuna_prompt_is_the_original_llavas():
     model = PrunedModel(str(WEIGHTS), dtype="float32", device="cpu", prompt="vicuna_v1")
     content = [{"type": "image", "url": picture(0)}, {"type": "text", "text": "Why?"}]
-    text = model.inputs.prompt(
-        ChatMessages(messages=[{"role": "user", "content": content}]), "x"
-    ).text
+    text = model.inputs.prompt(ChatMessages(messages=[{"role": "user", "content": content}])).text
     assert text == (
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions. "

@@ -56,7 +56,7 @@ def inputs_of(config):
 def prompt(inputs):
     part = [{"type": "image", "url": picture(0).resize((60, 40))}, {"type": "text", "text": "Why?"}]
     chat = ChatMessages(messages=[{"role": "user", "content": part}])
-    return inputs.prompt(chat, "doc 0")
+    return inputs.prompt(chat)
 
 
 def test_geometry_knows_it(toy):
