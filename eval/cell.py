@@ -196,6 +196,8 @@ def _row(task: str, sample: dict[str, Any], model: "PrunedModel") -> dict[str, A
         "target": _writable(str(sample["target"])),
         "answer": _writable(answer.text),
         "score": entry.score(sample),
+        "unusable": not entry.is_usable(sample),
+        "cut_off": answer.cut_off,
         "images": len(answer.audit.visual_tokens),
         "visual_tokens": sum(answer.audit.visual_tokens),
         "kept_tokens": sum(answer.audit.kept_tokens),

@@ -1,5 +1,6 @@
 """The table of tasks: one entry is all that the harness needs to know of a task."""
 
+import random
 import sys
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import yaml
 from cells import CONFIGS, cell, rows
 from hydra import compose, initialize_config_dir
+from lmms_eval.tasks.pope.utils import pope_process_results
 
 from scripts import plan
 from secateur.job import Job
@@ -91,3 +93,34 @@ def test_suites_name_known_tasks(path):
 def test_an_unknown_task_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown task toy; known tasks: pope, "):
         find_task("toy")
+
+
+MULTIPLE = {"question_type": "multiple-choice", "options": "['a red cube', 'a ball']"}
+
+
+@pytest.mark.parametrize(
+    ("task", "doc", "usable", "unusable"),
+    [
+        ("pope", {}, ["yes", " No\n", "YES"], ["Yes.", "yes, it is", "maybe", ""]),
+        ("mme", {}, ["Yes.", "y", "No, it is not"], ["maybe", "x", "It is not", " "]),
+        (
+            "scienceqa_img",
+            {"choices": ["a", "b"]},
+            ["A", "b", "B. the ball"],
+            ["C", "the ball", ""],
+        ),
+        ("mmstar", {}, ["A", "The answer is (B)."], ["unsure", "E", ""]),
+        ("mmmu_val", MULTIPLE, ["B", "(A)", "I think that it is a ball"], ["C", "unsure", ""]),
+        ("mmmu_val", {"question_type": "open", "options": "[]"}, ["42", "unsure"], [" "]),
+        ("gqa", {}, ["red", "unsure"], ["", "\n"]),
+    ],
+)
+def test_unusable_answers_are_those_that_lmms_eval_cannot_read(task, doc, usable, unusable):
+    before = random.getstate()
+    for texts, expected in ((usable, True), (unusable, False)):
+        for text in texts:
+            sample = {"doc": doc, "filtered_resps": [text]}
+            if task == "pope":
+                sample |= pope_process_results({"answer": "yes", "question_id": 0}, [text])
+            assert find_task(task).is_usable(sample) is expected, text
+    assert random.getstate() == before

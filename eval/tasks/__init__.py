@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.tasks import metrics
+from secateur.tasks import metrics, usable
 from secateur.tasks.metrics import Metric
 
 Sample = Mapping[str, Any]  # a scored document as lmms-eval logs it
@@ -17,6 +17,10 @@ Sample = Mapping[str, Any]  # a scored document as lmms-eval logs it
 
 def _exact_match(sample: Sample) -> float:
     return float(sample["exact_match"])
+
+
+def _any_text(sample: Sample) -> bool:
+    return True
 
 
 def _no_category(sample: Sample) -> str:
@@ -35,6 +39,7 @@ class Task:
         documents: number of documents of the real data set, as lmms-eval 0.7.3 loads it.
         metrics: by their names in results/reported; the first is the headline, which tables show.
         score: 1 for a right answer, 0 for a wrong one, by the task's own scoring.
+        usable: whether the task's own scoring could read an answer that has any text.
         category: the group in which a document's score is averaged first; empty: no groups.
         image_field: field of a document that names its image; None: every document has its own.
         pairs: the two documents of an image are scored together, so a limit must be even.
@@ -50,6 +55,7 @@ class Task:
     documents: int
     metrics: Mapping[str, Metric]
     score: Callable[[Sample], float] = _exact_match
+    usable: Callable[[Sample], bool] = _any_text
     category: Callable[[Sample], str] = _no_category
     image_field: str | None = None
     pairs: bool = False
@@ -95,6 +101,10 @@ class Task:
             total: sum(found.get(part, 0.0) for part in parts) for total, parts in self.sums.items()
         }
 
+    def is_usable(self, sample: Sample) -> bool:
+        """Whether the answer has text that the task's own scoring could read."""
+        return bool(usable.answer(sample).strip()) and self.usable(sample)
+
     def image_id(self, sample: Sample) -> str:
         """Documents with the same id share an image."""
         return str(sample["doc"][self.image_field] if self.image_field else sample["doc_id"])
@@ -124,6 +134,7 @@ TASKS: dict[str, Task] = {
                 "pope_accuracy": metrics.accuracy("pope_accuracy", suffix="accuracy"),
             },
             score=lambda sample: sample["pope_accuracy"]["score"],
+            usable=usable.pope,
             image_field="image_source",
         ),
         Task(
@@ -133,6 +144,7 @@ TASKS: dict[str, Task] = {
             dataset="lmms-lab-encoder/ScienceQA",
             documents=2017,
             metrics={"accuracy": metrics.accuracy("exact_match")},
+            usable=usable.scienceqa,
         ),
         Task(
             name="gqa",
@@ -151,6 +163,7 @@ TASKS: dict[str, Task] = {
             documents=2374,
             metrics={"mme_total": metrics.MME_TOTAL, "mme_perception": metrics.MME_PERCEPTION},
             score=lambda sample: _mme(sample)["score"],
+            usable=usable.mme,
             category=lambda sample: _mme(sample)["category"],
             image_field="question_id",
             pairs=True,
@@ -165,6 +178,7 @@ TASKS: dict[str, Task] = {
             documents=900,
             metrics={"accuracy": metrics.accuracy("mmmu_acc")},
             score=_mmmu_score,
+            usable=usable.mmmu,
         ),
         Task(
             name="mmstar",
@@ -174,6 +188,7 @@ TASKS: dict[str, Task] = {
             documents=1500,
             metrics={"accuracy": metrics.MMSTAR_ACCURACY},
             score=lambda sample: sample["average"]["score"],
+            usable=usable.mmstar,
             category=lambda sample: sample["average"]["l2_category"],
         ),
     )
