@@ -497,7 +497,7 @@ def test_calls_that_cannot_be_pruned_are_errors(model, processor):
         model.generate(**encode(processor, 1), max_new_tokens=1)
     with inject(model, fastv, 8), pytest.raises(ValueError, match="input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, 64))
-    with inject(model, fastv, 8), pytest.raises(ValueError, match="with a dynamic cache"):
+    with inject(model, fastv, 8), pytest.raises(ValueError, match="a dynamic cache"):
         model.generate(**encode(processor, 2), max_new_tokens=2, cache_implementation="static")
     inputs = encode(processor, 1)
     cache = model(**inputs, use_cache=True).past_key_values

@@ -3,17 +3,18 @@
 import ast
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
 import torch
 from conftest import picture, tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_inject import Fixed, encode
-from transformers import ContinuousBatchingConfig, pipeline
+from transformers import StaticCache, pipeline
 
 from scripts.gpu_check import TOLERANCE
-from secateur.injection import inject
+from secateur.injection import Sample, inject
 from secateur.pruners import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,23 +100,42 @@ class TestDecoding:
         ("options", "message"),
         [
             ({"use_cache": False}, "use_cache=False"),
-            ({"cache_implementation": "static"}, "with a dynamic cache"),
-            ({"prefill_chunk_size": 16}, "image placeholders for images"),
+            ({"cache_implementation": "static"}, "cache_implementation='static'"),
+            ({"prefill_chunk_size": 16}, "prefill_chunk_size"),
         ],
     )
     @pytest.mark.parametrize("pruner", [build("uniform"), build("fastv", layer=1)])
     def test_other_caches_are_refused(self, model, processor, pruner, options, message):
-        with inject(model, pruner, 8), pytest.raises(ValueError, match=message):
-            model.generate(**encode(processor, 2), **STEPS, do_sample=False, **options)
+        """Before the first token, whether by keyword or by a generation config."""
+        inputs, config = encode(processor, 2), copy.deepcopy(model.generation_config)
+        config.update(**options)
+        with inject(model, pruner, 8):
+            with pytest.raises(ValueError, match=message):
+                model.generate(**inputs, max_new_tokens=1, **options)
+            with pytest.raises(ValueError, match=message):
+                model.generate(**inputs, max_new_tokens=1, generation_config=config)
 
-    def test_continuous_batching_gives_errors_and_no_tokens(self, model, processor):
+    def test_a_static_cache_object_is_refused(self, model, processor):
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+        with inject(model, build("uniform"), 8), pytest.raises(ValueError, match="with a static"):
+            model(**encode(processor, 1), past_key_values=cache)
+
+    @pytest.mark.parametrize("name", ["assistant_model", "prompt_lookup_num_tokens"])
+    def test_assisted_decoding_inside_the_language_model_is_refused(self, model, processor, name):
+        options = {name: model if name == "assistant_model" else 2}
+        for pruner in (build("fastv", layer=1), build("pyramiddrop", stages=(1,))):
+            with inject(model, pruner, 8), pytest.raises(ValueError, match=name):
+                model.generate(**encode(processor, 1), **STEPS, **options)
+
+    def test_continuous_batching_is_refused(self, model, processor):
         ids = encode(processor, 1)["input_ids"].tolist()
-        small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
-        with inject(model, build("uniform"), 8):
-            outputs = model.generate_batch(ids, model.generation_config, small)
-        (output,) = outputs.values()
-        assert output.error
-        assert output.generated_tokens == []
+        with inject(model, build("uniform"), 8), pytest.raises(ValueError, match="generate_batch"):
+            model.generate_batch(ids)
+
+    def test_labels_are_refused(self, model, processor):
+        inputs = encode(processor, 1)
+        with inject(model, build("uniform"), 8), pytest.raises(ValueError, match="labels have the"):
+            model(**inputs, labels=inputs["input_ids"])
 
 
 class TestTurns:
@@ -133,11 +153,32 @@ class TestTurns:
             first = model.generate(**inputs, **STEPS, return_dict_in_generate=True)
             ids = torch.cat([first.sequences, inputs["input_ids"]], 1)
             second = dict(inputs) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with pytest.raises(ValueError, match="A second turn cannot go on"):
+                model.generate(**second, **STEPS, past_key_values=first.past_key_values)
             with pytest.raises(ValueError, match="in one piece"):
+                model(**inputs | {"attention_mask": None}, past_key_values=first.past_key_values)
+
+    @pytest.mark.parametrize("pruner", [build("uniform"), build("fastv", layer=1)])
+    def test_a_second_turn_with_the_cache_of_the_first_is_refused(self, model, processor, pruner):
+        inputs, more = encode(processor, 1), torch.tensor([[20, 21, 22]])
+        with inject(model, pruner, 8):
+            first = model.generate(**inputs, **STEPS, return_dict_in_generate=True)
+            ids = torch.cat([first.sequences, more], 1)
+            second = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with pytest.raises(ValueError, match="A second turn cannot go on"):
                 model.generate(**second, **STEPS, past_key_values=first.past_key_values)
 
 
 class TestInputs:
+    def test_question_ids_of_two_axes_are_refused(self, model, processor):
+        ids = torch.tensor([[20, 21, 22]])
+        with inject(model, build("trimtokenator"), 5) as trace:
+            trace.announce([Sample("0", ids)])
+            with pytest.raises(
+                ValueError, match=r"question_ids of sample '0' have the shape \(1, 3"
+            ):
+                model(**encode(processor, 1))
+
     def test_a_batch_with_a_row_of_text_alone(self, model, processor):
         texts = ["USER: <image>\nwhat? ASSISTANT:", "USER: hello there ASSISTANT:"]
         inputs = processor(text=texts, images=[picture(0)], padding=True, return_tensors="pt")
@@ -170,22 +211,55 @@ class TestWrappers:
             (found,) = answer(text=text, images=[picture(0)], generate_kwargs=options)
         assert found["generated_text"] == text + processor.decode(new[0])
 
-    def test_a_peft_model_by_its_base_model(self, model, processor):
+    def test_a_peft_model(self, model, processor):
         torch.manual_seed(0)
         lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         adapted = get_peft_model(copy.deepcopy(model), lora).eval()
         inputs = encode(processor, 2)
+        plain = subset(adapted.get_base_model(), inputs)
+        expected = adapted.generate(**plain, **STEPS, do_sample=False)
+        with inject(adapted, Fixed(KEPT), 5):
+            found = adapted.generate(**inputs, **STEPS, do_sample=False)
+        assert torch.equal(found[:, inputs["input_ids"].shape[1] :], expected)
         check_generate(adapted.get_base_model(), inputs, caller=adapted, do_sample=False)
+
+    def test_peft_methods_that_add_tokens_are_refused(self, model):
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        tuned = SimpleNamespace(get_base_model=lambda: model, active_peft_config=config)
         with (
-            pytest.raises(ValueError, match="Pass the model itself, without a wrapper"),
-            inject(adapted, build("uniform"), 5),
+            pytest.raises(ValueError, match="adds tokens of its own"),
+            inject(tuned, build("uniform"), 5),
         ):
             pass
 
-    def test_data_parallel_is_refused(self, model):
-        wrapped = torch.nn.DataParallel(model)
-        with pytest.raises((AttributeError, ValueError)), inject(wrapped, build("uniform"), 5):
+    def test_other_wrappers_are_refused(self, model):
+        for wrapped in (torch.nn.DataParallel(model), torch.compile(model)):
+            with (
+                pytest.raises(ValueError, match="Pass the model itself, without a wrapper"),
+                inject(wrapped, build("uniform"), 5),
+            ):
+                pass
+
+    @pytest.mark.parametrize("part", ["", "model.language_model", "lm_head"])
+    @pytest.mark.parametrize("in_place", [False, True])
+    def test_compiled_models_are_refused(self, model, part, in_place):
+        compiled = copy.deepcopy(model)
+        module = compiled.get_submodule(part)
+        if in_place:
+            module.compile()
+        else:
+            module.forward = torch.compile(module.forward)
+        with (
+            pytest.raises(ValueError, match=f"^{part or type(model).__name__} was compiled"),
+            inject(compiled, build("uniform"), 5),
+        ):
             pass
+
+    def test_the_model_is_as_before(self, model):
+        before = dict(vars(model)), dict(model._forward_pre_hooks)
+        with inject(model, build("uniform"), 5):
+            assert "generate" in vars(model)
+        assert (vars(model).keys(), model._forward_pre_hooks) == (before[0].keys(), before[1])
 
     def test_weights_offloaded_by_accelerate(self, model, processor):
         moved = accelerate.cpu_offload(copy.deepcopy(model), torch.device("cpu"))
@@ -239,6 +313,7 @@ def test_every_row_of_the_page_names_a_test_or_says_untested():
         assert name in names_of_tests(ROOT / "tests" / file), f"{what}: no test {where}"
     named = {where.strip("`").partition("::")[2] for _, _, where, _ in rows}
     here = names_of_tests(Path(__file__)) - {
-        "test_every_row_of_the_page_names_a_test_or_says_untested"
+        "test_every_row_of_the_page_names_a_test_or_says_untested",
+        "TestWrappers::test_the_model_is_as_before",
     }
     assert here <= named

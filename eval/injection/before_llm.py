@@ -183,7 +183,12 @@ class BeforeLLM(Hooks):
                 "call trace.announce([Sample(id, question_ids, question)]) before the model"
             )
         if "text_embeddings" in needs:
-            ids = torch.tensor(sample.question_ids, dtype=torch.long, device=self.adapter.device)
+            ids = torch.as_tensor(sample.question_ids, dtype=torch.long, device=self.adapter.device)
+            if ids.dim() != 1:
+                raise ValueError(
+                    f"question_ids of sample {sample.id!r} have the shape {tuple(ids.shape)}; give "
+                    "one row of token ids, such as ids[0].tolist()"
+                )
             made["text_embeddings"] = self.adapter.embed(ids)[None]
             made["text_mask"] = torch.ones_like(ids, dtype=torch.bool)[None]
         if "clip_text" in needs:

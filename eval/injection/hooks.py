@@ -89,10 +89,11 @@ class Hooks:
         kwargs = self.arguments.read(args, kwargs)
         cache, mask = kwargs.get("cache"), kwargs.get("attention_mask")
         past = cache.get_seq_length() if cache is not None else 0
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        per_position = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        if getattr(cache, "is_compileable", False) or not per_position:
             raise ValueError(
-                "pruning needs the mask of the prompt, [B, L]: generate with a dynamic cache, not "
-                "with a static one"
+                "pruning needs a dynamic cache, and the mask of the prompt as [B, L]: generate "
+                "with a dynamic cache, not with a static one"
             )
         if past:
             if self.prompt is None:

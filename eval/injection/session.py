@@ -13,6 +13,7 @@ from secateur.families.base import Adapter
 from secateur.families.contract import is_tested
 from secateur.injection.audit import Trace
 from secateur.injection.before_llm import BeforeLLM
+from secateur.injection.calls import checked_calls, unwrapped
 from secateur.injection.encoder import ImageCache
 from secateur.injection.hooks import Hooks
 from secateur.injection.in_llm import InLLM
@@ -40,8 +41,8 @@ def inject(
     After the block the model is as before.
 
     Args:
-        model: a supported image-text model of transformers; `generate` and the plain forward both
-            work.
+        model: a supported image-text model of transformers, or PEFT's wrapper of one; `generate`
+            and the plain forward both work.
         pruner: from `secateur.build`.
         budget: tokens per image (64), retention ("11.1%" or 0.111), either per crop ("128/tile"),
             or "full". Methods inside the language model rank the images of a prompt together,
@@ -56,12 +57,13 @@ def inject(
         cache: keeps encoded images for later blocks; without one every call encodes its own.
 
     Raises:
-        ValueError: a model family, budget or option that is not supported, a block of this model
-            that is still open, or a release of transformers on which injection does not work (see
+        ValueError: a model family, wrapper, budget or option that is not supported, a compiled
+            model, a block of this model that is still open, or a release of transformers on which injection does not work (see
             `secateur.families.contract`). Errors of the pruner reach the caller of the model.
     """
     if not isinstance(pruner, Pruner | InLLMPruner):
         raise ValueError(f"{pruner!r} is no pruner: pass what secateur.pruners.build(name) gives")
+    model = unwrapped(model)
     adapter, budget, trace = adapter_for(model, layout), Budget.parse(budget), Trace()
     if isinstance(pruner, InLLMPruner) and positions is not None:
         raise ValueError(
@@ -83,7 +85,7 @@ def inject(
         hooks = BeforeLLM(adapter, pruner, budget, trace, cache, policy == "compact", clip)
     else:
         hooks = InLLM(adapter, pruner, budget, trace, cache)
-    with hooks.attached():
+    with hooks.attached(), checked_calls(model, pruner):
         yield trace
 
 
