@@ -11,6 +11,7 @@ import transformers
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
+from PIL import ImageFile
 from torch import Tensor
 from transformers import BatchFeature
 
@@ -258,7 +259,9 @@ class PrunedModel(lmms):
         key = f"{self._data[task][1]} {task} {doc_id}"
 
         def prepare() -> dict[str, Tensor]:
-            prompt = self.inputs.prompt(ChatMessages(messages=doc_to_messages(data[doc_id])))
+            prompt = self.inputs.prompt(
+                ChatMessages(messages=doc_to_messages(_document(data, doc_id)))
+            )
             self._words[key] = (prompt.text, prompt.question, len(prompt.images))
             return dict(self.inputs(prompt))
 
@@ -386,3 +389,23 @@ class PrunedModel(lmms):
 def _name(task: str, doc_id: int) -> str:
     """How messages and samples name a document."""
     return f"{task}/{doc_id}"
+
+
+def _document(data: Any, doc_id: int) -> Any:
+    """A document of a data set with its images decoded.
+
+    Raises:
+        ValueError: an image is truncated or damaged. lmms-eval sets Pillow to fill what is missing
+            with grey.
+    """
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        return data[doc_id]
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
+        raise ValueError(
+            f"an image of the document is truncated or damaged ({error}): remove the data set's "
+            "files from suite.data_root, or from the cache of the hub, and download them again"
+        ) from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before

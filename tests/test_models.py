@@ -1,10 +1,13 @@
 """The lmms-eval model class: the embedded model's quality, lmms-eval's own wrapper, errors."""
 
 import errno
+import io
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pandas as pd
 import pytest
 from conftest import picture
@@ -196,6 +199,31 @@ def test_a_model_that_answers_nothing_fails_its_cell(model, tasks, monkeypatch):
     monkeypatch.setattr(model.tokenizer, "decode", lambda *_, **__: " ")
     with pytest.raises(RuntimeError, match="all 2 answers of task gqa are empty"):
         run(model, tasks, "gqa", 2)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_half_an_image_fails_and_names_its_document(model, kind):
+    """lmms-eval sets Pillow to fill the missing half with grey."""
+    file = io.BytesIO()
+    picture(0).resize((300, 300)).save(file, kind)
+    whole = file.getvalue()
+    images = [{"bytes": whole, "path": None}, {"bytes": whole[: len(whole) // 2], "path": None}]
+    data = datasets.Dataset.from_dict({"image": images}).cast_column("image", datasets.Image())
+    requests = [
+        SimpleNamespace(args=("", image_alone, {"max_new_tokens": 1}, doc_id, "toy", "test"))
+        for doc_id in range(2)
+    ]
+    model.use(build("none"), Budget(), "compact")
+    model.task_dict["toy"] = {"test": data}
+    model.generate_until(requests[:1])
+    message = r"^toy/1: ValueError: an image of the document is truncated.* download them again"
+    with pytest.raises(DocumentError, match=message):
+        model.generate_until(requests)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def image_alone(doc):
+    return [{"role": "user", "content": [{"type": "image", "url": doc["image"]}]}]
 
 
 def test_unusable_and_cut_off_answers_are_counted(model, tasks, monkeypatch):
