@@ -198,6 +198,7 @@ def _row(task: str, sample: dict[str, Any], model: "PrunedModel") -> dict[str, A
         "score": entry.score(sample),
         "unusable": not entry.is_usable(sample),
         "cut_off": answer.cut_off,
+        "rewritten": entry.rewritten(sample["doc"]),
         "images": len(answer.audit.visual_tokens),
         "visual_tokens": sum(answer.audit.visual_tokens),
         "kept_tokens": sum(answer.audit.kept_tokens),

@@ -18,13 +18,14 @@ from tenacity import stop_after_attempt
 
 from scripts.training.train_shapes import Recipe, train
 from secateur import cell, models
+from secateur.answers import Answers
 from secateur.budget import Budget
 from secateur.cache import EncodeCache
 from secateur.families import contract
 from secateur.injection import selftest
 from secateur.job import Job
 from secateur.model_pool import ModelPool
-from secateur.models import DocumentError, PrunedModel
+from secateur.models import Answer, DocumentError, PrunedModel
 from secateur.paths import CONFIGS
 from secateur.pruners import build
 from secateur.shapes.datasets import build as build_shapes
@@ -239,6 +240,22 @@ def test_unusable_and_cut_off_answers_are_counted(model, tasks, monkeypatch):
     assert rows["unusable"].tolist() == [True, False, True, False]
     assert (record["unusable_answers"], record["cut_off_answers"]) == (2, 4)
     assert record["empty_answers"] == 0
+
+
+def test_a_lone_surrogate_in_an_answer_is_kept_and_stored(model, tasks, monkeypatch, tmp_path):
+    model.use(build("none"), Budget(), "compact")
+    model.answers = Answers(tmp_path / "answers.jsonl", Answer)
+    texts = iter(["yes\udc80", "yes"])
+    monkeypatch.setattr(model.tokenizer, "decode", lambda *_, **__: next(texts))
+    _, rows = run(model, tasks, "pope", 2)
+    rows.to_parquet(tmp_path / "samples.parquet")
+    assert pd.read_parquet(tmp_path / "samples.parquet")["answer"].tolist() == [
+        "yes\\udc80",
+        "yes",
+    ]
+    assert rows["unusable"].tolist() == [True, False]
+    resumed = Answers(tmp_path / "answers.jsonl", Answer)
+    assert resumed["pope", 0].text == "yes\udc80"
 
 
 def test_the_model_survives_lmms_evals_clean_up(model):

@@ -8,7 +8,9 @@ import pytest
 import yaml
 from cells import CONFIGS, cell, rows
 from hydra import compose, initialize_config_dir
+from lmms_eval.tasks.mmmu.utils import construct_prompt, mmmu_doc_to_messages
 from lmms_eval.tasks.pope.utils import pope_process_results
+from PIL import Image
 
 from scripts import plan
 from secateur.job import Job
@@ -124,3 +126,27 @@ def test_unusable_answers_are_those_that_lmms_eval_cannot_read(task, doc, usable
                 sample |= pope_process_results({"answer": "yes", "question_id": 0}, [text])
             assert find_task(task).is_usable(sample) is expected, text
     assert random.getstate() == before
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "rewritten"),
+    [
+        ("What is in <image 1>?", "['<image 2>', '<image 3>']", False),
+        ("Look at <image 1>. The red part of <image 1> is larger.", "['yes']", True),
+        ("Is <image 2> brighter than <image 1>?", "['yes']", True),
+        ("What is in <image 1>?", "['as <image 1>', 'other']", True),
+    ],
+)
+def test_questions_whose_placeholders_are_rewritten_are_told(question, options, rewritten):
+    doc = {"question_type": "multiple-choice", "question": question, "options": options}
+    doc |= {f"image_{number}": Image.new("L", (number, 1)) for number in (1, 2, 3)}
+    assert find_task("mmmu_val").rewritten(doc) is rewritten
+    assert find_task("pope").rewritten(doc) is False
+    kwargs = {"multiple_choice_prompt": "", "open_ended_prompt": "", "prompt_type": "format"}
+    (message,) = mmmu_doc_to_messages(doc, kwargs)
+    parts = [
+        f"<image {part['url'].width}>" if part["type"] == "image" else part["text"]
+        for part in message["content"]
+    ]
+    faithful = "".join("".join(parts).split()) == "".join(construct_prompt(doc).split())
+    assert faithful is not rewritten

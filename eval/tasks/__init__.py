@@ -5,6 +5,7 @@ not say: which metric tables show, how the metric is computed from documents, wh
 an image.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,23 @@ def _exact_match(sample: Sample) -> float:
 
 def _any_text(sample: Sample) -> bool:
     return True
+
+
+def _not_rewritten(doc: Mapping[str, Any]) -> bool:
+    return False
+
+
+def _mmmu_rewritten(doc: Mapping[str, Any]) -> bool:
+    """Whether the chat form loses text of a question, or puts its images in other places.
+
+    lmms-eval takes a question's images once each, by ascending number, and puts them in the places
+    of the text's placeholders from the first on. So a question that names an image twice loses
+    text, and one that names image 2 before image 1 gets them in each other's place.
+    """
+    from lmms_eval.tasks.mmmu.utils import construct_prompt  # lmms-eval takes seconds to import
+
+    named = re.findall(r"<image \d+>", construct_prompt(doc))
+    return named != sorted(set(named))
 
 
 def _no_category(sample: Sample) -> str:
@@ -40,6 +58,8 @@ class Task:
         metrics: by their names in results/reported; the first is the headline, which tables show.
         score: 1 for a right answer, 0 for a wrong one, by the task's own scoring.
         usable: whether the task's own scoring could read an answer that has any text.
+        rewritten: whether lmms-eval changes a document's text or the order of its images, so that
+            the prompt is not the question.
         category: the group in which a document's score is averaged first; empty: no groups.
         image_field: field of a document that names its image; None: every document has its own.
         pairs: the two documents of an image are scored together, so a limit must be even.
@@ -56,6 +76,7 @@ class Task:
     metrics: Mapping[str, Metric]
     score: Callable[[Sample], float] = _exact_match
     usable: Callable[[Sample], bool] = _any_text
+    rewritten: Callable[[Mapping[str, Any]], bool] = _not_rewritten
     category: Callable[[Sample], str] = _no_category
     image_field: str | None = None
     pairs: bool = False
@@ -179,6 +200,7 @@ TASKS: dict[str, Task] = {
             metrics={"accuracy": metrics.accuracy("mmmu_acc")},
             score=_mmmu_score,
             usable=usable.mmmu,
+            rewritten=_mmmu_rewritten,
         ),
         Task(
             name="mmstar",
