@@ -13,7 +13,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from PIL import ImageFile
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchFeature, GenerationConfig
 
 from secateur.answers import Unanswered
 from secateur.budget import Budget
@@ -32,6 +32,13 @@ from secateur.pruners import InLLMPruner, Pruner, build
 log = logging.getLogger(__name__)
 # of the libraries that compute the cached tensors
 VERSION = f"torch {torch.__version__} transformers {transformers.__version__}"
+
+# generation defaults that decide no greedy answer here: `generate` gets its own, or ignores them
+_HARMLESS = {
+    *("_from_model_config", "transformers_version", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens"),
+    *("do_sample", "temperature", "top_k", "top_p", "output_attentions", "output_hidden_states"),
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,8 @@ class PrunedModel(lmms):
         prompt, geometry, layout, image_side, text_scope: see `secateur.inputs.Inputs`.
         max_new_tokens: upper limit of tokens per answer; None: the task's limit, or that of
             lmms-eval's own classes if the task has none.
+        generation: `checkpoint` answers with the generation defaults of the checkpoint, such as
+            repetition_penalty, as lmms-eval's own classes do; `greedy` ignores them.
         clip: checkpoint with the text tower for methods with relevance_space=clip; loaded when
             the first of them is used.
         batch_tokens: positions of pruned prompts that are generated together; 0: one prompt at a
@@ -137,6 +146,7 @@ class PrunedModel(lmms):
         image_side: int | None = None,
         text_scope: TextScope = "question",
         max_new_tokens: int | None = None,
+        generation: Literal["checkpoint", "greedy"] = "checkpoint",
         clip: str | None = None,
         batch_tokens: int = 0,
         cache: EncodeCache | None = None,
@@ -152,6 +162,13 @@ class PrunedModel(lmms):
             pretrained, name, weights, revision, dtype, attn_implementation, self.device, resize
         )
         self.model: Any = model
+        if generation == "greedy":
+            own = model.generation_config
+            model.generation_config = GenerationConfig(
+                bos_token_id=own.bos_token_id,
+                eos_token_id=own.eos_token_id,
+                pad_token_id=own.pad_token_id,
+            )
         self.family = self.model.config.model_type
         if family not in (None, self.family):
             raise ValueError(
@@ -210,6 +227,11 @@ class PrunedModel(lmms):
     def method(self) -> Pruner | InLLMPruner:
         """The method in use."""
         return self._method["pruner"]
+
+    def generation_defaults(self) -> dict[str, Any]:
+        """The generation defaults in use that can change a greedy answer, such as penalties."""
+        changed = self.model.generation_config.to_diff_dict()
+        return {name: value for name, value in changed.items() if name not in _HARMLESS}
 
     def clean(self) -> None:
         """Keeps the model: lmms-eval calls this after every evaluation; the next cell needs it."""

@@ -66,6 +66,7 @@ class _ModelChoices(Settings):
     image_side: Count | None
     text_scope: str
     max_new_tokens: Count | None
+    generation: Literal["checkpoint", "greedy"]
     clip: str | None
     positions: Literal["compact", "original"]
 

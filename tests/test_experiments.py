@@ -52,7 +52,7 @@ FIELDS = [  # of a model, in the order of its config
         "image_side",
         "text_scope",
     ),
-    *("max_new_tokens", "clip", "positions", "budgets"),
+    *("max_new_tokens", "generation", "clip", "positions", "budgets"),
 ]
 
 PAPERS = ("SCOPE", "PromPrune", "PruneSID")  # no table of ZSPAPrune and SPpruner is public

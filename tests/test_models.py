@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import shutil
 import weakref
 from pathlib import Path
@@ -256,6 +257,32 @@ def test_a_lone_surrogate_in_an_answer_is_kept_and_stored(model, tasks, monkeypa
     assert rows["unusable"].tolist() == [True, False]
     resumed = Answers(tmp_path / "answers.jsonl", Answer)
     assert resumed["pope", 0].text == "yes\udc80"
+
+
+def test_a_field_decides_on_the_generation_defaults_of_a_checkpoint(model, tasks, tmp_path):
+    def answers(model):
+        record, rows = run(model, tasks, "mmmu_val", 4)
+        return rows["answer"].tolist(), record["generation_defaults"]
+
+    model.use(build("none"), Budget(), "compact")
+    own, defaults = answers(model)
+    assert defaults == {}
+    folder = shutil.copytree(WEIGHTS, tmp_path / "model")
+    changed = {
+        "repetition_penalty": 1.05,
+        "suppress_tokens": model.tokenizer(own[0], add_special_tokens=False)["input_ids"],
+    }
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    found = {
+        generation: answers(
+            PrunedModel(str(folder), dtype="float32", device="cpu", generation=generation)
+        )
+        for generation in ("checkpoint", "greedy")
+    }
+    assert found["greedy"] == (own, {})
+    assert found["checkpoint"][0] != own
+    assert found["checkpoint"][1] == changed
 
 
 def test_the_model_survives_lmms_evals_clean_up(model):
