@@ -47,7 +47,7 @@ def checked_calls(model: PreTrainedModel, pruner: Pruner | InLLMPruner) -> Itera
 
     After the block the model is as before.
     """
-    generate = model.generate
+    generate: Any = model.generate
 
     @functools.wraps(generate)
     def checked(*args: Any, **kwargs: Any) -> Any:
