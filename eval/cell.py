@@ -155,6 +155,10 @@ def run(
         average_tokens=float(rows["average_tokens"].mean()),
         flops=_flops(model, rows),
         empty_answers=int((rows["answer"].str.strip() == "").sum()),
+        unusable_answers=int(rows["unusable"].sum()),
+        cut_off_answers=int(rows["cut_off"].sum()),
+        rewritten_prompts=int(rows["rewritten"].sum()),
+        generation_defaults=model.generation_defaults(),
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         seconds=float(rows["seconds"].sum()),
     )

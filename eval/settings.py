@@ -74,6 +74,7 @@ class _ModelChoices(Settings):
 class ModelIdentity(_ModelChoices):
     """A model in the identity of a cell."""
 
+    generation: Literal["checkpoint", "greedy"] = "checkpoint"  # old records do not have it
     weights: str  # type: ignore[assignment] # names the files of the weights
 
 

@@ -15,6 +15,7 @@ from conftest import picture
 from hydra import compose, initialize_config_dir
 from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.protocol import ChatMessages
+from PIL import ImageFile
 from tenacity import stop_after_attempt
 
 from scripts.training.train_shapes import Recipe, train
@@ -231,7 +232,7 @@ def image_alone(doc):
 def test_unusable_and_cut_off_answers_are_counted(model, tasks, monkeypatch):
     model.use(build("none"), Budget(), "compact")
     record, rows = run(model, tasks, "pope", 4)
-    assert (record["unusable_answers"], record["cut_off_answers"]) == (0, 0)
+    assert (record.unusable_answers, record.cut_off_answers) == (0, 0)
     assert not rows[["unusable", "cut_off"]].to_numpy().any()
     model.use(build("none"), Budget(), "compact")
     monkeypatch.setattr(model, "_most", 1)  # the end token does not fit
@@ -239,13 +240,13 @@ def test_unusable_and_cut_off_answers_are_counted(model, tasks, monkeypatch):
     monkeypatch.setattr(model.tokenizer, "decode", lambda *_, **__: next(texts))
     record, rows = run(model, tasks, "pope", 4)
     assert rows["unusable"].tolist() == [True, False, True, False]
-    assert (record["unusable_answers"], record["cut_off_answers"]) == (2, 4)
-    assert record["empty_answers"] == 0
+    assert (record.unusable_answers, record.cut_off_answers) == (2, 4)
+    assert record.empty_answers == 0
 
 
 def test_a_lone_surrogate_in_an_answer_is_kept_and_stored(model, tasks, monkeypatch, tmp_path):
     model.use(build("none"), Budget(), "compact")
-    model.answers = Answers(tmp_path / "answers.jsonl", Answer)
+    model.answers = Answers(tmp_path / "answers.jsonl", Answer, "cell")
     texts = iter(["yes\udc80", "yes"])
     monkeypatch.setattr(model.tokenizer, "decode", lambda *_, **__: next(texts))
     _, rows = run(model, tasks, "pope", 2)
@@ -255,14 +256,14 @@ def test_a_lone_surrogate_in_an_answer_is_kept_and_stored(model, tasks, monkeypa
         "yes",
     ]
     assert rows["unusable"].tolist() == [True, False]
-    resumed = Answers(tmp_path / "answers.jsonl", Answer)
+    resumed = Answers(tmp_path / "answers.jsonl", Answer, "cell")
     assert resumed["pope", 0].text == "yes\udc80"
 
 
 def test_a_field_decides_on_the_generation_defaults_of_a_checkpoint(model, tasks, tmp_path):
     def answers(model):
         record, rows = run(model, tasks, "mmmu_val", 4)
-        return rows["answer"].tolist(), record["generation_defaults"]
+        return rows["answer"].tolist(), record.generation_defaults
 
     model.use(build("none"), Budget(), "compact")
     own, defaults = answers(model)

@@ -58,8 +58,9 @@ def inject(
 
     Raises:
         ValueError: a model family, wrapper, budget or option that is not supported, a compiled
-            model, a block of this model that is still open, or a release of transformers on which injection does not work (see
-            `secateur.families.contract`). Errors of the pruner reach the caller of the model.
+            model, a block of this model that is still open, or a release of transformers on which
+            injection does not work (see `secateur.families.contract`). Errors of the pruner reach
+            the caller of the model.
     """
     if not isinstance(pruner, Pruner | InLLMPruner):
         raise ValueError(f"{pruner!r} is no pruner: pass what secateur.pruners.build(name) gives")
