@@ -307,6 +307,9 @@ def test_unknown_tasks_and_missing_data_are_named(tmp_path):
         load_tasks(["vqav2"])
     with pytest.raises(FileNotFoundError, match=r"pope.*suite.data_root"):
         load_tasks(["pope"], tmp_path)
+    (tmp_path / "data[1]").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"its path has \[ \], which the library datasets"):
+        load_tasks(["pope"], tmp_path / "data[1]")
 
 
 @pytest.mark.parametrize("token", [None, "hf_mine"])

@@ -73,9 +73,15 @@ def load_tasks(
 
     Raises:
         ValueError: a name that is not one of `TASKS`.
-        FileNotFoundError: a data set that is neither under `data_root` nor reachable.
+        FileNotFoundError: a data set that is neither under `data_root` nor reachable, or the path
+            of `data_root` has a character that `datasets` reads as a pattern.
         OSError: the disk where data sets are kept is full or read-only.
     """
+    if data_root and (special := sorted(set("[]*?") & set(str(data_root.resolve())))):
+        raise FileNotFoundError(
+            f"suite.data_root={data_root}: its path has {' '.join(special)}, which the library "
+            "datasets reads as a pattern; use a folder with another name"
+        )
     datasets_of = {name: find_task(name).dataset for name in names}
     tasks: dict[str, Task] = {}
     with _inside(data_root):
