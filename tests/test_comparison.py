@@ -54,8 +54,7 @@ def test_known_effects_are_found(compared):
     assert gqa.loc["scope", "difference"] == pytest.approx(-2)
     assert gqa.loc["scope", ["right_to_wrong", "wrong_to_right"]].tolist() == [40, 0]
     assert gqa.loc["scope", "agreement"] == pytest.approx(0.98)
-    assert gqa.loc["scope", "mcnemar"] == pytest.approx(2 / 2**40)
-    assert gqa.loc["scope", "mcnemar_holm"] >= gqa.loc["scope", "mcnemar"]
+    assert gqa["mcnemar"].isna().all()  # ten questions an image: no test of documents
     # as large, but of other documents: one is sure, the other is not
     assert gqa.loc["scope", "p_holm"] < 0.05 < gqa.loc["visionzip", "p_holm"]
     assert set(gqa.index[gqa["tied_best"]]) == {"scope", "visionzip"}
@@ -117,10 +116,46 @@ def test_an_unexpected_error_is_not_taken_for_a_missing_interval(monkeypatch):
         compare(grid(tasks=["gqa"], scope=0.7), 200)
 
 
-def test_an_average_over_an_unpruned_score_of_0_is_refused():
+def test_an_unpruned_score_of_0_gives_no_average_and_everything_else_is_there():
     cells = [*grid(scope=0.7)[1:], cell(MODEL, "none", "full", "pope", rows("pope", 0.0), 576)]
-    with pytest.raises(ValueError, match="none at full scores 0 in a task"):
-        compare(cells, 200)
+    table = compare(cells, 200)
+    assert set(table["task"]) == {"pope", "gqa"}
+    pope = table[table["task"] == "pope"]
+    assert pope["mark"].str.contains("no baseline: the unpruned model scores 0").all()
+    assert not table.loc[table["task"] == "gqa", "mark"].str.contains("no baseline").any()
+    assert "inf" not in markdown(cells, table)
+
+
+def test_mcnemar_is_given_where_every_image_has_one_question():
+    table = compare(grid(tasks=["scienceqa_img"], scope=0.78), 200).set_index("method")
+    assert table.loc["scope", "mcnemar"] == pytest.approx(2 / 2**40)
+    assert table.loc["scope", "mcnemar_holm"] >= table.loc["scope", "mcnemar"]
+
+
+def test_what_resampling_cannot_estimate_is_marked():
+    same = grid(tasks=["gqa"], scope=0.8)
+    flipped = [cell(MODEL, "none", "full", "gqa", rows("gqa", 0.0), 576)]
+    flipped.append(cell(MODEL, "scope", "64", "gqa", rows("gqa", 1.0), 64))
+    for cells, p in ((same, 1.0), (flipped, np.nan)):
+        table = compare(cells, 200).set_index("method")
+        assert table.loc["scope", "p"] == pytest.approx(p, nan_ok=True)
+        assert np.isnan(table.loc["scope", "detectable"])
+        assert "no interval of the difference" in table.loc["scope", "mark"]
+        assert "gqa cannot be estimated" in markdown(cells, table.reset_index())
+
+
+def test_a_record_is_checked_where_no_interval_can_be_given():
+    one = rows("gqa", 0.7, 10)
+    cells = [
+        cell(MODEL, "none", "full", "gqa", one, 576),
+        cell(MODEL, "scope", "64", "gqa", one, 64),
+    ]
+    assert compare(cells, 200)["mark"].str.contains("a single image: no interval").all()
+    cells[1].record["metrics"]["exact_match"] = 0.75
+    marks = compare(cells, 200)["mark"]
+    assert marks.str.contains(
+        "the record of scope at 64 has accuracy 75.00, its samples give"
+    ).all()
 
 
 def test_a_model_that_says_one_thing_is_marked():
@@ -135,12 +170,17 @@ def test_a_model_that_says_one_thing_is_marked():
 
 
 def test_few_images_are_marked():
-    few = rows("gqa", 0.7, 60)
-    cells = [
-        cell(MODEL, "none", "full", "gqa", few, 576),
-        cell(MODEL, "scope", "64", "gqa", few, 64),
-    ]
-    assert compare(cells, 200)["mark"].tolist() == ["6 images: intervals are too short"] * 2
+    for images, few in ((49, True), (50, False)):
+        cells = [
+            cell(MODEL, "none", "full", "gqa", rows("gqa", 0.9, 10 * images), 576),
+            cell(MODEL, "scope", "64", "gqa", rows("gqa", 0.3, 10 * images), 64),
+        ]
+        table = compare(cells, 500)
+        text = markdown(cells, table)
+        mark = f"{images} images: intervals are too short"
+        assert table["mark"].tolist() == [mark if few else ""] * 2
+        assert table["tied_best"].any() == ("**30.0" in text) == (not few)
+        assert ("▾ |" in text or "▾**" in text) == (not few)
 
 
 def test_a_task_that_cannot_be_estimated_is_marked_and_not_averaged():

@@ -135,6 +135,36 @@ def test_intervals_of_paired_differences_cover_the_truth():
     assert 0.93 <= covered(-6.0, change, 100 * (sums[..., 1] - sums[..., 0]) / 400) <= 0.97
 
 
+@pytest.mark.parametrize("images", [50, 100, 500])
+def test_coverage_size_and_power_hold_at_any_number_of_images(images):
+    """The interval of a difference, the test of it, and the difference that it detects."""
+    rng = np.random.default_rng(images)
+    questions = 4
+    p = image_effects(rng, images, questions)
+    of = pd.Series(np.arange(images * questions) // questions)
+    none = pd.Series("", index=of.index)
+
+    def simulate(loss: float) -> tuple[np.ndarray, np.ndarray]:
+        change = (rng.random(p.shape) < p - loss).astype(float) - (rng.random(p.shape) < p)
+        return change.mean(axis=1), resample(change.T, of, none, 1000, 0) / p.shape[1]
+
+    change, draws = simulate(0.0)
+    assert 0.93 <= covered(0.0, change, draws) <= 0.97
+    rejected = [Interval.of(value, draws[:, i]).p < 0.05 for i, value in enumerate(change)]
+    assert np.mean(rejected) <= 0.07
+    smallest = np.median(
+        [
+            Estimates(
+                pd.Series({"a": 0.0, "b": 0.0}), pd.DataFrame({"a": draws[:, i], "b": 0.0})
+            ).detectable("a", "b")
+            for i in range(100)
+        ]
+    )
+    change, draws = simulate(smallest)
+    found = [Interval.of(value, draws[:, i]).p < 0.05 for i, value in enumerate(change)]
+    assert 0.78 <= np.mean(found) <= 0.82
+
+
 def test_documents_are_not_independent_where_they_share_images():
     rng = np.random.default_rng(4)
     scores = (rng.random((SIMULATIONS, 400)) < image_effects(rng, 40, 10)).T.astype(float)
@@ -239,6 +269,26 @@ def test_mcnemar_by_hand():
     assert found.p == pytest.approx(2 * (1 + 12 + 66) / 2**12)
     assert found.agreement == pytest.approx(13 / 25)
     assert flips(before, before) == (0, 0, 1.0, 1.0)
+    shared = [samples(rows["score"] == 1, per_image=2) for rows in (before, after)]
+    assert np.isnan(flips(*shared).p)  # two questions an image are not independent
+
+
+def test_signs_by_hand():
+    found = stats.sign_test([-1.0] * 15)
+    assert (found.below, found.above) == (15, 0)
+    assert found.p == pytest.approx(2 / 2**15)
+    assert stats.sign_test([-1, 2, 0, np.nan, -3])[:3] == (2, 1, 1.0)
+    assert stats.sign_test([-1.0] * 5).level == 0  # p is at least 1/16
+    assert stats.sign_test([-1.0] * 6).level == pytest.approx(2 / 64)
+    assert np.isnan(stats.sign_test([0.0]).p)
+
+
+def test_the_sign_test_rejects_as_often_as_it_says():
+    drawn_signs = np.random.default_rng(18).normal(size=(4000, 15))
+    found = [stats.sign_test(row) for row in drawn_signs]
+    rejected = np.mean([one.p <= 0.05 for one in found])
+    assert rejected == pytest.approx(found[0].level, abs=0.01)
+    assert rejected <= 0.07
 
 
 def test_holm_by_hand():

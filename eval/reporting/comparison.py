@@ -16,7 +16,7 @@ from secateur.reporting.versions import Stale, differences, newest
 from secateur.store import DamagedRecord, Store
 from secateur.tasks import TASKS
 
-FEW_IMAGES = 30  # with fewer images, percentile intervals are too short
+FEW_IMAGES = 50  # with fewer images, percentile intervals are too short
 # counts of a record as marks of its row
 COUNTED = {
     "answers are empty": "empty_answers",
@@ -158,15 +158,13 @@ def estimate(metric: str, cells: dict[str, Cell], resamples: int) -> stats.Estim
         ValueError: as `stats.estimate`; or a record's value is not that of its samples.
     """
     task = next(iter(cells.values())).task
-    found = stats.estimate(task, metric, {key: cell.rows for key, cell in cells.items()}, resamples)
-    for key, cell in cells.items():
-        stored = cell.stored(metric)
-        if not abs(stored - found.values[key]) <= 0.01:
+    for key, cell in cells.items():  # before the intervals, which a single image does not have
+        stored, own = cell.stored(metric), stats.metric_of(task, metric, key, cell.rows)
+        if not abs(stored - own) <= 0.01:
             raise ValueError(
-                f"{task}: the record of {key} has {metric} {stored:.2f}, "
-                f"its samples give {found.values[key]:.2f}"
+                f"{task}: the record of {key} has {metric} {stored:.2f}, its samples give {own:.2f}"
             )
-    return found
+    return stats.estimate(task, metric, {key: cell.rows for key, cell in cells.items()}, resamples)
 
 
 def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame:
@@ -180,14 +178,16 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
         difference, difference_low, difference_high, p, p_holm: to the unpruned model, the last
         adjusted over the rows of a task;
         detectable: the smallest difference that the test finds with the usual power;
-        mcnemar, mcnemar_holm, right_to_wrong, wrong_to_right, agreement: flips;
+        mcnemar, mcnemar_holm, right_to_wrong, wrong_to_right, agreement: flips; the tests only
+        where every image has one question;
         over_random, over_random_low, over_random_high: difference to random;
-        tied_best: whether it ties with the best of its budget;
+        tied_best: whether it ties with the best of its budget; none where images are few;
+        few_images: whether the row has too few images for its intervals and tests;
         mark: what limits the row, e.g. why it has no interval.
 
     Raises:
         ValueError: cells of different settings; two cells for one row; a task without an unpruned
-            cell; several tasks, in one of which the unpruned model scores 0.
+            cell.
     """
     check_one_setting(cells)
     rows: list[dict[str, Any]] = []
@@ -218,7 +218,11 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
             estimates.append(found)
         rows += facts.values()
     complete = [found for found in estimates if found is not None]
-    if len(complete) == len(estimates) > 1:
+    without = {row["task"] for row in rows if row["name"] == "none" and not row["value"] > 0}
+    for row in rows:
+        if row["task"] in without:
+            row["mark"].append("no baseline: the unpruned model scores 0")
+    if len(complete) == len(estimates) > 1 and not without:
         rows += _average(rows, complete)
     frame = pd.DataFrame(rows).drop(columns=["key", "name"])
     for p in ("p", "mcnemar"):
@@ -264,6 +268,7 @@ def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
         "wrong_to_right": flips.wrong_to_right,
         "agreement": flips.agreement,
         "tied_best": False,
+        "few_images": images < FEW_IMAGES,
         "mark": mark,
     }
 
@@ -282,6 +287,11 @@ def _infer(rows: dict[str, dict[str, Any]], found: stats.Estimates, unpruned: st
                 "p": change.p,
             }
             row["detectable"] = found.detectable(key, unpruned)
+            if np.isnan(change.low):
+                row["mark"].append(
+                    "no interval of the difference to the unpruned model can be estimated: "
+                    "it is the same in every resample"
+                )
     for budget in {row["budget"] for key, row in rows.items() if key != unpruned}:
         group = {
             key: row for key, row in rows.items() if row["budget"] == budget and key != unpruned
@@ -293,8 +303,9 @@ def _infer(rows: dict[str, dict[str, Any]], found: stats.Estimates, unpruned: st
             group[key]["mark"].append(
                 f"{group[key]['tokens']:.1f} tokens where the others of its budget keep {usual:.1f}"
             )
-        for key in found.tied_best(equal):
-            group[key]["tied_best"] = True
+        if not any(group[key]["few_images"] for key in equal):
+            for key in found.tied_best(equal):
+                group[key]["tied_best"] = True
         randoms = [key for key in equal if group[key]["name"] == "random"]
         for key in equal if len(randoms) >= 3 else []:
             if key not in randoms:
@@ -327,6 +338,7 @@ def _average(rows: list[dict[str, Any]], estimates: list[stats.Estimates]) -> li
             "images": sum(row["images"] for row in own),
             "value": float(whole.values[key]),
             "tied_best": False,
+            "few_images": any(row["few_images"] for row in own),
             "mark": sorted({f"{row['task']}: {text}" for row in own for text in row["mark"]}),
         }
     _infer(averages, whole, unpruned)

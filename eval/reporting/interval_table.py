@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from secateur.reporting.comparison import Cell, provenance
+from secateur.reporting.comparison import FEW_IMAGES, Cell, provenance
 from secateur.reporting.stats import LEVEL
 from secateur.reporting.tables import DAGGER, NOTE
 from secateur.reporting.versions import mixtures
@@ -24,17 +24,20 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
         .sort_values(ascending=False, kind="stable")
     )
     wide.insert(0, "tokens", tokens.map("{:.1f}".format))
-    detectable = comparison.groupby("task", sort=False)["detectable"].median().dropna()
+    detectable = comparison.groupby("task", sort=False)["detectable"].median()
     notes = [
         "Value ± half of the 95 % interval (images resampled). **Bold**: not significantly below "
         "the best of its budget (paired, Holm, 5 %). ▾ or ▴: below or above the unpruned model "
-        "(paired, Holm over the rows of the task, 5 %).",
+        f"(paired, Holm over the rows of the task, 5 %). Neither below {FEW_IMAGES} images.",
         "Average: mean over the tasks of the score in percent of the unpruned model's."
         if "average" in order
-        else "No average: a task has no interval, or there is one task only.",
+        else "No average: a task has no interval or no baseline, or there is one task only.",
         "Smallest difference to the unpruned model that so many documents show with power 80 % "
         "(median over the methods): "
-        + ", ".join(f"{task} {value:.1f}" for task, value in detectable.items())
+        + ", ".join(
+            f"{task} {value:.1f}" if value == value else f"{task} cannot be estimated"
+            for task, value in detectable.items()
+        )
         + ".",
     ]
     if comparison["over_random"].isna().all():
@@ -63,7 +66,7 @@ def _shown(row: pd.Series) -> str:
     text = f"{row['value']:.1f}" + DAGGER * ("answers are unusable" in row["mark"])
     if row["low"] == row["low"]:
         text += f" ± {(row['high'] - row['low']) / 2:.1f}"
-    if row["p_holm"] < 1 - LEVEL:
+    if row["p_holm"] < 1 - LEVEL and not row["few_images"]:
         text += " ▾" if row["difference"] < 0 else " ▴"
     return f"**{text}**" if row["tied_best"] else text
 

@@ -9,6 +9,7 @@ from secateur.paths import CONFIGS
 from secateur.reporting import stats
 from secateur.reporting.comparison import (
     COUNTED,
+    FEW_IMAGES,
     Cell,
     check_one_setting,
     estimate,
@@ -17,7 +18,19 @@ from secateur.reporting.comparison import (
 from secateur.reporting.layouts import PaperLayout, Row, rows_of, yaml
 from secateur.reporting.reported import AVERAGE, averages
 from secateur.reporting.tables import share
-from secateur.reporting.verdicts import Verdict, choices, foreign, judge, judge_method, off_budget
+from secateur.reporting.verdicts import (
+    JUDGED,
+    READINGS,
+    Verdict,
+    choices,
+    foreign,
+    judge_method,
+    judge_unpruned,
+    off_budget,
+    over_readings,
+    signs,
+    with_open_budget,
+)
 from secateur.reporting.versions import mixtures
 from secateur.tasks import TASKS
 
@@ -32,7 +45,8 @@ class PaperTable(NamedTuple):
         layout: the table's layout.
         cells: one row per cell, in the order of the table. Columns: method, budget, column, metric;
             printed; reproduced, low, high; printed_relative, relative, relative_low, relative_high
-            (percent of the unpruned row); verdict, cause; tied_best (of ours, within the budget);
+            (percent of the unpruned row); verdict, cause, difference (ours minus printed); tied_best
+            (of ours, within the budget);
             suspect, note, source (of the printed number).
         notes: to print below the table.
     """
@@ -74,6 +88,12 @@ def build(
         }
         columns.append(_Column(task, printed[printed["task"] == task], own, problems, resamples))
     found = [column.cell(row) for row in rows for column in columns]
+    notes += signs(_differences(found))
+    notes += [
+        f"{column.task}: fewer than {FEW_IMAGES} images, so no row is marked as the best."
+        for column in columns
+        if column.few_images
+    ]
     means = averages(printed)
     found += [_average(row, columns, printed, means) for row in rows]
     run = [column for column in columns if column.found is not None]
@@ -114,6 +134,15 @@ def _counted(placed: dict[tuple[str, str], Cell]) -> list[str]:
             )
             found.append(f"Some {text}: {listed}.")
     return found
+
+
+def _differences(found: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """By column, the differences of the pruned rows that have a verdict on the number itself."""
+    differences: dict[str, list[float]] = {}
+    for cell in found:
+        if cell["method"] != "none" and cell["verdict"] in (*JUDGED, "undecided"):
+            differences.setdefault(cell["column"], []).append(cell["difference"])
+    return differences
 
 
 def _place(
@@ -176,8 +205,10 @@ class _Column:
             f"{row['method']} at {row['budget']}": row for row in printed.to_dict("records")
         }
         self.unpruned = next(key for key, row in self.printed.items() if row["method"] == "none")
-        self.found: stats.Estimates | None = None
-        self.baseline = Verdict("not run")
+        self.found: stats.Estimates | None = None  # in the first reading of the metric
+        self.readings: dict[str, stats.Estimates] = {}
+        self.baselines: dict[str, Verdict] = {}
+        self.few_images = any(cell.rows["image_id"].nunique() < FEW_IMAGES for cell in own.values())
         everywhere = self._estimate(resamples) if own else ""
         base = self.printed[self.unpruned]
         for key, problem in list(problems.items()):
@@ -199,23 +230,53 @@ class _Column:
                 rivals.setdefault(cell.budget, []).append(key)
         # our rows that are not significantly below the best of their budget
         self.tied_best = set[str]()
-        if self.found:
+        if self.found and not self.few_images:
             self.tied_best.update(*map(self.found.tied_best, rivals.values()))
 
     def _estimate(self, resamples: int) -> str:
-        """Find our scores and the verdict on the unpruned model; return why none is comparable."""
-        if self.metric not in TASKS[self.task].metrics:
-            return f"metric: the paper does not say which it prints ({self.metric})"
+        """Find our scores and the verdict on the unpruned model; return why none is comparable.
+
+        A metric that the paper does not name exactly is estimated in each of its readings.
+        """
+        metrics = READINGS.get(self.metric, (self.metric,))
         if self.unpruned not in self.own:
             return "no unpruned cell to be relative to"
         try:
-            self.found = estimate(self.metric, self.own, resamples)
+            self.readings = {metric: estimate(metric, self.own, resamples) for metric in metrics}
         except ValueError as error:
             return str(error)
-        self.baseline = judge(
-            100.0, self.found.interval(self.unpruned).scaled(100 / self.score(self.unpruned))
-        )
+        self.found = self.readings[metrics[0]]
+        self.baselines = {
+            metric: judge_unpruned(self.score(self.unpruned), found.values[self.unpruned], metric)
+            for metric, found in self.readings.items()
+        }
         return ""
+
+    @property
+    def baseline(self) -> Verdict:
+        """The verdict on the unpruned row."""
+        return over_readings(self.baselines)
+
+    @property
+    def no_baseline(self) -> bool:
+        """Whether our unpruned score is 0."""
+        return self.found is not None and not self.found.values[self.unpruned] > 0
+
+    def judge(self, row: Row) -> Verdict:
+        """The verdict on a row that nothing else keeps from being compared."""
+        if row.method == "none":
+            return self.baseline
+        if self.no_baseline:
+            return Verdict("no baseline", "our unpruned model scores 0")
+        verdict = over_readings(
+            {
+                metric: judge_method(
+                    self.score(row.key), found.values[row.key], metric, self.baselines[metric]
+                )
+                for metric, found in self.readings.items()
+            }
+        )
+        return with_open_budget(verdict, row.method, row.budget)
 
     def score(self, key: str) -> float:
         return self.printed[key]["value"] if key in self.printed else NAN
@@ -235,13 +296,13 @@ class _Column:
         verdict = Verdict("not comparable", self.problems[row.key])
         if self.found is None:
             return empty | verdict._asdict()
-        relative = self.found.ratio(row.key, self.unpruned)
+        relative = (
+            stats.Interval(NAN, NAN, NAN, NAN)
+            if self.no_baseline
+            else self.found.ratio(row.key, self.unpruned)
+        )
         if not self.problems[row.key]:
-            verdict = (
-                self.baseline
-                if row.method == "none"
-                else judge_method(self.ratio(row.key), relative, self.baseline)
-            )
+            verdict = self.judge(row)
         best = {"tied_best": row.key in self.tied_best}
         return empty | _ours(self.found.interval(row.key), relative) | verdict._asdict() | best
 
@@ -304,6 +365,10 @@ def _mean(row: Row, name: str, columns: list[_Column], printed: float) -> dict[s
     have = [column for column in columns if column.has(row)]
     if len(have) < len(columns):
         return empty | {"cause": f"{len(have)} of {len(columns)} tasks were run"}
+    without = [column.task for column in columns if column.no_baseline]
+    if without:
+        cause = f"our unpruned model scores 0 in {', '.join(without)}"
+        return empty | Verdict("no baseline", cause)._asdict()
     unpruned = columns[0].unpruned
     keys = list(dict.fromkeys([row.key, unpruned]))
     own = stats.relative_average(
@@ -314,8 +379,23 @@ def _mean(row: Row, name: str, columns: list[_Column], printed: float) -> dict[s
         for column in columns
         if column.problems[row.key]
     ]
-    missed = [column.baseline for column in columns if column.baseline.verdict == "miss"]
-    verdict = judge_method(printed, own, missed[0] if missed else columns[0].baseline)
+    baselines = {column.task: column.baseline for column in columns}
+    off = [
+        base._replace(cause=f"of {task} {base.cause}")
+        for task, base in baselines.items()
+        if base.verdict == "baseline off"
+    ]
+    open_metrics = [column.metric for column in columns if len(column.readings) > 1]
+    verdict = judge_method(
+        printed, own.value, "relative_average", off[0] if off else columns[0].baseline
+    )
+    if row.method != "none":
+        verdict = with_open_budget(verdict, row.method, row.budget)
+    if open_metrics and verdict.verdict in JUDGED:
+        verdict = verdict._replace(
+            verdict="undecided",
+            cause=f"the paper does not say which metric {', '.join(open_metrics)} is",
+        )
     if problems:
         verdict = Verdict("not comparable", problems[0])
     elif row.method == "none":

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from secateur.reporting.layouts import PaperLayout
 from secateur.reporting.paper_tables import PaperTable
 from secateur.reporting.reported import AVERAGE, OTHER_COLUMNS
-from secateur.reporting.verdicts import CLOSE, MATCH
+from secateur.reporting.verdicts import JUDGED, MME_POINTS, POINTS
 from secateur.tasks import TASKS
 
 METHODS = {
@@ -34,10 +34,13 @@ METHODS = {
     "vispruner": "VisPruner",
 }
 LEGEND = (
-    "Each cell: printed · ours ± half of the 95 % interval (images resampled) · verdict. A method "
-    f"is judged by its score in percent of its own unpruned row: match within {MATCH:.1f} points "
-    f"or the interval, close within {CLOSE:.1f}, else miss; baseline off: our unpruned score is "
-    "itself a miss. Marked *: not significantly below our best at its budget. "
+    "Each cell: printed · ours ± half of the 95 % interval (images resampled) · verdict and "
+    "difference (ours minus printed, in the units of the metric). match: at most "
+    f"{POINTS.run_to_run:g} points, or {MME_POINTS.run_to_run:g} of MME, besides the rounding of "
+    f"the print; close: at most {POINTS.close:g}, or {MME_POINTS.close:g} of MME; else miss; "
+    "baseline off: our unpruned score is a miss; undecided: the paper leaves more than one "
+    "reading. The interval decides nothing; docs/VERDICTS.md states the rules. "
+    "Marked *: not significantly below our best at its budget. "
     "Marked ?: suspect in the source."
 )
 _LATEX = str.maketrans(
@@ -112,7 +115,9 @@ def _entry(cell: pd.Series, causes: dict[str, int]) -> Entry:
         if pd.notna(cell["low"]):
             own += f" ± {(cell['high'] - cell['low']) / 2:.1f}"
     verdict = cell["verdict"]
-    if cell["cause"] and verdict not in ("match", "not run"):
+    if pd.notna(cell["difference"]):
+        verdict += f" {cell['difference']:+.1f}"
+    if cell["cause"] and cell["verdict"] not in (*JUDGED, "not run"):
         verdict += f" [{causes.setdefault(cell['cause'], len(causes) + 1)}]"
     return Entry(printed, own, verdict)
 

@@ -27,7 +27,7 @@ _BLOCK = 1000  # resamples at a time
 class Interval(NamedTuple):
     """A value, its 95 % interval, and the two-sided p-value of the hypothesis that it is zero.
 
-    NaN: resampling does not change the value.
+    NaN: resampling does not change the value, so it gives no interval and no test.
     """
 
     value: float
@@ -111,9 +111,13 @@ class Estimates:
     def detectable(self, method: str, other: str) -> float:
         """The smallest true difference that a test at 5 % finds with power 80 %.
 
-        It follows from the spread of the paired difference.
+        It follows from the spread of the paired difference. NaN: the difference has no spread
+        (no document differs, or all do alike), so it cannot be estimated.
         """
-        spread = float((self.draws[method] - self.draws[other]).std(ddof=1))
+        draws = np.round((self.draws[method] - self.draws[other]).to_numpy(), 9)
+        if np.ptp(draws) == 0:
+            return np.nan
+        spread = float(draws.std(ddof=1))
         return float(stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)) * spread
 
     def tied_best(self, methods: Sequence[str]) -> set[str]:
@@ -217,6 +221,17 @@ def relative_average(tasks: Sequence[Estimates], unpruned: str) -> Estimates:
     return Estimates(sum(values[1:], values[0]) / len(tasks), sum(draws[1:], draws[0]) / len(tasks))
 
 
+def metric_of(task: str, metric: str, method: str, rows: pd.DataFrame) -> float:
+    """A task's metric of one cell's samples, as `estimate` computes it, without resampling.
+
+    Raises:
+        ValueError: samples that `estimate` refuses for a reason other than too few images.
+    """
+    definition = TASKS[task].metrics[metric]
+    terms = definition.terms(_ordered(task, definition, method, rows))
+    return float(definition.value(terms.sum(axis=0)))
+
+
 def _check_positive(estimates: Estimates, unpruned: str) -> None:
     if not estimates.values[unpruned] > 0:
         raise ValueError(f"{unpruned} scores 0 in a task: nothing can be relative to it")
@@ -245,7 +260,7 @@ class Flips(NamedTuple):
     Attributes:
         right_to_wrong, wrong_to_right: numbers of documents.
         agreement: share of equal answers.
-        p: of McNemar's exact test.
+        p: of McNemar's exact test; NaN where two documents share an image.
     """
 
     right_to_wrong: float
@@ -257,8 +272,8 @@ class Flips(NamedTuple):
 def flips(unpruned: pd.DataFrame, pruned: pd.DataFrame) -> Flips:
     """Compare two cells on the same documents.
 
-    The test is two-sided and exact (binomial). It assumes independent documents, which questions
-    about one image are not.
+    The test is two-sided and exact (binomial). It assumes independent documents. Questions about
+    one image are not independent, so the test is left out where an image has more than one.
     """
     before, after = (rows.sort_values("doc_id", ignore_index=True) for rows in (unpruned, pruned))
     lost = int(((before["score"] == 1) & (after["score"] < 1)).sum())
@@ -266,12 +281,42 @@ def flips(unpruned: pd.DataFrame, pruned: pd.DataFrame) -> Flips:
     same = (
         before["answer"].str.strip().str.lower() == after["answer"].str.strip().str.lower()
     ).mean()
-    return Flips(
-        lost,
-        won,
-        float(same),
-        float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0,
-    )
+    if before["image_id"].duplicated().any():
+        p = np.nan
+    else:
+        p = float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+    return Flips(lost, won, float(same), p)
+
+
+class Signs(NamedTuple):
+    """How many differences lie below and above zero.
+
+    Attributes:
+        p: of the two-sided exact sign test; NaN without a difference.
+        level: the probability that p is at most 5 % by chance; 0 with fewer than six differences.
+    """
+
+    below: int
+    above: int
+    p: float
+    level: float
+
+
+def sign_test(differences: Sequence[float] | np.ndarray) -> Signs:
+    """Test whether differences lean to one side; zeros and NaN are left out.
+
+    Under the null hypothesis each difference is as likely below zero as above, independently of
+    the others. A cause that all differences share is what the test is to find.
+    """
+    values = np.round(np.asarray(differences, dtype=float), 9)
+    below, above = int((values < 0).sum()), int((values > 0).sum())
+    count = below + above
+    if not count:
+        return Signs(0, 0, np.nan, 0.0)
+    counts = np.arange(count + 1)
+    chance = stats.binom.pmf(counts, count, 0.5)
+    tails = np.minimum(1, 2 * stats.binom.cdf(np.minimum(counts, count - counts), count, 0.5))
+    return Signs(below, above, float(tails[below]), float(chance[tails <= 1 - LEVEL].sum()))
 
 
 def holm(p: Sequence[float] | pd.Series) -> np.ndarray:

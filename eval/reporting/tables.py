@@ -46,8 +46,8 @@ def accuracy(records: Records) -> pd.DataFrame:
     the row, since a method may keep more of a budget in one task than in another. Column
     relative %: mean over tasks of the score in percent of the unpruned score. The unpruned row
     comes first, then the rows from many to few tokens. Tasks that a row did not run are empty, and
-    so is its relative %. The columns of `COUNTS` give shares of a row's documents; a column without
-    any is left out.
+    so is its relative %; it is empty too if the unpruned model scores 0 in a task. The columns of
+    `COUNTS` give shares of a row's documents; a column without any is left out.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     tokens: dict[tuple[str, str], list[float]] = {}
@@ -69,7 +69,8 @@ def accuracy(records: Records) -> pd.DataFrame:
     table = table[["method", "budget", "tokens", *tasks]]
     unpruned_rows = table[table["method"] == "none"]
     if len(unpruned_rows) == 1:
-        table["relative %"] = (100 * table[tasks] / unpruned_rows[tasks].iloc[0]).mean(
+        unpruned = unpruned_rows[tasks].iloc[0]
+        table["relative %"] = (100 * table[tasks] / unpruned.where(unpruned > 0)).mean(
             axis=1, skipna=False
         )
     for heading, field in COUNTS.items():
