@@ -139,8 +139,8 @@ def test_intervals_of_paired_differences_cover_the_truth():
 def test_coverage_size_and_power_hold_at_any_number_of_images(images):
     """The interval of a difference, the test of it, and the difference that it detects."""
     rng = np.random.default_rng(images)
-    questions = 4
-    p = image_effects(rng, images, questions)
+    simulations, questions = 3000, 4
+    p = np.repeat(rng.uniform(0.4, 0.9, (simulations, images)), questions, axis=1)
     of = pd.Series(np.arange(images * questions) // questions)
     none = pd.Series("", index=of.index)
 
@@ -148,21 +148,23 @@ def test_coverage_size_and_power_hold_at_any_number_of_images(images):
         change = (rng.random(p.shape) < p - loss).astype(float) - (rng.random(p.shape) < p)
         return change.mean(axis=1), resample(change.T, of, none, 1000, 0) / p.shape[1]
 
+    def rejected(change: np.ndarray, draws: np.ndarray) -> float:
+        found = [Interval.of(value, draws[:, i]).p < 0.05 for i, value in enumerate(change)]
+        return float(np.mean(found))
+
+    def detectable(draws: np.ndarray) -> float:
+        methods = pd.DataFrame({"none": 0.0} | {str(i): draws[:, i] for i in range(500)})
+        found = Estimates(methods.iloc[0], methods, images - 1)
+        return float(np.mean([found.detectable(str(i), "none") for i in range(500)]))
+
     change, draws = simulate(0.0)
     assert 0.93 <= covered(0.0, change, draws) <= 0.97
-    rejected = [Interval.of(value, draws[:, i]).p < 0.05 for i, value in enumerate(change)]
-    assert np.mean(rejected) <= 0.07
-    smallest = np.median(
-        [
-            Estimates(
-                pd.Series({"a": 0.0, "b": 0.0}), pd.DataFrame({"a": draws[:, i], "b": 0.0})
-            ).detectable("a", "b")
-            for i in range(100)
-        ]
-    )
-    change, draws = simulate(smallest)
-    found = [Interval.of(value, draws[:, i]).p < 0.05 for i, value in enumerate(change)]
-    assert 0.78 <= np.mean(found) <= 0.82
+    assert rejected(change, draws) <= 0.07
+    smallest = 0.0
+    for _ in range(3):  # a larger difference has a larger spread
+        change, draws = simulate(smallest)
+        smallest = detectable(draws)
+    assert 0.78 <= rejected(*simulate(smallest)) <= 0.82
 
 
 def test_documents_are_not_independent_where_they_share_images():

@@ -5,10 +5,15 @@ import pandas as pd
 import pytest
 from cells import cell, rows
 
+from scripts.verdict_power import table as power
+from secateur.paths import ROOT
 from secateur.reporting import paper_tables, reported
 from secateur.reporting.comparison import load
 from secateur.reporting.layouts import layouts, rows_of
 from secateur.reporting.verdicts import (
+    MME_POINTS,
+    POINTS,
+    VERDICTS,
     Verdict,
     judge,
     judge_method,
@@ -27,9 +32,12 @@ NUMBERS = reported.load_reported()
 # images of MME's categories, as the real data set has them
 MME_IMAGES = {
     **dict.fromkeys(("existence", "count", "position", "color"), 30),
-    **{"posters": 147, "celebrity": 170, "scene": 200, "landmark": 200, "artwork": 200, "OCR": 20},
-    **{"commonsense_reasoning": 70, "numerical_calculation": 20},
-    **{"text_translation": 20, "code_reasoning": 20},
+    "posters": 147,
+    "celebrity": 170,
+    **dict.fromkeys(("scene", "landmark", "artwork"), 200),
+    "OCR": 20,
+    "commonsense_reasoning": 70,
+    **dict.fromkeys(("numerical_calculation", "text_translation", "code_reasoning"), 20),
 }
 # (layout, model, visual tokens of an image, the paper's own method)
 PAPERS = {
@@ -169,18 +177,19 @@ def test_an_unpruned_score_of_0_is_no_baseline(tmp_path):
     [
         ("accuracy", (0.0, 0.54, -0.55), (0.56, -2.0), (2.01, -3.0)),
         ("relative_average", (0.5,), (0.6,), (2.1,)),
-        ("mme_total", (15.5, -15.5), (15.6, -40.0), (40.1, -60.0)),
+        ("mme_total", (20.5, -20.5), (20.6, -40.0), (40.1, -60.0)),
     ],
 )
 def test_limits_of_the_verdicts(metric, match, close, miss):
     for verdict, differences in (("match", match), ("close", close), ("miss", miss)):
         for difference in differences:
-            one = judge(1862.0 if metric == "mme_total" else 50.0, 0.0, metric)
-            printed = one.difference * -1
+            printed = 1862.0 if metric == "mme_total" else 50.0
             own = judge(printed, printed + difference, metric)
             assert own.verdict == verdict, difference
             assert own.difference == pytest.approx(difference)
-            assert own.cause.startswith(f"{difference:+.1f} ")
+            assert own.cause == (
+                f"{own.difference:+.1f} {'MME ' if metric == 'mme_total' else ''}points"
+            )
 
 
 def test_the_rounding_is_that_of_the_print():
@@ -224,3 +233,19 @@ def test_the_made_up_mme_has_the_score_it_is_asked_for():
             assert definition.value(definition.terms(made).sum(axis=0)) == pytest.approx(
                 score, abs=1.5
             )
+
+
+def test_the_page_states_the_limits_and_the_simulated_table():
+    page = (ROOT / "docs" / "VERDICTS.md").read_text()
+    assert f"0.05 + {POINTS.run_to_run:g} points; MME 0.5 + {MME_POINTS.run_to_run:g} " in page
+    assert f"at most {POINTS.close:g} points; MME {MME_POINTS.close:g} |" in page
+    assert all(f"| {verdict} | " in page for verdict in VERDICTS)
+    printed = page.split("<!-- power -->\n")[1].split("<!-- /power -->")[0].strip()
+    assert printed == power().to_markdown(disable_numparse=True)
+
+
+def test_no_large_deviation_matches_and_few_exact_ones_are_blamed():
+    found = power(changed=0.25).map(lambda cell: [int(part) for part in cell.split(" / ")])
+    assert found.iloc[0].map(lambda shares: shares[0] >= 95 and shares[2] == 0).all()
+    assert found.iloc[-1].map(lambda shares: shares[0] == 0).all()  # -3 points, -60 of MME
+    assert found.iloc[3].map(lambda shares: shares[0] <= 10).all()  # -1.5 points, -30 of MME

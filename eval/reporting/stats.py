@@ -61,13 +61,15 @@ class Estimates:
     Attributes:
         values: by method.
         draws: values of the resamples [resamples, methods].
+        freedom: degrees of freedom of the spread: images less strata.
     """
 
     values: pd.Series
     draws: pd.DataFrame
+    freedom: float = np.inf
 
     def only(self, methods: Sequence[str]) -> "Estimates":
-        return Estimates(self.values[list(methods)], self.draws[list(methods)])
+        return Estimates(self.values[list(methods)], self.draws[list(methods)], self.freedom)
 
     def interval(self, method: str) -> Interval:
         return Interval.of(self.values[method], self.draws[method].to_numpy())
@@ -111,14 +113,16 @@ class Estimates:
     def detectable(self, method: str, other: str) -> float:
         """The smallest true difference that a test at 5 % finds with power 80 %.
 
-        It follows from the spread of the paired difference. NaN: the difference has no spread
+        It follows from the spread of the paired difference, with Student's quantiles because the
+        spread is itself estimated. NaN: the difference has no spread
         (no document differs, or all do alike), so it cannot be estimated.
         """
         draws = np.round((self.draws[method] - self.draws[other]).to_numpy(), 9)
         if np.ptp(draws) == 0:
             return np.nan
         spread = float(draws.std(ddof=1))
-        return float(stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)) * spread
+        quantiles = stats.t.ppf([(1 + LEVEL) / 2, POWER], self.freedom)
+        return float(quantiles.sum()) * spread
 
     def tied_best(self, methods: Sequence[str]) -> set[str]:
         """The best of `methods` and those that are not significantly below it.
@@ -168,7 +172,11 @@ def estimate(
     sums = resample(terms, first["image_id"], strata, resamples, (seed, zlib.crc32(task.encode())))
     names = list(ordered)
     values = definition.value(terms.sum(axis=0))
-    return Estimates(pd.Series(values, names), pd.DataFrame(definition.value(sums), columns=names))
+    return Estimates(
+        pd.Series(values, names),
+        pd.DataFrame(definition.value(sums), columns=names),
+        first["image_id"].nunique() - strata.nunique(),
+    )
 
 
 def resample(
@@ -218,7 +226,11 @@ def relative_average(tasks: Sequence[Estimates], unpruned: str) -> Estimates:
         _check_positive(task, unpruned)
     values = [100 * task.values / task.values[unpruned] for task in tasks]
     draws = [100 * task.draws.div(task.draws[unpruned], axis=0) for task in tasks]
-    return Estimates(sum(values[1:], values[0]) / len(tasks), sum(draws[1:], draws[0]) / len(tasks))
+    return Estimates(
+        sum(values[1:], values[0]) / len(tasks),
+        sum(draws[1:], draws[0]) / len(tasks),
+        min(task.freedom for task in tasks),
+    )
 
 
 def metric_of(task: str, metric: str, method: str, rows: pd.DataFrame) -> float:
