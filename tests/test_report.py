@@ -61,7 +61,8 @@ def reported(folder, cells, **options):
 def written(tmp_path_factory):
     """The report of a sweep whose targets and some answers are an attack."""
     folder = tmp_path_factory.mktemp("attack")
-    cells = grid(tasks=("gqa", "scienceqa_img"), random=0.4, scope=0.75, sppruner=0.5)
+    shares = {"random": 0.4, "scope": 0.75, "sppruner": 0.5}
+    cells = grid(("gqa", "scienceqa_img"), 500, 500, **shares)  # fifty images of gqa
     cells = [own._replace(rows=own.rows.replace({"target": "no"}, TARGET)) for own in cells]
     cells = [
         own._replace(rows=own.rows.assign(answer=ATTACK)) if own.name == "sppruner" else own
@@ -147,7 +148,7 @@ def test_the_page_holds_tables_tied_best_flips_figures_and_provenance(written):
         "abc",
         "x86_64",
         "secateur 0.1.0",
-        "the first 400",
+        "the first 500",
         "2026-01-01",
         "shapes, revision main",
     ):

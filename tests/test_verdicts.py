@@ -248,4 +248,5 @@ def test_no_large_deviation_matches_and_few_exact_ones_are_blamed():
     found = power(changed=0.25).map(lambda cell: [int(part) for part in cell.split(" / ")])
     assert found.iloc[0].map(lambda shares: shares[0] >= 95 and shares[2] == 0).all()
     assert found.iloc[-1].map(lambda shares: shares[0] == 0).all()  # -3 points, -60 of MME
-    assert found.iloc[3].map(lambda shares: shares[0] <= 10).all()  # -1.5 points, -30 of MME
+    assert found.iloc[4].map(lambda shares: shares[0] <= 2).all()  # -2 points, -40 of MME
+    assert found.iloc[3, :-1].map(lambda shares: shares[0] == 0).all()  # -1.5 points, without MME
