@@ -35,9 +35,6 @@ class Interval(NamedTuple):
     high: float
     p: float
 
-    def scaled(self, factor: float) -> "Interval":
-        return Interval(self.value * factor, self.low * factor, self.high * factor, self.p)
-
     @classmethod
     def of(cls, value: float, draws: np.ndarray) -> "Interval":
         """Percentiles of the resamples [resamples] of a value."""
