@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from cells import cell, rows
+from cells import cell, changed, rows, save
 
 from scripts.verdict_power import table as power
 from secateur.paths import ROOT
@@ -23,7 +23,6 @@ from secateur.reporting.verdicts import (
     signs,
     with_open_budget,
 )
-from secateur.store import Store
 from secateur.tasks import TASKS
 from secateur.tasks.metrics import MME_PERCEPTION, MME_TOTAL, PERCEPTION
 
@@ -86,7 +85,6 @@ def reproduce(folder, stem, tasks, shift, unpruned=None, methods=None):
     layout, (model, full, own) = LAYOUTS[stem], PAPERS[stem]
     of = (NUMBERS["paper"] == layout.paper) & (NUMBERS["table"] == layout.table)
     printed = NUMBERS[of & (NUMBERS["model"] == layout.model)]
-    store = Store(folder)
     for row in rows_of(layout, printed):
         if row.method not in (methods or ("none", own)):
             continue
@@ -106,10 +104,8 @@ def reproduce(folder, stem, tasks, shift, unpruned=None, methods=None):
                 full if row.keep is None else row.keep if row.keep > 1 else row.keep * full,
                 full,
             )
-            if model.startswith("qwen"):
-                made.record["identity"]["model"]["image_side"] = 1008
-            record = {key: value for key, value in made.record.items() if key != "identity"}
-            store.write(made.record["identity"], record, made.rows)
+            side = 1008 if model.startswith("qwen") else None
+            save(folder, *changed([made], {"identity.model.image_side": side}))
     return paper_tables.build(layout, NUMBERS, load(folder), 50)
 
 

@@ -32,7 +32,6 @@ from secateur.reporting.verdicts import (
     with_open_budget,
 )
 from secateur.reporting.versions import mixtures
-from secateur.tasks import TASKS
 
 OVER_RUN = "over tasks run"  # the mean over the columns that have cells, printed and ours
 NAN = float("nan")
@@ -45,9 +44,8 @@ class PaperTable(NamedTuple):
         layout: the table's layout.
         cells: one row per cell, in the order of the table. Columns: method, budget, column, metric;
             printed; reproduced, low, high; printed_relative, relative, relative_low, relative_high
-            (percent of the unpruned row); verdict, cause, difference (ours minus printed); tied_best
-            (of ours, within the budget);
-            suspect, note, source (of the printed number).
+            (percent of the unpruned row); verdict, cause, difference (ours minus printed);
+            tied_best (of ours, within the budget); suspect, note, source (of the printed number).
         notes: to print below the table.
     """
 
