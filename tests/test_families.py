@@ -193,6 +193,14 @@ class TestInputs:
         batch = inputs(inputs.prompt(self.chat(picture(0).resize((300, 300)))))
         assert int(batch["image_grid_thw"].prod()) * 14 * 14 <= 56 * 56
 
+    @pytest.mark.parametrize(
+        ("size", "grid"), [((202, 100), (12, 23)), ((100, 202), (23, 12)), ((1000, 1000), (36, 36))]
+    )
+    def test_qwen_images_are_resized_once_by_the_limits(self, folders, size, grid):
+        inputs = self.made(folders, "qwen2_5_vl", min_pixels=200704, max_pixels=1605632)
+        batch = inputs(inputs.prompt(self.chat(Image.new("RGB", size, "red"))))
+        assert tuple((batch["image_grid_thw"][0, 1:] // 2).tolist()) == grid
+
     def test_the_question_is_what_the_scope_says(self, folders):
         text = "Is it red?\nAnswer the question using a single word or phrase."
         for scope, question in [("question", text), ("question_stripped", "Is it red?")]:

@@ -339,8 +339,16 @@ class Qwen25VL(Family):
         text = processor.apply_chat_template(
             chat.to_hf_messages(), tokenize=False, add_generation_prompt=True
         )
-        if images:  # as lmms-eval does: sizes become multiples of the patches before the processor
-            content = [{"type": "image", "image": image} for image in images]
+        if images:
+            # As the released wrappers do: resized here once, by the limits, to a multiple of the
+            # patches, which the processor leaves alone. Without the limits here it would resize
+            # again: an image of 202 x 100 pixels would get 13 x 22 tokens instead of 12 x 23.
+            size = processor.image_processor.size
+            limits = {
+                "min_pixels": size["shortest_edge"],
+                "max_pixels": size["longest_edge"],
+            }
+            content = [{"type": "image", "image": image, **limits} for image in images]
             images, _ = process_vision_info([{"role": "user", "content": content}])
         return text, images
 
