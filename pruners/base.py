@@ -81,7 +81,9 @@ class Selection:
     `features` replaces the kept tokens when a method merges or adds. `space` says what they are:
     `encoder` [B, K, C] enter the projector, `projected` [B, K, D] left it, `hidden` are states
     inside the LLM. An adaptive method gives `counts`; a row's places after its count are padding
-    (index 0).
+    (index 0). `unplaced` of a row's tokens, the last ones, stand for no place of the image, such as
+    means of clusters: among the crops of an image they are not sorted into the raster but come
+    last, and padding does not remove them. Their index names the token they are centred on.
     """
 
     indices: Tensor  # [B, K] long, positions in 0..N-1 or EXTRA
@@ -90,6 +92,7 @@ class Selection:
     counts: Tensor | None = None  # [B]
     custom_order: bool = False  # True: the method's own order; False: ascending
     diagnostics: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # name -> [B]
+    unplaced: int = 0
 
     @classmethod
     def ordered(cls, picks: Tensor, custom_order: bool, **rest: Any) -> "Selection":
@@ -155,6 +158,8 @@ class Selection:
             ((index[:, 1:] <= index[:, :-1]) & real[:, 1:] & (index[:, :-1] != EXTRA)).any()
         ):
             wrong("indices that do not ascend, without custom_order=True")
+        if not 0 <= self.unplaced <= index.shape[1] or (self.unplaced and self.features is None):
+            wrong(f"unplaced={self.unplaced}, expected at most K, and features for these tokens")
         if self.features is not None:
             if self.features.shape[:2] != index.shape:
                 wrong(

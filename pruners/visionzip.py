@@ -18,7 +18,8 @@ class VisionZip(Pruner):
 
     Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR
     2025, arXiv 2412.04467. The output is CLS, the dominant patches ascending, then the contextual
-    tokens; all of them count in the budget.
+    tokens; all of them count in the budget. On LLaVA-NeXT the tiles' dominant patches come in the
+    raster of the image, then the tiles' CLS tokens, then all contextual tokens (released code).
 
     Args:
         contextual: how many contextual tokens; None takes 5 of every 32 (54 + 10 of the README, and
@@ -71,7 +72,11 @@ class VisionZip(Pruner):
             indices.insert(0, torch.full_like(rest[:, :1], EXTRA))
             features.insert(0, tokens.cls_token[:, None])
         return Selection(
-            torch.cat(indices, 1), torch.cat(features, 1), "encoder", custom_order=True
+            torch.cat(indices, 1),
+            torch.cat(features, 1),
+            "encoder",
+            custom_order=True,
+            unplaced=context,
         )
 
     def flops(self, shape: ImageShape) -> float:

@@ -17,6 +17,7 @@ from secateur.geometry import random_model, random_processor, tiny
 from secateur.injection import Sample, inject
 from secateur.inputs import Inputs, Prompt
 from secateur.pruners import Selection, VisualTokens, build
+from secateur.pruners.base import Pruner
 from secateur.pruners.cdpruner import CDPruner
 
 N, SIDE = 16, 4  # tokens of a crop
@@ -195,6 +196,78 @@ def test_anyres_drops_padding_and_newlines_of_empty_rows(anyres):
         kept.sequences[0, inputs["input_ids"].shape[1] :],
     )
     assert (logits(kept)[0] - logits_of).abs().max() < 1e-4
+
+
+@dataclass(frozen=True)
+class Means(Pruner):
+    """Two tokens of every crop in their places, and the mean of the crop, which has none."""
+
+    picks: tuple[int, int] = (9, 2)
+    centre: int = 0
+
+    name = "means"
+    paper = "-"
+    status = "baseline"
+    merges = True
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        indices = torch.tensor([*self.picks, self.centre]).expand(tokens.shape[0], -1)
+        mean = tokens.features.mean(1, keepdim=True)
+        features = torch.cat([tokens.features[:, list(self.picks)], mean], 1)
+        return Selection(indices, features, custom_order=True, unplaced=1)
+
+
+def test_means_come_after_all_tiles_in_the_order_of_the_crops(fixed):
+    model, inputs = fixed[0], encode(fixed[1], 1)
+    with inject(model, Means(), 15, layout="fixed2880") as trace:
+        kept = model.generate(**inputs, **STEPS)
+    (crops,) = crops_of(model, inputs)
+    chosen = [number for number in mosaic().flatten().tolist() if number % N in (9, 2)]
+    means = [N * crop for crop in range(1, 5)]
+    assert trace.audits[0].kept_indices == ((9, 2, 0, *chosen, *means),)
+    tokens = crops.flatten(0, 1)
+    visual = torch.cat([tokens[[9, 2]], crops[:1].mean(1), tokens[chosen], crops[1:].mean(1)])
+    want = language(
+        model, around(model, inputs, 0, visual), kept.sequences[0, inputs["input_ids"].shape[1] :]
+    )
+    assert (logits(kept)[0] - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_means_are_not_lost_with_padding(anyres, first):
+    model, inputs = anyres[0], encode(anyres[1], 1, first)
+    (crops,) = crops_of(model, inputs)
+    whole = trace_of(model, inputs, build("none"), "full")
+    assert N not in whole, "the first token of the first tile is padding"
+    numbers = trace_of(model, inputs, Means(), 3 * len(crops))
+    means = [N * crop for crop in range(1, len(crops))]
+    assert numbers[:3] == (9, 2, 0)
+    assert list(numbers[-len(means) :]) == means
+
+
+def trace_of(model, inputs, pruner, budget):
+    with inject(model, pruner, budget) as trace:
+        model.generate(**inputs, **STEPS)
+    return trace.audits[0].kept_indices[0]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_visionzips_contextual_tokens_come_last(either, first):
+    model, inputs = either[0], encode(either[1], 1, first)
+    pruner = build("visionzip", contextual=2)
+    with inject(model, pruner, "8/tile", layout=either[1].layout) as trace:
+        model.generate(**inputs, **STEPS)
+    (audit,) = trace.audits
+    count, numbers = len(audit.crops), audit.kept_indices[0]
+    tiles, cls, contextual = (
+        numbers[8 : -3 * (count - 1)],
+        numbers[-3 * (count - 1) : -2 * (count - 1)],
+        numbers[-2 * (count - 1) :],
+    )
+    assert numbers[0] == -1, "the base crop's CLS token"
+    assert set(cls) == {-1}
+    assert [number // N for number in contextual] == [c for c in range(1, count) for _ in "ab"]
+    assert all(number >= N or number < 0 for number in tiles)
 
 
 def test_divprune_ranks_the_packed_sequence(anyres, fixed):

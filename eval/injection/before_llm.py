@@ -32,6 +32,13 @@ class Kept:
     indices: Tensor  # [K] positions in the crop, or EXTRA
     features: Tensor | None  # [K, D] in LLM width
     notes: dict[str, float]
+    unplaced: int = 0  # of the last tokens, see `Selection`
+
+    @property
+    def loose(self) -> Tensor:
+        """[K] which tokens have no place of their own in the image."""
+        places = torch.arange(len(self.indices), device=self.indices.device)
+        return places >= len(self.indices) - self.unplaced
 
 
 class BeforeLLM(Hooks):
@@ -137,6 +144,7 @@ class BeforeLLM(Hooks):
                 selection.indices[row, :count],
                 mine,
                 {name: values[row] for name, values in notes.items()},
+                selection.unplaced,
             )
 
     def _crops(
@@ -225,8 +233,9 @@ def merge_crops(
 
     One crop: the selection's order. Several crops: the base crop's tokens as selected; the tiles'
     tokens in the raster order of the whole mosaic, with the newlines of rows that still hold
-    tokens; the extra tokens from the start of the tiles' rows; those from their end. Tokens without
-    a place in the layout (padding) are dropped.
+    tokens; the extra tokens from the start of the tiles' rows; those from their end, and the tiles'
+    tokens that have no place of their own. Tokens of padding, which have no place in the layout,
+    are dropped.
     """
     slots_of, counted = image.slots(), image.tokens != NEWLINE
     if len(kept) < image.crops:  # one selection over the packed sequence
@@ -242,18 +251,24 @@ def merge_crops(
             ]
         )
         slots = torch.where(numbers == EXTRA, -1, slots_of[numbers])
-        key = torch.cat([_rank(k.indices, c, slots_of, image) for c, k in enumerate(kept)])
+        placeless = numbers == EXTRA
+        if len(kept) > 1:
+            # the base crop's tokens stay as selected
+            loose = torch.cat([k.loose & (c > 0) for c, k in enumerate(kept)])
+            slots, placeless = torch.where(loose, -1, slots), placeless | loose
+        key = torch.cat([_rank(k, c, slots_of, image) for c, k in enumerate(kept)])
         vectors = (
             torch.cat([k.features for k in kept if k.features is not None])
             if kept[0].features is not None
             else None
         )
-        placed = (numbers == EXTRA) | (slots >= 0)
+        placed = placeless | (slots >= 0)
         if not bool(placed.all()):
             numbers, slots, key = numbers[placed], slots[placed], key[placed]
+            placeless = placeless[placed]
             vectors = None if vectors is None else vectors[placed]
         if keeps_newlines and image.crops > 1:
-            lines = image.newlines(numbers[numbers != EXTRA])
+            lines = image.newlines(numbers[~placeless])
             newline = torch.full_like(lines, NEWLINE)
             numbers, slots, key = (
                 torch.cat([numbers, newline]),
@@ -285,14 +300,15 @@ def merge_crops(
     )
 
 
-def _rank(indices: Tensor, crop: int, slots: Tensor, image: PlacedImage) -> Tensor:
+def _rank(kept: Kept, crop: int, slots: Tensor, image: PlacedImage) -> Tensor:
     """[K] sort keys of one crop's tokens among all of its image's tokens.
 
     The base crop comes first, then the tiles' tokens by their places, then extra tokens.
     """
+    indices = kept.indices
     if crop == 0:
         return torch.arange(len(indices), device=indices.device) - len(indices)
-    end, real = len(image.tokens), indices != EXTRA
+    end, real = len(image.tokens), (indices != EXTRA) & ~kept.loose
     leading = ~real & (real.cumsum(0) == 0)
     extra = torch.where(leading, end + crop, end + image.crops + crop)
     return torch.where(real, slots[indices.clamp_min(0) + crop * image.per_crop], extra)
