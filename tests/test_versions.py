@@ -17,8 +17,8 @@ from secateur.store import DamagedRecord
 MODEL = "llava_1_5_7b"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "stale_cells.py"
 CELLS = [
-    cell(MODEL, "none", "full", "gqa", rows("gqa", 0.8, 400), 576.0),
-    cell(MODEL, "scope", "64", "gqa", rows("gqa", 0.7, 400), 64.0),
+    cell(MODEL, "none", "full", "gqa", rows("gqa", 0.8, 600), 576.0),
+    cell(MODEL, "scope", "64", "gqa", rows("gqa", 0.7, 600), 64.0),
 ]
 LATER = {"started": "2026-02-01T00:00:00Z"}
 CHANGES = {
@@ -73,7 +73,7 @@ def test_cells_of_several_versions_share_a_table_that_says_so(what):
 
 
 def test_two_versions_of_a_method_in_one_table_are_named():
-    twin = cell(MODEL, "scope", "128", "gqa", rows("gqa", 0.75, 400), 128.0)
+    twin = cell(MODEL, "scope", "128", "gqa", rows("gqa", 0.75, 600), 128.0)
     records = [one.record for one in [*later("method's code"), twin]]
     assert mixtures(records) == ["Cells differ in method's code (scope): 1 of t and 1 of s."]
 
