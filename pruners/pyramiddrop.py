@@ -10,6 +10,16 @@ from secateur.pruners.in_llm import InLLMPruner, LayerTokens, PromptShape
 from secateur.pruners.linalg import top_k
 from secateur.pruners.registry import register
 
+# SCOPE's code, comments of llava_arch.py: (visual tokens, budget) -> tokens kept from each layer on
+_SCOPE = {
+    (576, 192): {2: 300, 6: 200, 16: 110},
+    (576, 128): {2: 303, 6: 110, 16: 36},
+    (576, 64): {2: 66, 6: 30, 16: 17},
+    (2880, 160): {1: 136, 6: 100, 16: 44},
+    (2880, 320): {2: 960, 6: 600, 16: 300},  # labelled "320 and 640"; its mean is 637
+    (2880, 640): {2: 960, 6: 600, 16: 300},
+}
+
 
 @register("pyramiddrop")
 @dataclass(frozen=True)
@@ -24,16 +34,20 @@ class PyramidDrop(InLLMPruner):
         ratios: share of all visual tokens kept from each stage on; None chooses x, x^2, x^3 such
             that the mean over the layers is the budget. The paper's (0.5, 0.25, 0.125) averages 270
             of 576 tokens and takes that budget only.
+        schedules: `average`, as above; `scope`: those that SCOPE's code holds for 32 layers, all
+            but one in comments. Whether its tables were run with them is not known. Their means
+            are near the budget, not equal to it.
         positions: `reindex` the survivors (released code), or keep the `original` position ids.
 
-    Deviations: the schedules others used for budgets below the paper's are not published; the
-    geometric one is ours (x = 0.253 for 192 of 576 in 32 layers). Where the layers before the first
+    Deviations: for budgets below the paper's no schedule is published with a table. The geometric
+    one is ours (x = 0.253 for 192 of 576 in 32 layers). Where the layers before the first
     stage alone exceed the budget, or the model ends before the last stage, all stages are halved
     until it fits (128 and 64 of 576: stages 4, 8, 12 with x = 0.375, and 2, 4, 6 with x = 0.307).
     """
 
     stages: tuple[Annotated[int, Field(ge=1)], ...] = (8, 16, 24)
     ratios: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
+    schedules: Literal["average", "scope"] = "average"
     positions: Literal["reindex", "original"] = "reindex"
 
     paper = "arXiv 2410.17247"
@@ -49,8 +63,18 @@ class PyramidDrop(InLLMPruner):
             len(self.ratios) != len(self.stages) or any(a < b for a, b in pairwise(self.ratios))
         ):
             self.fail(f"ratios={self.ratios} have to be one per stage and descend")
+        if self.schedules == "scope" and (self.ratios or self.stages != (8, 16, 24)):
+            self.fail("schedules=scope has stages and counts of its own: leave out stages, ratios")
 
     def schedule(self, tokens: int, layers: int, keep: int) -> dict[int, int]:
+        if self.schedules == "scope":
+            if layers != 32 or (tokens, keep) not in _SCOPE:
+                known = ", ".join(f"{budget} of {count}" for count, budget in _SCOPE)
+                self.fail(
+                    f"schedules=scope has none for {keep} of {tokens} tokens in {layers} layers; "
+                    f"it has, for 32 layers: {known}"
+                )
+            return _SCOPE[tokens, keep]
         if self.ratios is not None:
             if self.stages[-1] >= layers:
                 self.fail(f"stages={self.stages} do not fit into {layers} layers")

@@ -166,6 +166,37 @@ def test_pyramiddrop_at_equal_averages(budget: int, plan: dict) -> None:
 
 # visual tokens after each stage, merged ones included
 @pytest.mark.parametrize(
+    ("tokens", "budget", "plan", "mean"),
+    [
+        (576, 192, {2: 300, 6: 200, 16: 110}, 191.0),
+        (576, 128, {2: 303, 6: 110, 16: 36}, 126.25),
+        (576, 64, {2: 66, 6: 30, 16: 17}, 62.125),
+        (2880, 160, {1: 136, 6: 100, 16: 44}, 164.5),
+        (2880, 640, {2: 960, 6: 600, 16: 300}, 637.5),
+    ],
+)
+def test_pyramiddrop_of_scopes_code(
+    tokens: int, budget: int, plan: dict[int, int], mean: float
+) -> None:
+    found = build("pyramiddrop", schedules="scope").schedule(tokens, 32, budget)
+    assert found == plan
+    layers = [next((n for s, n in [*plan.items()][::-1] if s <= i), tokens) for i in range(32)]
+    assert sum(layers) / 32 == mean
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layers", "budget"), [(576, 40, 192), (144, 32, 48), (576, 32, 96)]
+)
+def test_pyramiddrop_has_no_other_schedules_of_scope(tokens: int, layers: int, budget: int) -> None:
+    with pytest.raises(
+        PrunerError, match=f"none for {budget} of {tokens} tokens in {layers} layers"
+    ):
+        build("pyramiddrop", schedules="scope").schedule(tokens, layers, budget)
+    with pytest.raises(PrunerError, match="stages and counts of its own"):
+        build("pyramiddrop", schedules="scope", stages=(2, 6, 16))
+
+
+@pytest.mark.parametrize(
     ("budget", "counts"),
     [(192, [309, 204, 113]), (128, [312, 117, 39]), (96, [249, 55, 27]), (64, [82, 32, 18])],
 )
