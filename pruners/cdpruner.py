@@ -30,7 +30,8 @@ class CDPruner(Pruner):
 
     Deviations: features are normalised in float32 (released: the model's dtype); constant
     relevance, also that of an empty question, counts as 1 (released: division by zero); once the
-    kernel's rank is exhausted the most relevant of the remaining tokens follow (released: NaN).
+    kernel's rank is exhausted the most relevant of the remaining tokens follow (released: NaN); a
+    token of length zero has cosine 0 (released: NaN).
     """
 
     relevance_space: Literal["clip", "llm_embed"] = "clip"

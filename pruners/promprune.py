@@ -33,8 +33,10 @@ class PromPrune(Pruner):
     Deviations: the entropy is the code's, of normalised and centred tokens (paper: raw singular
     values), and stage 2 starts at the token farthest from the salient set (paper: plain greedy). A
     token cannot be picked twice (released: it can once the kernel's rank is exhausted); the rest
-    then follows by index, as does the first pick without any salient token, where the released code
-    lets rounding decide. One Gram matrix serves entropy and kernel, with the entropy's epsilon.
+    then follows by index, as does the first pick without any salient token. There the released
+    code lets rounding decide, and its whole set follows from that pick: such images cannot be
+    reproduced token by token. One Gram matrix serves entropy and kernel, with the entropy's
+    epsilon.
     """
 
     mu: float = 0.42

@@ -24,7 +24,8 @@ class Scope(Pruner):
         order: `spatial` as the released code, or `picked` for the greedy order.
 
     Deviations: scores in float32 (released: float16, where ties are common); the budget is per
-    image (released: divided by the number of images in a call).
+    image (released: divided by the number of images in a call); a token of length zero has cosine
+    0 (released: NaN).
     """
 
     alpha: Annotated[float, Field(ge=0)] = 1.0
