@@ -51,9 +51,12 @@ MATRIX := 5.0.0 5.17.0 5.23.0 5.24.0
 INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry.py \
 	tests/test_families.py tests/test_bench.py
 
-test-faults: $(READY)  ## run the long fault tests: kills, full disks, several processes
-	$(PYTHON) -m pytest -n 0 -m faults \
-	  tests/test_faults.py tests/test_launchers.py tests/test_wandb_log.py
+# every test of what may go wrong, with the long ones that `make test` leaves out
+FAULTS := $(addprefix tests/test_,$(addsuffix .py,faults launchers wandb_log store cache answers \
+	versions source settings models support))
+
+test-faults: $(READY)  ## run all fault tests: 50 kills at random moments, full disks, damaged files
+	$(PYTHON) -m pytest -n 0 -m "" $(FAULTS)
 
 test-thorough: $(READY)  ## run the property tests on three times as many generated inputs
 	$(PYTHON) -m pytest tests/test_properties.py --hypothesis-profile=thorough
@@ -87,7 +90,7 @@ test-matrix: .venv/ready  ## run the injection tests on each release of transfor
 	  $$home/bin/python -m pytest $(INJECTION); \
 	done
 
-# the canary: what an installation without the lock gets today
+# what an installation without the lock gets today
 test-newest: .venv/ready  ## injection tests and a short sweep on the newest release of each package
 	$(UV) venv --quiet --clear --python .venv/bin/python .venv-matrix/newest
 	$(UV) pip install --quiet --upgrade --python .venv-matrix/newest --editable '.[eval,slurm,gpu,dev]'
