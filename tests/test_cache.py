@@ -1,6 +1,7 @@
 """The encode cache: a hit equals a miss bit for bit; limits, order of deletion and damage."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import random
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import save
 
 import secateur.cache as cache_module
@@ -320,6 +320,7 @@ def test_something_else_in_the_place_of_the_folder_or_of_an_entry(tmp_path, capl
 def test_a_lock_that_is_never_released_is_not_waited_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("secateur.cache._PATIENCE", 0.1)
     cache = EncodeCache(0, tmp_path, 10**9)
-    with FileLock(tmp_path / "lock", is_singleton=False):
+    with (tmp_path / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
         cache.fetch("a", lambda: {"features": torch.ones(2)})
     assert "cannot be used" in caplog.text

@@ -266,9 +266,11 @@ def test_prompts_without_and_with_two_images(folders, family, method):
 
 @pytest.mark.lmms_classes
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
-def test_the_unpruned_answers_are_those_of_lmms_evals_own_classes(folders, tasks, family):
+def test_the_unpruned_answers_are_those_of_lmms_evals_own_classes(
+    folders, tasks, family, monkeypatch
+):
+    from lmms_eval.models.chat import qwen2_5_vl
     from lmms_eval.models.chat.llava_hf import LlavaHf
-    from lmms_eval.models.chat.qwen2_5_vl import Qwen2_5_VL
 
     options = {
         "pretrained": str(folders[family]),
@@ -278,8 +280,20 @@ def test_the_unpruned_answers_are_those_of_lmms_evals_own_classes(folders, tasks
     }
     fields = {}
     if family == "qwen2_5_vl":  # its class knows bfloat16 alone, and limits of its own
-        theirs = Qwen2_5_VL(**options)
-        fields = {"dtype": "bfloat16", "min_pixels": 256 * 28 * 28, "max_pixels": 1605632}
+        theirs = qwen2_5_vl.Qwen2_5_VL(**options)
+        limits = {"min_pixels": 256 * 28 * 28, "max_pixels": 1605632}
+        fields = {"dtype": "bfloat16"} | limits
+        # the one difference: it resizes an image twice, first without the limits
+        resize = qwen2_5_vl.process_vision_info
+
+        def once(conversations, **rest):
+            for message in (part for conversation in conversations for part in conversation):
+                for part in message["content"]:
+                    if part["type"] == "image":
+                        part |= limits
+            return resize(conversations, **rest)
+
+        monkeypatch.setattr(qwen2_5_vl, "process_vision_info", once)
     else:
         theirs = LlavaHf(**options, dtype="float32")
         fields = {"dtype": "float32"}
