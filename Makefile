@@ -52,7 +52,7 @@ INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry
 	tests/test_families.py tests/test_bench.py
 
 # every test of what may go wrong, with the long ones that `make test` leaves out
-FAULTS := $(addprefix tests/test_,$(addsuffix .py,faults launchers wandb_log store cache answers \
+FAULTS := $(addprefix tests/test_,$(addsuffix .py,faults sweep launchers wandb_log store cache answers \
 	versions source settings models support))
 
 test-faults: $(READY)  ## run all fault tests: 50 kills at random moments, full disks, damaged files

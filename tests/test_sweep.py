@@ -132,6 +132,7 @@ def test_a_results_folder_that_cannot_be_written_is_one_paragraph(tmp_path):
     assert "Traceback" not in printed
 
 
+@pytest.mark.faults  # a process of its own; test_faults.py interrupts a fork
 def test_an_interrupt_keeps_what_is_finished(results, swept, tmp_path):
     command = Sweeps(results / "data" / "shapes", ("pruner=random", "limit=40")).command(tmp_path)
     process = subprocess.Popen(
