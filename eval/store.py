@@ -195,10 +195,10 @@ class StoredCell:
         name, writing = self.identity.digest[:12], self._runs / ".writing"
         for place in (self.folder.parent, writing):
             place.mkdir(parents=True, exist_ok=True)
-        # mkdtemp hides its folder from other users; the cell inside gets the rights of the umask
-        scratch = Path(tempfile.mkdtemp(prefix=name, dir=writing)) / "cell"
+        # not mkdtemp: its folder, which becomes the cell's, would be closed to other users
+        scratch = writing / f"{name}.{platform.node()}.{os.getpid()}"
         try:
-            scratch.mkdir()
+            scratch.mkdir(exist_ok=True)
             samples.to_parquet(scratch / "samples.parquet", index=False)
             content = {
                 "version": VERSION,
