@@ -107,21 +107,24 @@ class Identity(_Data):
     def configuration(self) -> str:
         """Digest of what was asked for, without the versions of code, packages, weights and data.
 
-        Cells of one configuration are versions of one cell.
+        Cells of one configuration are versions of one cell. A field that an old record does not
+        hold counts as its default.
         """
-        own = self.as_json()
-        for name in ("versions", "code", "data", "clip"):
-            own.pop(name, None)
-        del own["model"]["weights"]
-        own["pruner"].pop("source", None)
-        return digest(own)
+        from secateur.pruners import REGISTRY  # imports PyTorch, which takes more than a second
+
+        method = self.pruner
+        fields = method.changed() if method.name in REGISTRY else method.fields
+        return digest([self._shared, method.name, fields, self.budget, self.task])
 
     @cached_property
     def setting(self) -> str:
         """Digest of what all cells of one table share. The weights are their version."""
-        own = self.as_json()
-        del own["model"]["weights"]
-        return digest([own[name] for name in ("suite", "model", "limit", "seed")])[:8]
+        return digest(self._shared)[:8]
+
+    @property
+    def _shared(self) -> list[Any]:
+        model = self.model.model_dump(exclude={"weights"})
+        return [self.suite.model_dump(), model, self.limit, self.seed]
 
     @property
     def stem(self) -> str:

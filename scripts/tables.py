@@ -19,7 +19,7 @@ from secateur.progress import count, run_script
 from secateur.reporting import comparison, interval_table, paper_tables, render, reported, tables
 from secateur.reporting.layouts import layouts
 from secateur.reporting.stats import RESAMPLES
-from secateur.reporting.versions import Stale
+from secateur.reporting.versions import Stale, left_out
 
 
 def main() -> int:
@@ -54,10 +54,8 @@ def main() -> int:
     for message in damaged:
         console.print(f"REFUSED {message}", style="red")
         failed = True
-    for old in stale:
-        console.print(f"older version left out: {old}", style="yellow")
-    if stale:
-        console.print("`python scripts/stale_cells.py --delete` removes older versions.\n")
+    for message in left_out(stale):
+        console.print(message, style="yellow")
     for layout in layouts():
         try:
             table = paper_tables.build(layout, numbers, cells, options.resamples)

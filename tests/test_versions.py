@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from cells import cell, changed, rows, save
+from cells import altered, cell, changed, rows, save
 
 from secateur.reporting import interval_table, tables
 from secateur.reporting.comparison import compare, load
 from secateur.reporting.interval_table import markdown
 from secateur.reporting.tables import stems
-from secateur.reporting.versions import mixtures, newest
+from secateur.reporting.versions import left_out, mixtures, newest
 from secateur.store import DamagedRecord
 
 MODEL = "llava_1_5_7b"
@@ -50,6 +50,16 @@ def test_tables_show_the_newest_version_and_list_the_older(tmp_path, what):
     )
 
 
+@pytest.mark.parametrize("field", ["identity.pruner.alpha", "identity.model.generation"])
+def test_a_field_that_an_old_record_lacks_counts_as_its_default(field):
+    old = changed(CELLS[1:], {field: ...})[0].record
+    new = changed(CELLS[1:], LATER)[0].record
+    assert old.identity.setting == new.identity.setting
+    shown, stale = newest([old, new])
+    assert shown == [new]
+    assert [one.record for one in stale] == [old]
+
+
 @pytest.mark.parametrize("change", [{"identity.pruner.alpha": 2.0}, {"identity.budget": "128"}])
 def test_other_settings_are_no_versions(change):
     records = [one.record for one in [*CELLS, *changed(CELLS[1:], change | LATER)]]
@@ -76,6 +86,25 @@ def test_two_versions_of_a_method_in_one_table_are_named():
     twin = cell(MODEL, "scope", "128", "gqa", rows("gqa", 0.75, 600), 128.0)
     records = [one.record for one in [*later("method's code"), twin]]
     assert mixtures(records) == ["Cells differ in method's code (scope): 1 of t and 1 of s."]
+
+
+def test_many_older_versions_are_counted():
+    records = [one.record for one in CELLS]
+    stale = newest(
+        [
+            record
+            for number in range(8)
+            for record in [
+                altered(
+                    records[1],
+                    {"started": f"2026-01-0{number + 1}T00:00:00Z"}
+                    | {"identity.code": str(number)},
+                )
+            ]
+        ]
+    )[1]
+    assert [len(left_out(stale[:number])) for number in (0, 1, 5, 7)] == [0, 2, 6, 6]
+    assert left_out(stale)[-1].startswith("2 more older versions are left out; ")
 
 
 def test_settings_that_share_a_name_get_files_of_their_own():

@@ -243,6 +243,8 @@ def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
     if answers.nunique() == 1:
         mark.append(f"every answer is {answers.iloc[0]!r}")
     for text, field in COUNTED.items():
+        if field == "empty_answers" and cell.record.unusable_answers:
+            continue  # they are among the unusable ones
         if number := getattr(cell.record, field):
             mark.append(f"{number} of {cell.record.documents} {text}")
     if images < FEW_IMAGES:

@@ -17,7 +17,7 @@ from secateur.reporting.overlay import kept_tokens
 from secateur.reporting.provenance import Provenance
 from secateur.reporting.report_parts import DEMONSTRATION, Entry, Picture, Published, Section
 from secateur.reporting.reported import load_reported
-from secateur.reporting.versions import Stale
+from secateur.reporting.versions import Stale, left_out
 
 _PER_PICTURE = 5  # methods per picture of kept tokens
 
@@ -57,7 +57,7 @@ class Report:
     def problems(self) -> list[str]:
         """What is refused or missing, and where."""
         found = [f"REFUSED {message}" for message in self._damaged]
-        found += [f"older version left out: {old}" for old in self.stale]
+        found += left_out(self.stale)
         found += [
             f"{section.title}: {text}" for section in self.sections for text in section.warnings
         ]

@@ -38,6 +38,18 @@ def newest(records: Iterable[Record]) -> tuple[list[Record], list[Stale]]:
     return shown, stale
 
 
+def left_out(stale: list[Stale]) -> list[str]:
+    """Messages that these older versions are not shown: the first five, and how many more."""
+    found = [f"older version left out: {old}" for old in stale[:5]]
+    if stale:
+        more = f"{len(stale) - 5} more older versions are left out; " * (len(stale) > 5)
+        found.append(
+            f"{more}`python scripts/stale_cells.py` lists older versions, and removes them with "
+            "--delete"
+        )
+    return found
+
+
 def differences(one: Record, other: Record) -> list[str]:
     """What may make the answers of two cells of one task differ, apart from their settings.
 
