@@ -89,20 +89,14 @@ def test_two_versions_of_a_method_in_one_table_are_named():
 
 
 def test_many_older_versions_are_counted():
-    records = [one.record for one in CELLS]
-    stale = newest(
-        [
-            record
-            for number in range(8)
-            for record in [
-                altered(
-                    records[1],
-                    {"started": f"2026-01-0{number + 1}T00:00:00Z"}
-                    | {"identity.code": str(number)},
-                )
-            ]
-        ]
-    )[1]
+    records = [
+        altered(
+            CELLS[1].record,
+            {"started": f"2026-01-0{day}T00:00:00Z", "identity.code": f"code {day}"},
+        )
+        for day in range(1, 9)
+    ]
+    _, stale = newest(records)
     assert [len(left_out(stale[:number])) for number in (0, 1, 5, 7)] == [0, 2, 6, 6]
     assert left_out(stale)[-1].startswith("2 more older versions are left out; ")
 
