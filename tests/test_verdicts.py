@@ -6,10 +6,10 @@ import pytest
 from cells import cell, changed, rows, save
 
 from scripts.verdict_power import table as power
-from secateur.paths import ROOT
+from secateur.paths import CONFIGS, ROOT
 from secateur.reporting import paper_tables, reported
 from secateur.reporting.comparison import load
-from secateur.reporting.layouts import layouts, rows_of
+from secateur.reporting.layouts import layouts, rows_of, yaml
 from secateur.reporting.verdicts import (
     MME_POINTS,
     POINTS,
@@ -45,6 +45,8 @@ PAPERS = {
     "promprune_table1": ("llava_1_5_7b", 576, "promprune"),
     "promprune_table3": ("qwen2_5_vl_7b", 1296, "promprune"),
     "prunesid_table1": ("llava_1_5_7b", 576, "prunesid"),
+    "prunesid_table2": ("llava_next_7b", 2880, "prunesid"),
+    "prunesid_table12": ("qwen2_5_vl_7b", 1296, "prunesid"),
 }
 
 
@@ -85,6 +87,8 @@ def reproduce(folder, stem, tasks, shift, unpruned=None, methods=None):
     layout, (model, full, own) = LAYOUTS[stem], PAPERS[stem]
     of = (NUMBERS["paper"] == layout.paper) & (NUMBERS["table"] == layout.table)
     printed = NUMBERS[of & (NUMBERS["model"] == layout.model)]
+    experiment = yaml(CONFIGS / "experiment" / f"{layout.experiment}.yaml")
+    inputs = {f"identity.model.{name}": value for name, value in experiment["model"].items()}
     for row in rows_of(layout, printed):
         if row.method not in (methods or ("none", own)):
             continue
@@ -104,8 +108,7 @@ def reproduce(folder, stem, tasks, shift, unpruned=None, methods=None):
                 full if row.keep is None else row.keep if row.keep > 1 else row.keep * full,
                 full,
             )
-            side = 1008 if model.startswith("qwen") else None
-            save(folder, *changed([made], {"identity.model.image_side": side}))
+            save(folder, *changed([made], inputs))
     return paper_tables.build(layout, NUMBERS, load(folder), 50)
 
 
