@@ -34,13 +34,13 @@ class ModelPool:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._model = PrunedModel(
+            model = PrunedModel(
                 **settings.options(),
                 batch_tokens=0 if engine.strict else engine.batch_tokens,
                 cache=engine.encode_cache(),
             )
-            self._settings = wanted
             source.check_unchanged()  # every model imports modules of its own
+            self._model, self._settings = model, wanted
         return self._model
 
 

@@ -15,6 +15,7 @@ from PIL import ImageFile
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig
 
+from secateur import source
 from secateur.answers import Unanswered
 from secateur.budget import Budget
 from secateur.cache import EncodeCache
@@ -185,7 +186,8 @@ class PrunedModel(lmms):
         self._clip: ClipRelevance | None = None
         self.batch_tokens = batch_tokens
         identity = (
-            f"{fingerprint(pretrained, revision)} {name} {weights} {dtype} {attn_implementation} "
+            f"{fingerprint(pretrained, revision)} {source.code()} {name} {weights} {dtype} "
+            f"{attn_implementation} "
             f"{self.device} {VERSION}"
         )
         # Inputs of documents for later cells of the same task: tensors take a quarter of the

@@ -1,5 +1,6 @@
 """What a sweep shows while it runs, and how it is stopped."""
 
+import argparse
 import os
 import signal
 import sys
@@ -34,10 +35,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 
 def count(text: str) -> int:
     """A number of at least 1 on a script's command line."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
 
 
 class Interrupt:

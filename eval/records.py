@@ -65,7 +65,9 @@ class MethodIdentity(_Data):
             json.loads(json.dumps(fields))
             for fields in (defaults | self.fields, defaults | (expected or {}))
         )
-        return {name: own[name] for name in defaults if own[name] != usual[name]}
+        # a field that the class no longer has is kept: nobody knows what it would be today
+        gone = {name: value for name, value in own.items() if name not in defaults}
+        return {name: own[name] for name in defaults if own[name] != usual[name]} | gone
 
     @property
     def label(self) -> str:

@@ -10,7 +10,10 @@ from secateur.paths import PACKAGE, ROOT
 from secateur.progress import KEPT
 
 # What decides answers besides the methods, whose own digest stands beside their fields.
-_DECIDING = ("budget", "families", "injection", "inputs", "loading", "models", "prompts", "tasks")
+_DECIDING = (
+    *("budget", "cache", "cell", "families", "geometry", "injection", "inputs", "loading"),
+    *("models", "prompts", "shapes", "tasks"),
+)
 
 
 def _files() -> dict[str, str]:

@@ -275,13 +275,14 @@ class Store:
         """
         records = []
         for folder in sorted(self.runs.glob("[!.]*/*/*/*")):
-            if not folder.is_dir():
+            if not folder.is_dir() or any(
+                part.startswith(".") for part in folder.relative_to(self.runs).parts
+            ):
                 continue
             try:
                 if not os.access(folder, os.R_OK | os.X_OK):
                     raise DamagedRecord(f"this user may not read {folder}; ask its owner")
-                if (folder / "record.json").exists():
-                    records.append(read(folder))
+                records.append(read(folder))
             except DamagedRecord as error:
                 if damaged is None:
                     raise

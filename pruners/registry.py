@@ -1,7 +1,9 @@
 """All pruners by name."""
 
+import ast
 import dataclasses
 import hashlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from secateur.pruners.in_llm import InLLMPruner
 
 REGISTRY: dict[str, type[Pruner] | type[InLLMPruner]] = {}
 P = TypeVar("P", Pruner, InLLMPruner)
+_PACKAGE = "secateur.pruners"
 
 
 def register(name: str) -> Callable[[type[P]], type[P]]:
@@ -59,11 +62,26 @@ def digest_of_code(module: str) -> str:
     found, waiting = set[str](), {module}
     while waiting:
         found.add(name := waiting.pop())
-        used = {str(getattr(value, "__module__", "")) for value in vars(sys.modules[name]).values()}
-        waiting |= {other for other in used if other.startswith("secateur.pruners.")} - found
+        waiting |= set(_imported(name)) - found
     return hashlib.sha256("".join(_code(name) for name in sorted(found)).encode()).hexdigest()[:12]
 
 
 @cache
+def _imported(module: str) -> tuple[str, ...]:
+    """The modules of this package that a module imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(_code(module))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == _PACKAGE:
+            names |= {f"{_PACKAGE}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return tuple(
+        name for name in names if name.startswith(f"{_PACKAGE}.") and importlib.util.find_spec(name)
+    )
+
+
+@cache
 def _code(module: str) -> str:
-    return inspect.getsource(sys.modules[module])
+    return inspect.getsource(sys.modules.get(module) or importlib.import_module(module))

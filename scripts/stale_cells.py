@@ -1,10 +1,11 @@
-"""List the cells of which a newer version exists, and remove them on request.
+"""List the cells of which tables show another version, and remove them on request.
 
     python scripts/stale_cells.py --results results
     python scripts/stale_cells.py --results results --delete
 
-A newer version of a cell has the same settings, method, budget and task, but was run with other
-code, packages, weights or data. Tables show the newest version only.
+Versions of a cell have the same settings, method, budget and task, but were run with other code,
+packages, weights or data. Tables show the version of the code that is here now; if there is none,
+the newest.
 """
 
 import argparse

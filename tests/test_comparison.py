@@ -209,6 +209,17 @@ def test_without_an_unpruned_cell_there_is_no_comparison():
         compare(grid(tasks=["gqa"], scope=0.7)[1:])
 
 
+def test_a_task_without_an_unpruned_cell_is_marked_and_the_others_are_compared():
+    cells = [cell for cell in grid(scope=0.7) if (cell.task, cell.name) != ("gqa", "none")]
+    table = compare(cells, 200).set_index(["task", "method"])
+    assert "task gqa has no unpruned cell" in table.loc[("gqa", "scope"), "mark"]
+    assert table.loc[("gqa", "scope"), "value"] == pytest.approx(70)
+    assert np.isnan(table.loc[("gqa", "scope"), "difference"])
+    assert table.loc[("pope", "scope"), "difference"] < 0
+    assert "average" not in table.index.get_level_values("task")
+    assert "gqa, all rows: task gqa has no unpruned cell" in markdown(cells, table.reset_index())
+
+
 def test_two_cells_for_one_row_are_refused():
     cells = grid(tasks=["gqa"], scope=0.7)
     with pytest.raises(ValueError, match="two cells of gqa for scope at 64"):

@@ -338,6 +338,21 @@ def test_a_full_disk_is_no_missing_data_set(monkeypatch):
     assert caught.value.errno == errno.ENOSPC
 
 
+def test_a_model_whose_code_was_edited_meanwhile_is_never_given_out(tmp_path, monkeypatch):
+    """Every cell asks anew, and every one is refused."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        job = Job.of(compose("sweep", [f"results={tmp_path}"]))
+    pool = ModelPool()
+
+    def edited():
+        raise ValueError("models.py changed")
+
+    monkeypatch.setattr("secateur.source.check_unchanged", edited)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"models\.py changed"):
+            pool.get(job.model, job.engine)
+
+
 def test_an_untested_transformers_is_told_before_the_first_cell(monkeypatch):
     monkeypatch.setattr(contract, "TESTED", ("4.0.0", "4.1.0"))
     selftest.check.cache_clear()

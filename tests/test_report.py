@@ -217,7 +217,7 @@ def test_older_versions_of_a_cell_are_left_out_and_listed(tmp_path):
     report = reported(tmp_path, [*cells, *changed(cells[1:], newer)])
     assert not report.refused
     assert any(
-        text.startswith("older version left out: runs/shapes/shapes_llava/gqa/scope_16_")
+        text.startswith("other version left out: runs/shapes/shapes_llava/gqa/scope_16_")
         for text in report.problems
     )
 

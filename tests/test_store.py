@@ -90,6 +90,15 @@ def test_a_record_of_other_fields_or_another_version_is_refused(tmp_path, change
         Store(tmp_path).records()
 
 
+def test_a_folder_without_its_record_is_named_and_hidden_folders_are_none(tmp_path):
+    folder = save(tmp_path, CELL)
+    (folder.parent / ".hidden").mkdir()
+    assert len(Store(tmp_path).records()) == 1
+    (folder / "record.json").unlink()
+    with pytest.raises(DamagedRecord, match=f"the record in {folder} is damaged .*No such file"):
+        Store(tmp_path).records()
+
+
 def test_a_record_in_the_folder_of_another_cell_is_refused(tmp_path):
     folder, other = save(tmp_path, CELL), altered(IDENTITY, {"seed": 1})
     folder.rename(Store(tmp_path).cell(other).folder)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from cells import altered, cell, changed, rows, save
 
+from secateur import source
+from secateur.pruners import build
 from secateur.reporting import interval_table, tables
 from secateur.reporting.comparison import compare, load
 from secateur.reporting.interval_table import markdown
@@ -60,6 +62,26 @@ def test_a_field_that_an_old_record_lacks_counts_as_its_default(field):
     assert [one.record for one in stale] == [old]
 
 
+def test_the_version_of_the_code_that_is_here_is_shown_even_if_it_is_older():
+    """A method was edited, run, and the edit was taken back."""
+    here = {"identity.code": source.code(), "identity.pruner.source": build("scope").code}
+    (mine,) = changed(CELLS[1:], here)
+    (edited,) = changed(CELLS[1:], here | {"identity.pruner.source": "edited"} | LATER)
+    shown, stale = newest([mine.record, edited.record])
+    assert shown == [mine.record]
+    assert [one.record for one in stale] == [edited.record]
+
+
+def test_a_field_that_the_class_no_longer_has_makes_another_cell():
+    """The field `alpha` was once called `exponent`."""
+    records = [
+        altered(CELLS[1].record, {"identity.pruner.exponent": value} | LATER)
+        for value in (0.0, 2.0)
+    ]
+    assert newest(records) == (records, [])
+    assert records[0].identity.pruner.label == "scope exponent=0.0"
+
+
 @pytest.mark.parametrize("change", [{"identity.pruner.alpha": 2.0}, {"identity.budget": "128"}])
 def test_other_settings_are_no_versions(change):
     records = [one.record for one in [*CELLS, *changed(CELLS[1:], change | LATER)]]
@@ -98,7 +120,7 @@ def test_many_older_versions_are_counted():
     ]
     _, stale = newest(records)
     assert [len(left_out(stale[:number])) for number in (0, 1, 5, 7)] == [0, 2, 6, 6]
-    assert left_out(stale)[-1].startswith("2 more older versions are left out; ")
+    assert left_out(stale)[-1].startswith("2 more versions are left out; ")
 
 
 def test_settings_that_share_a_name_get_files_of_their_own():
@@ -143,7 +165,7 @@ def test_text_of_answers_and_commits_is_escaped(tmp_path):
     ("words", "message"),
     [
         (["--results", "/nowhere"], "--results /nowhere: no such folder"),
-        (["--resamples", "-1"], "argument --resamples: invalid count value: '-1'"),
+        (["--resamples", "-1"], "argument --resamples: '-1' is no number of at least 1"),
     ],
 )
 def test_a_typo_is_refused_by_name(script, words, message, monkeypatch, capsys):

@@ -186,8 +186,7 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
         mark: what limits the row, e.g. why it has no interval.
 
     Raises:
-        ValueError: cells of different settings; two cells for one row; a task without an unpruned
-            cell.
+        ValueError: cells of different settings; two cells for one row; no unpruned cell at all.
     """
     check_one_setting(cells)
     rows: list[dict[str, Any]] = []
@@ -203,9 +202,13 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
             own[cell.key] = cell
         unpruned = next((key for key, cell in own.items() if cell.name == "none"), None)
         if unpruned is None:
-            raise ValueError(
-                f"task {task} has no unpruned cell to compare with; run it with pruner=none"
-            )
+            missing = f"task {task} has no unpruned cell to compare with; run it with pruner=none"
+            if all(cell.name != "none" for cell in cells):
+                raise ValueError(missing)
+            for fact in (_facts(cell, cell) for cell in own.values()):
+                rows.append(fact | {"mark": [*fact["mark"], missing]})
+            estimates.append(None)
+            continue
         facts = {key: _facts(cell, own[unpruned]) for key, cell in own.items()}
         try:
             found = estimate(TASKS[task].headline, own, resamples)

@@ -1,50 +1,59 @@
 """Versions of a cell: which one tables show, and in what the shown cells differ.
 
 Two cells are versions of one if they have the same settings, method, budget and task, but were run
-with other code, packages, weights or data. Tables show the newest.
+with other code, packages, weights or data. Tables show the one that was run with the code that is
+here now; if there is none, the newest.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from secateur import source
+from secateur.pruners import REGISTRY
 from secateur.records import Record
 
 _OF_METHOD = ("method's code", "CLIP")
 
 
 class Stale(NamedTuple):
-    """A cell of which a newer version exists."""
+    """A cell of which tables show another version."""
 
     record: Record
-    newer: Record
+    shown: Record
 
     def __str__(self) -> str:
-        changed = ", ".join(differences(self.record, self.newer)) or "nothing that is recorded"
+        changed = ", ".join(differences(self.record, self.shown)) or "nothing that is recorded"
         return f"runs/{self.record.identity.folder} of {self.record.started}: {changed} differs"
 
 
 def newest(records: Iterable[Record]) -> tuple[list[Record], list[Stale]]:
-    """The newest version of each cell, in the order given, and the older ones."""
+    """The version of each cell that tables show, in the order given, and the others."""
     versions = defaultdict(list)
     for record in records:
         versions[record.identity.configuration].append(record)
     shown, stale = [], []
     for own in versions.values():
         # two that started in the same second: any order, but always the same
-        last = max(own, key=lambda record: (record.started, record.identity.digest))
+        last = max(own, key=lambda one: (_of_code_here(one), one.started, one.identity.digest))
         shown.append(last)
         stale += [Stale(record, last) for record in own if record is not last]
     return shown, stale
 
 
+def _of_code_here(record: Record) -> bool:
+    own = record.identity
+    method = REGISTRY.get(own.pruner.name)
+    return own.code == source.code() and method is not None and own.pruner.source == method.code
+
+
 def left_out(stale: list[Stale]) -> list[str]:
-    """Messages that these older versions are not shown: the first five, and how many more."""
-    found = [f"older version left out: {old}" for old in stale[:5]]
+    """Messages that these versions are not shown: the first five, and how many more."""
+    found = [f"other version left out: {old}" for old in stale[:5]]
     if stale:
-        more = f"{len(stale) - 5} more older versions are left out; " * (len(stale) > 5)
+        more = f"{len(stale) - 5} more versions are left out; " * (len(stale) > 5)
         found.append(
-            f"{more}`python scripts/stale_cells.py` lists older versions, and removes them with "
+            f"{more}`python scripts/stale_cells.py` lists these versions, and removes them with "
             "--delete"
         )
     return found
