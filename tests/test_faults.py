@@ -19,6 +19,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from cells import ENVIRONMENT
+from cells import identity as cell_of
 from lmms_eval.api.task import ConfigurableTask
 from sweeping import cells, output, tables, wait_for
 from transformers import PreTrainedTokenizerBase
@@ -26,11 +28,11 @@ from transformers import PreTrainedTokenizerBase
 from secateur import cell
 from secateur import sweep as engine
 from secateur.model_pool import ModelPool
-from secateur.progress import Interrupt, ProgressBar
+from secateur.progress import Interrupt, ProgressBar, console
 from secateur.pruners import REGISTRY
 from secateur.pruners.base import Pruner, Selection, VisualTokens
 from secateur.pruners.registry import register
-from secateur.store import StoredCell
+from secateur.store import Store, StoredCell
 
 GRID = ("-m", "pruner=none,random")
 
@@ -447,6 +449,35 @@ def test_a_full_disk_ends_the_sweep_with_what_it_has(sweeps, reference, tmp_path
     assert code == 0
     assert f"cells: {4 - len(finished)} done, {len(finished)} skipped, 0 failed" in printed
     assert tables(left) == reference[1]
+
+
+def test_a_working_folder_per_job_is_refused(sweeps, tmp_path):
+    code, printed = sweeps.here(tmp_path, "hydra.job.chdir=true")
+    assert code == 1
+    assert "hydra.job.chdir=true would look for results and data in another folder" in printed
+
+
+def test_shards_that_fail_together_write_files_of_their_own(tmp_path, monkeypatch):
+    own = cell_of("llava_1_5_7b", "scope", "64", "gqa")
+    stored, names = Store(tmp_path).cell(own), set()
+    rename = Path.rename
+
+    def noted(path: Path, target: Path) -> Path:
+        names.add(path.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", noted)
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        stored.write_failure("Traceback", ENVIRONMENT, {})
+    assert len(names) == 2
+    assert stored.failure() == "Traceback"
+
+
+def test_brackets_in_paths_are_printed_as_they_are():
+    with console.capture() as printed:
+        console.print("written: /data/[a]/[/b]/table.md")
+    assert "/data/[a]/[/b]/table.md" in printed.get()
 
 
 def test_a_full_disk_is_one_paragraph(sweeps, tmp_path, monkeypatch):

@@ -113,6 +113,8 @@ def test_what_changes_the_answers_changes_the_cell(tmp_path):
         "model.prompt=vicuna_v1",
     ):
         assert identity(override) != base
+    assert identity("pruner.alpha=1") == identity("pruner.alpha=1.0") == base
+    assert identity("budget=11.45833233%") != identity("budget=11.45833433%")
     assert identity("model.device=cuda") == base
     assert identity("retry_failed=true") == base
     assert identity("shard=1/4") == base
