@@ -251,7 +251,7 @@ def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
         if number := getattr(cell.record, field):
             mark.append(f"{number} of {cell.record.documents} {text}")
     if images < FEW_IMAGES:
-        mark.append(f"{images} images: intervals are too short")
+        mark.append(f"{images} image{'s' * (images != 1)}: intervals are too short")
     paired = cell.key != unpruned.key and sorted(cell.rows["doc_id"]) == sorted(
         unpruned.rows["doc_id"]
     )
