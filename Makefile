@@ -9,6 +9,10 @@ UV := .venv/tools/bin/uv
 # Other NAME=value words on the command line go to Hydra: make sweep pruner=scope budget=16,32
 OURS := EXPERIMENT=% PYTHON=% PYTHON3=% OUT=% MATRIX=%
 OVERRIDES = $(foreach word,$(filter-out $(OURS),$(MAKEOVERRIDES)),'$(word)')
+# make splits values at spaces: a word without a "=" is the rest of one
+REST = $(strip $(foreach word,$(MAKEOVERRIDES),$(if $(findstring =,$(word)),,$(word))))
+WHOLE = $(if $(REST),$(error make takes no value with a space ("$(REST)"); \
+	run python scripts/sweep.py -m with the same words))
 
 .DEFAULT_GOAL := help
 .PHONY: help sweep tables report bench bench-gpu flops test test-faults test-thorough test-matrix \
@@ -41,7 +45,7 @@ lock: .venv/ready  ## renew requirements.lock from pyproject.toml, then run ever
 	$(MAKE) test-matrix
 
 sweep: $(READY)  ## run the grid of EXPERIMENT (default: shapes); takes Hydra overrides
-	$(PYTHON) scripts/sweep.py -m experiment=$(EXPERIMENT) $(OVERRIDES)
+	$(WHOLE)$(PYTHON) scripts/sweep.py -m experiment=$(EXPERIMENT) $(OVERRIDES)
 
 test: $(READY)  ## run the tests
 	$(PYTHON) -m pytest

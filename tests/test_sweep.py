@@ -153,3 +153,15 @@ def test_an_interrupt_keeps_what_is_finished(results, swept, tmp_path):
     finished = cells(tmp_path)
     assert finished
     assert all(read(folder).documents == 40 for folder in finished.values())
+
+
+def test_make_takes_no_value_with_a_space():
+    run = subprocess.run(
+        ["make", "-n", "sweep", "results=/data/a b"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "MAKEFLAGS"},
+    )
+    assert run.returncode == 2
+    assert 'make takes no value with a space ("b")' in run.stderr
