@@ -158,7 +158,7 @@ class Environment(_Data):
 
 
 class Results(_Data):
-    """What a cell came to.
+    """The results of a cell.
 
     Token counts are means over documents: of one prompt, all its images together. `average_tokens`
     is the mean over the layers of the language model as well.

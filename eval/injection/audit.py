@@ -1,4 +1,4 @@
-"""What a block is told of its prompts, and the audits it gives back."""
+"""The samples that are announced to a block, and the audits that it returns."""
 
 from dataclasses import dataclass, field
 from itertools import accumulate
