@@ -39,16 +39,22 @@ GRID = ("-m", "pruner=none,random")
 
 @pytest.fixture(scope="module")
 def reference(sweeps, tmp_path_factory):
-    """An undisturbed sweep: its results, its tables, its seconds once everything is loaded."""
+    """An undisturbed sweep: its results and its tables."""
     results = tmp_path_factory.mktemp("reference")
     code, printed = sweeps.here(results, *GRID)
     assert code == 0, printed
     assert "cells: 4 done, 0 skipped, 0 failed" in printed
+    return results, tables(results)
+
+
+@pytest.fixture(scope="module")
+def seconds(sweeps, reference):
+    """What an undisturbed sweep takes once everything is loaded."""
     started = time.monotonic()
-    process = sweeps.child(results.with_name("warm"), *GRID)
+    process = sweeps.child(reference[0].with_name("warm"), *GRID)
     process.join(120)
     assert process.exitcode == 0
-    return results, tables(results), time.monotonic() - started
+    return time.monotonic() - started
 
 
 @pytest.fixture
@@ -297,23 +303,23 @@ def _killed_and_resumed(sweeps, reference, results: Path, moment: float) -> None
     assert not list(results.glob("runs/.writing/*"))
 
 
+@pytest.mark.faults  # a fork beside the threads of pytest-xdist may hang
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_killed_sweep_goes_on_to_the_same_tables(sweeps, reference, tmp_path, number):
-    _killed_and_resumed(
-        sweeps, reference, tmp_path / "results", (0.4, 0.6, 0.8)[number] * reference[2]
-    )
+def test_a_killed_sweep_goes_on_to_the_same_tables(sweeps, reference, tmp_path, number, seconds):
+    _killed_and_resumed(sweeps, reference, tmp_path / "results", (0.4, 0.6, 0.8)[number] * seconds)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", range(50))
 def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_tables(
-    sweeps, reference, tmp_path, number
+    sweeps, reference, tmp_path, number, seconds
 ):
     _killed_and_resumed(
-        sweeps, reference, tmp_path / "results", random.Random(number).uniform(0, reference[2])
+        sweeps, reference, tmp_path / "results", random.Random(number).uniform(0, seconds)
     )
 
 
+@pytest.mark.faults  # a fork beside the threads of pytest-xdist may hang
 def test_two_sweeps_at_once_share_the_cells(sweeps, reference, tmp_path):
     results = tmp_path / "results"
     processes = [sweeps.child(results, *GRID) for _ in range(2)]
@@ -335,6 +341,7 @@ def _counts(printed: str) -> list[int]:
     ]
 
 
+@pytest.mark.faults  # a fork beside the threads of pytest-xdist may hang
 def test_a_cell_that_another_process_gives_up_is_taken_over(sweeps, reference, tmp_path):
     """The first sweep stops inside its first cell; the second runs the others, then that one."""
     results = tmp_path / "results"
@@ -353,6 +360,7 @@ def test_a_cell_that_another_process_gives_up_is_taken_over(sweeps, reference, t
     assert tables(results) == reference[1]
 
 
+@pytest.mark.faults  # a fork beside the threads of pytest-xdist may hang
 def test_an_interrupted_sweep_goes_on_later(sweeps, reference, tmp_path):
     results = tmp_path / "results"
     process = sweeps.child(results, *GRID)
@@ -403,6 +411,7 @@ def test_shards_answer_apart_and_the_last_one_scores(sweeps, reference, tmp_path
     assert not list(tmp_path.rglob("*.answers*"))
 
 
+@pytest.mark.faults  # a fork beside the threads of pytest-xdist may hang
 def test_shards_of_several_processes_make_one_cell(sweeps, reference, tmp_path):
     results = tmp_path / "results"
     processes = [

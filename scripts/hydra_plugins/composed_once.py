@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -11,6 +12,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import DictConfig
 
+_PATIENCE = 60  # seconds to wait for the fork after the import
 Configs = dict[tuple[str, ...], DictConfig]  # by the overrides of the job
 
 
@@ -56,10 +58,10 @@ class ComposedOnce(BasicSweeper):
 def _while_importing(compose: Callable[[], Configs]) -> Configs:
     """Compose in a fork while this process imports PyTorch: each takes more than a second.
 
-    A fork of a process that holds PyTorch, or of one on macOS, may hang. There, and where the fork
-    fails to compose, this process composes, so that errors are its own.
+    A fork of a process that holds PyTorch or has threads, or of one on macOS, may hang. There, and
+    where the fork fails to compose or is late, this process composes, so that errors are its own.
     """
-    if sys.platform != "linux" or "torch" in sys.modules:
+    if sys.platform != "linux" or "torch" in sys.modules or threading.active_count() > 1:
         return compose()
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
@@ -70,10 +72,11 @@ def _while_importing(compose: Callable[[], Configs]) -> Configs:
     import secateur.reporting.tables  # noqa: F401 - both import the methods, and these PyTorch
 
     try:
-        return receiving.recv()
+        return receiving.recv() if receiving.poll(_PATIENCE) else compose()
     except EOFError:
         return compose()
     finally:
+        process.kill()
         process.join()
 
 
