@@ -1,4 +1,4 @@
-"""Versions of a cell: the newest is shown, the older are listed, mixtures are named."""
+"""Versions of a cell: one is shown, the others are listed, mixtures are named."""
 
 import runpy
 import sys
