@@ -71,11 +71,19 @@ class Budget:
             )
         return self.tokens
 
-    def of_crops(self, crops: int, size: int) -> list[int]:
-        """Tokens to keep of each crop of `size`: equal shares; the first get the remainder."""
+    def of_crops(self, crops: int, size: int, equal: bool = False) -> list[int]:
+        """Tokens to keep of each crop of `size`: equal shares; the first get the remainder.
+
+        Args:
+            equal: nobody gets the remainder.
+
+        Raises:
+            ValueError: a share is below 1.
+        """
         if self.per_tile or crops == 1:
             return [self.resolve(size)] * crops
         share, left = divmod(self.resolve(crops * size), crops)
+        left = 0 if equal else left
         if not share:
             raise ValueError(
                 f"budget={self}: an image has {crops} crops, and at least 1 token of each must stay"

@@ -28,14 +28,14 @@ class Inputs:
     """Prepares prompts for one model.
 
     Args:
-        processor, config: of the model. With layout `fixed2880` both are changed: they get the one
-            pinpoint of 2 x 2 tiles.
+        processor, config: of the model.
         prompt: `hub`, the checkpoint's chat template, or `vicuna_v1`, with the system sentence of
             the original LLaVA.
         geometry: `processor`, the checkpoint's own image processing, or `pad`, which first pads
             images to a square of the mean colour, as the original LLaVA does (LLaVA-1.5 only).
-        layout: of LLaVA-NeXT: `anyres`, as Hugging Face packs crops, or `fixed2880`, a base crop
-            and 2 x 2 tiles of each image.
+        layout: of LLaVA-NeXT: `anyres`, as Hugging Face packs crops: padding removed, a newline
+            after every row of tiles. `crops`: all tokens of the same crops, without newlines.
+            `fixed2880`: the same of a base crop and 2 x 2 tiles for every image.
         image_side: Qwen2.5-VL only: resize every image to this square first.
         text_scope: which words count as the question, see `secateur.prompts`.
 
@@ -49,7 +49,7 @@ class Inputs:
         config: PreTrainedConfig,
         prompt: str = "hub",
         geometry: Literal["processor", "pad"] = "processor",
-        layout: Literal["anyres", "fixed2880"] | None = None,
+        layout: Literal["anyres", "crops", "fixed2880"] | None = None,
         image_side: int | None = None,
         text_scope: TextScope = "question",
     ) -> None:
@@ -76,7 +76,7 @@ class Inputs:
                     f"{config.model_type} take"
                 )
         self.template = None if prompt == "hub" else PROMPTS[prompt]
-        self.family.use_layout(self.processor, config, layout)
+        self.family.check_layout(config, layout)
 
     def prompt(self, chat: ChatMessages) -> Prompt:
         """The prompt of a chat.

@@ -111,6 +111,7 @@ class PrunedModel(lmms):
         resize: backend of the image processor; None: transformers' default.
         min_pixels, max_pixels: Qwen2.5-VL's limits of an image's size; None: the checkpoint's.
         prompt, geometry, layout, image_side, text_scope: see `secateur.inputs.Inputs`.
+        unpruned_layout: the layout for pruner `none`; None: the same as for the others.
         max_new_tokens: upper limit of tokens per answer; None: the task's limit, or that of
             lmms-eval's own classes if the task has none.
         generation: `checkpoint` answers with the generation defaults of the checkpoint, such as
@@ -142,6 +143,7 @@ class PrunedModel(lmms):
         geometry: Literal["processor", "pad"] = "processor",
         resize: Literal["pil", "torchvision"] | None = None,
         layout: Layout | None = None,
+        unpruned_layout: Layout | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         image_side: int | None = None,
@@ -176,16 +178,20 @@ class PrunedModel(lmms):
                 f"model.family={family} but {pretrained} holds a model of type {self.family!r}"
             )
         family_of(self.family).limit_pixels(processor, min_pixels, max_pixels)
-        self.inputs = Inputs(
-            processor, self.model.config, prompt, geometry, layout, image_side, text_scope
-        )
+        self._layout, self._unpruned_layout = layout, unpruned_layout or layout
+        self._inputs = {
+            each: Inputs(
+                processor, self.model.config, prompt, geometry, each, image_side, text_scope
+            )
+            for each in (layout, self._unpruned_layout)
+        }
         # here, since it may warn about transformers: later lmms-eval's output is captured
         adapter_for(model, layout)
-        self.tokenizer = self.inputs.processor.tokenizer
-        self._layout, self._clip_name, self._most = layout, clip, max_new_tokens
+        self.tokenizer: Any = self._inputs[layout].processor.tokenizer
+        self._clip_name, self._most = clip, max_new_tokens
         self._clip: ClipRelevance | None = None
         self.batch_tokens = batch_tokens
-        identity = (
+        self._identity = (
             f"{fingerprint(pretrained, revision)} {source.code()} {name} {weights} {dtype} "
             f"{attn_implementation} "
             f"{self.device} {VERSION}"
@@ -196,7 +202,7 @@ class PrunedModel(lmms):
         self._words: dict[str, tuple[str, str, int]] = {}
         # per task: the data set of these documents, and a number for it
         self._data: dict[str, tuple[Any, int]] = {}
-        self.images = ImageCache(cache or EncodeCache(0), f"{identity} {layout}")
+        self.images = ImageCache(cache or EncodeCache(0), self._identity)
         self.images.cache.device = self.device
         self.on_answer: Callable[[], None] = lambda: None
         self.use(build("none"), Budget(), None)
@@ -208,11 +214,14 @@ class PrunedModel(lmms):
 
         `positions` is for methods before the language model; those inside it have their own field.
         """
+        layout = self._unpruned_layout if pruner.name == "none" else self._layout
+        self.inputs = self._inputs[layout]
+        self.images.model = f"{self._identity} {layout}"
         self._method: dict[str, Any] = {
             "pruner": pruner,
             "budget": budget,
             "positions": None if isinstance(pruner, InLLMPruner) else positions,
-            "layout": self._layout,
+            "layout": layout,
             "clip": self._relevance(pruner),
         }
         self.answers: dict[tuple[str, int], Answer] = {}
@@ -280,7 +289,7 @@ class PrunedModel(lmms):
         # a task of the same name may have other documents than before
         if task not in self._data or self._data[task][0] is not data:
             self._data[task] = (data, len(self._words))
-        key = f"{self._data[task][1]} {task} {doc_id}"
+        key = f"{self._data[task][1]} {task} {doc_id} {self.inputs.layout}"
 
         def prepare() -> dict[str, Tensor]:
             prompt = self.inputs.prompt(

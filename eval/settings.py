@@ -61,6 +61,7 @@ class _ModelChoices(Settings):
     geometry: str
     resize: Literal["pil", "torchvision"] | None
     layout: str | None
+    unpruned_layout: str | None
     min_pixels: Count | None
     max_pixels: Count | None
     image_side: Count | None
@@ -74,7 +75,9 @@ class _ModelChoices(Settings):
 class ModelIdentity(_ModelChoices):
     """A model in the identity of a cell."""
 
-    generation: Literal["checkpoint", "greedy"] = "checkpoint"  # old records do not have it
+    # old records do not have these
+    generation: Literal["checkpoint", "greedy"] = "checkpoint"
+    unpruned_layout: str | None = None
     weights: str  # type: ignore[assignment] # names the files of the weights
 
 

@@ -47,6 +47,7 @@ FIELDS = [  # of a model, in the order of its config
         "geometry",
         "resize",
         "layout",
+        "unpruned_layout",
         "min_pixels",
         "max_pixels",
         "image_side",
@@ -144,15 +145,22 @@ def model_of(experiment: str) -> str:
 
 @cache
 def grid(experiment: str) -> dict[str, list[str]]:
-    """Swept field -> its values, as Hydra reads them."""
+    """Swept field -> its values; budgets as the tables print them."""
     params = [f"{key}={value}" for key, value in written(experiment).hydra.sweeper.params.items()]
     parsed = OverridesParser.create().parse_overrides(params)
-    return {
+    values = {
         override.get_key_element(): list(override.sweep_string_iterator())
         if override.is_sweep_override()
         else [str(override.value())]
         for override in parsed
     }
+    return values | {"budget": [as_printed(budget) for budget in values["budget"]]}
+
+
+def as_printed(budget: str) -> str:
+    """Tables name the sum over the five crops of LLaVA-NeXT."""
+    own = Budget.parse(budget)
+    return str(5 * own.tokens) if own.per_tile and own.tokens else budget
 
 
 @cache
@@ -184,7 +192,7 @@ def test_every_combination_is_a_job(tmp_path, experiment):
             assert job.pruner.name == method
             assert job.limit is None
             assert job.suite.name == "hub"
-            keep = job.budget.resolve(tokens)
+            keep = Budget.parse(budget).resolve(tokens)
             if isinstance(job.pruner, InLLMPruner):  # raises where no schedule meets the budget
                 # the counts SparseVLM releases for 192, 128 and 64 average 206, 145 and 82
                 assert (
@@ -207,7 +215,7 @@ def test_the_input_is_that_of_the_papers(experiment):
     }
     expected = {
         "llava": original_llava | {"geometry": "pad"},
-        "llava_next": original_llava | {"layout": "fixed2880"},
+        "llava_next": original_llava | {"unpruned_layout": "anyres"},
         "qwen2_5_vl": {"prompt": "hub", "dtype": "bfloat16", "positions": "original"},
     }[model.family]
     assert {

@@ -127,6 +127,7 @@ def test_every_method_answers_every_task(model, requests, method):
 def test_an_unknown_layout_and_fields_of_other_families_are_refused(folders):
     for family, fields, message in [
         ("llava", {"layout": "anyres"}, "model.layout='anyres' is not one of null"),
+        ("llava", {"unpruned_layout": "anyres"}, "model.layout='anyres' is not one of null"),
         ("llava_next", {"geometry": "pad"}, "model.geometry='pad' is not one of processor"),
         ("llava", {"image_side": 112}, "model.image_side=112"),
         ("llava", {"max_pixels": 10_000}, "are for Qwen2.5-VL"),
@@ -142,6 +143,37 @@ def test_an_unknown_layout_and_fields_of_other_families_are_refused(folders):
     ]:
         with pytest.raises(ValueError, match=message):
             PrunedModel(str(folders[family]), dtype="float32", device="cpu", **fields)
+
+
+def test_the_unpruned_model_has_its_own_layout(folders, tasks):
+    model = PrunedModel(
+        str(folders["llava_next"]),
+        dtype="float32",
+        device="cpu",
+        max_new_tokens=1,
+        layout="crops",
+        unpruned_layout="anyres",
+    )
+    tokens = {}
+    for method in ("none", "scope", "none"):
+        model.use(build(method), Budget.parse("50%"), None)
+        simple_evaluate(
+            model=model,
+            tasks=[tasks["pope"], tasks["mmmu_val"]],
+            limit=2,
+            task_manager=task_manager(),
+            bootstrap_iters=0,
+            process_docs_parallel=1,
+        )
+        tokens.setdefault(method, []).append(
+            [sum(answer.audit.visual_tokens) for answer in model.answers.values()]
+        )
+    grid, crops = 4, 5  # square images: 4 newlines or more a mosaic
+    assert tokens["none"][0] == tokens["none"][1]
+    assert all(count % (crops * grid**2) == 0 for count in tokens["scope"][0])
+    for unpruned, pruned in zip(tokens["none"][0], tokens["scope"][0], strict=True):
+        images = pruned // (crops * grid**2)
+        assert unpruned == pruned + images * 2 * grid
 
 
 class TestInputs:

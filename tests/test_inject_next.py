@@ -1,4 +1,4 @@
-"""LLaVA-NeXT in both layouts, on tiny real models: crops, tiles and newlines."""
+"""LLaVA-NeXT in its three layouts, on tiny real models: crops, tiles and newlines."""
 
 import copy
 import functools
@@ -13,10 +13,11 @@ from test_inject_layers import prompts, reference
 from torch import Tensor
 from transformers import BatchFeature
 
+from secateur.families.base import NEWLINE
 from secateur.geometry import random_model, random_processor, tiny
 from secateur.injection import Sample, inject
 from secateur.inputs import Inputs, Prompt
-from secateur.pruners import Selection, VisualTokens, build
+from secateur.pruners import EXTRA, Selection, VisualTokens, build
 from secateur.pruners.base import Pruner
 from secateur.pruners.cdpruner import CDPruner
 
@@ -43,8 +44,13 @@ def fixed(attention):
     return setting("fixed2880", attention)
 
 
-@pytest.fixture(params=["anyres", "fixed2880"])
-def either(request, attention):
+@pytest.fixture
+def crops(attention):
+    return setting("crops", attention)
+
+
+@pytest.fixture(params=["anyres", "crops", "fixed2880"])
+def any_layout(request, attention):
     return setting(request.param, attention)
 
 
@@ -78,10 +84,10 @@ def crops_of(model, inputs) -> list[Tensor]:
     return found
 
 
-def mosaic() -> Tensor:
-    """[2 SIDE, 2 SIDE] numbers of the tokens of 2 x 2 tiles, as they lie in the image."""
-    tiles = torch.arange(N, 5 * N).view(2, 2, SIDE, SIDE)
-    return tiles.permute(0, 2, 1, 3).reshape(2 * SIDE, 2 * SIDE)
+def mosaic(rows: int = 2, columns: int = 2) -> Tensor:
+    """[rows SIDE, columns SIDE] numbers of the tiles' tokens, as they lie in the image."""
+    tiles = torch.arange(N, N * (1 + rows * columns)).view(rows, columns, SIDE, SIDE)
+    return tiles.permute(0, 2, 1, 3).reshape(rows * SIDE, columns * SIDE)
 
 
 @torch.no_grad()
@@ -120,8 +126,8 @@ def test_keeping_all_of_anyres_changes_no_bit(anyres, batch, positions):
     "method",
     ["fastervlm", "scope", "divprune", "visionzip", "prumerge", "promprune", "prunesid", "hiprune"],
 )
-def test_methods_run_and_rows_equal_the_rows_alone(either, method):
-    model, inputs = either
+def test_methods_run_and_rows_equal_the_rows_alone(any_layout, method):
+    model, inputs = any_layout
     with inject(model, build(method), "50%", layout=inputs.layout) as trace:
         together = model.generate(**encode(inputs, 2), **STEPS)
         for row in range(2):
@@ -149,6 +155,48 @@ def test_the_fixed_layout_is_every_token_of_every_crop_without_newlines(fixed):
         )
         assert (logits(kept)[row] - want).abs().max() < 1e-4
         assert trace.audits[row].visual_tokens == trace.audits[row].kept_tokens == (5 * N,)
+
+
+@pytest.mark.parametrize(("first", "rows", "columns"), [(0, 2, 2), (1, 3, 1), (2, 2, 2)])
+def test_the_layout_of_crops_is_every_token_of_the_checkpoints_crops(crops, first, rows, columns):
+    model, inputs = crops[0], encode(crops[1], 1, first)
+    with inject(model, build("none"), "full", layout="crops") as trace:
+        kept = model.generate(**inputs, **STEPS)
+    (tokens,) = crops_of(model, inputs)
+    assert len(tokens) == 1 + rows * columns
+    flat = tokens.flatten(0, 1)
+    visual = torch.cat([flat[:N], flat[mosaic(rows, columns).flatten()]])
+    new = kept.sequences[0, inputs["input_ids"].shape[1] :]
+    want = language(model, around(model, inputs, 0, visual), new)
+    assert (logits(kept)[0] - want).abs().max() < 1e-4
+    assert trace.audits[0].visual_tokens == (len(flat),)
+
+
+@pytest.mark.parametrize(("budget", "each"), [(12, 3), (15, 3), ("3/tile", 3), ("25%", 4)])
+def test_shares_of_the_layout_of_crops_are_rounded_down(crops, budget, each):
+    model, inputs = crops[0], encode(crops[1], 2)  # of five and of four crops
+    with inject(model, build("fastervlm"), budget, layout="crops") as trace:
+        model.generate(**inputs, **STEPS)
+    for audit, count in zip(trace.audits, (5, 4), strict=True):
+        kept = torch.tensor(audit.kept_indices[0])
+        share = 12 // count if budget == 12 else 15 // count if budget == 15 else each
+        assert torch.bincount(kept // N, minlength=count).tolist() == [share] * count
+
+
+def test_prompts_of_several_images_of_unequal_crops_run(crops):
+    model, inputs = crops
+    prompt = Prompt("USER: <image>\n<image>\nboth? ASSISTANT:", [image(0), image(1)], "")
+    batch = inputs(prompt)
+    with inject(model, build("none"), "full", layout="crops") as trace:
+        model.generate(**batch, **STEPS)
+    assert trace.audits[0].visual_tokens == (5 * N, 4 * N)
+
+
+def test_the_fixed_layout_needs_the_mosaic_among_the_checkpoints():
+    config = tiny("llava_next")
+    config.image_grid_pinpoints = [[56, 112], [112, 56]]
+    with pytest.raises(ValueError, match="needs the mosaic of 112 x 112 pixels"):
+        Inputs(random_processor(config), config, layout="fixed2880")
 
 
 def test_kept_tokens_stand_in_the_raster_of_the_mosaic(fixed):
@@ -245,17 +293,18 @@ def test_means_are_not_lost_with_padding(anyres, first):
     assert list(numbers[-len(means) :]) == means
 
 
-def trace_of(model, inputs, pruner, budget):
-    with inject(model, pruner, budget) as trace:
+def trace_of(model, inputs, pruner, budget, layout=None):
+    with inject(model, pruner, budget, layout=layout) as trace:
+        trace.announce([Sample("a", (7, 8, 9), "what is this?")])
         model.generate(**inputs, **STEPS)
     return trace.audits[0].kept_indices[0]
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_visionzips_contextual_tokens_come_last(either, first):
-    model, inputs = either[0], encode(either[1], 1, first)
+def test_visionzips_contextual_tokens_come_last(any_layout, first):
+    model, inputs = any_layout[0], encode(any_layout[1], 1, first)
     pruner = build("visionzip", contextual=2)
-    with inject(model, pruner, "8/tile", layout=either[1].layout) as trace:
+    with inject(model, pruner, "8/tile", layout=any_layout[1].layout) as trace:
         model.generate(**inputs, **STEPS)
     (audit,) = trace.audits
     count, numbers = len(audit.crops), audit.kept_indices[0]
@@ -268,6 +317,59 @@ def test_visionzips_contextual_tokens_come_last(either, first):
     assert set(cls) == {-1}
     assert [number // N for number in contextual] == [c for c in range(1, count) for _ in "ab"]
     assert all(number >= N or number < 0 for number in tiles)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("method", "options", "keep"),
+    [
+        ("prumerge", {}, 6),
+        ("prumerge_plus", {}, 6),
+        ("fsr", {"relevance_space": "none"}, 6),
+        ("sppruner", {"relevance_space": "llm_embed"}, 6),
+        ("pooling", {}, 4),
+        ("visionzip", {"contextual": 2}, 6),
+    ],
+)
+def test_merged_tokens_stand_in_the_raster_or_last_and_none_is_lost(
+    monkeypatch, any_layout, method, options, keep, first
+):
+    """The order, read from the selection token by token; images pad different sides."""
+    model, inputs = any_layout[0], any_layout[1]
+    pruner, seen = build(method, **options), []
+    assert pruner.merges
+    plain = type(pruner).select
+
+    def select(self, tokens, keep):
+        seen.append(plain(self, tokens, keep))
+        return seen[-1]
+
+    monkeypatch.setattr(type(pruner), "select", select)
+    whole, line = [], []  # placeholders: token, and row of the mosaic
+    for number in trace_of(model, encode(inputs, 1, first), build("none"), "full", inputs.layout):
+        whole.append(number)
+        line.append(whole.count(NEWLINE) - (number == NEWLINE))
+    numbers = trace_of(model, encode(inputs, 1, first), pruner, f"{keep}/tile", inputs.layout)
+    (selection,) = seen
+    base, *tiles = selection.indices.tolist()
+    placed, leading, last = [], [], []
+    for crop, row in enumerate(tiles, start=1):
+        for place, index in enumerate(row):
+            number = EXTRA if index == EXTRA else crop * N + index
+            if index == EXTRA and all(other == EXTRA for other in row[:place]):
+                leading.append(number)
+            elif index == EXTRA or place >= len(row) - selection.unplaced:
+                last.append(number)
+            elif number not in whole:  # padding
+                last += [number] * (not selection.unplaced)
+            else:
+                placed.append(whole.index(number))
+    if inputs.layout == "anyres":
+        held = {line[place] for place in placed}
+        newlines = [place for place, number in enumerate(whole) if number == NEWLINE]
+        placed += [place for place in newlines if line[place] in held and place >= N]
+    tail = [*leading, *last]
+    assert numbers == (*base, *(whole[place] for place in sorted(placed)), *tail)
 
 
 def test_divprune_ranks_the_packed_sequence(anyres, fixed):
@@ -362,7 +464,8 @@ def test_fewer_tokens_than_crops_are_refused(fixed):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_fixed_layout_needs_inputs_without_padding(fixed, batch):
+@pytest.mark.parametrize("layout", ["fixed2880", "crops"])
+def test_layouts_without_newlines_need_inputs_without_padding(fixed, batch, layout):
     model, inputs = fixed
     given = inputs.processor(
         text=[TEXT.format("a")] * batch,
@@ -371,10 +474,19 @@ def test_the_fixed_layout_needs_inputs_without_padding(fixed, batch):
         return_tensors="pt",
     )
     with (
-        pytest.raises(ValueError, match="fixed2880"),
-        inject(model, build("none"), "full", layout="fixed2880"),
+        pytest.raises(ValueError, match=f"{layout}' needs inputs without padding"),
+        inject(model, build("none"), "full", layout=layout),
     ):
         model.generate(**given, **STEPS)
+
+
+def test_the_fixed_layout_refuses_inputs_of_other_crops(crops):
+    model, inputs = crops[0], encode(crops[1], 1, first=1)
+    with (
+        pytest.raises(ValueError, match="needs images of 5 crops, but one has 4"),
+        inject(model, build("none"), "full", layout="fixed2880"),
+    ):
+        model.generate(**inputs, **STEPS)
 
 
 @pytest.mark.parametrize(
@@ -386,15 +498,15 @@ def test_the_fixed_layout_needs_inputs_without_padding(fixed, batch):
         ("sparsevlm", {"stages": (1, 3), "kept": (40, 11), "positions": "original"}, "50%"),
     ],
 )
-def test_methods_inside_the_language_model_equal_the_reference(either, method, options, budget):
-    model, inputs = either
+def test_methods_inside_the_language_model_equal_the_reference(any_layout, method, options, budget):
+    model, inputs = any_layout
     pruner, batch = build(method, **options), encode(inputs, 1)
     with inject(model, pruner, budget, layout=inputs.layout) as trace:
         pruned = model.generate(**batch, **STEPS)
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     rows = prompts(eager, batch)
-    if inputs.layout == "fixed2880":
+    if inputs.layout != "anyres":  # the first image has 2 x 2 tiles in both
         (crops,) = crops_of(model, batch)
         visual = torch.cat([crops[0], crops.flatten(0, 1)[mosaic().flatten()]])
         embeds = around(model, batch, 0, visual)

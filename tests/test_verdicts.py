@@ -18,6 +18,7 @@ from secateur.reporting.verdicts import (
     judge,
     judge_method,
     judge_unpruned,
+    off_budget,
     over_readings,
     rounding,
     signs,
@@ -189,6 +190,33 @@ def test_limits_of_the_verdicts(metric, match, close, miss):
             assert own.cause == (
                 f"{own.difference:+.1f} {'MME ' if metric == 'mme_total' else ''}points"
             )
+
+
+@pytest.mark.parametrize(
+    ("layout", "budget", "before", "after", "message"),
+    [
+        ("fixed2880", "640", 2880, 640, ""),
+        ("fixed2880", "640", 2304, 640, "layout: 2304 visual tokens per image, not 2880"),
+        ("crops", "640", 2304, 640, ""),  # images of four crops
+        ("crops", "640", 2304, 512, "budget: 512.0 visual tokens per image on average, not 640.0"),
+        ("crops", "128/tile", 2304, 512, ""),
+        ("crops", "128/tile", 2304, 640, "budget: 640.0 visual tokens per image on average, not"),
+    ],
+)
+def test_printed_tokens_of_llava_next_are_those_of_five_crops(
+    layout, budget, before, after, message
+):
+    one = cell("llava_next_7b", "scope", budget, "gqa", rows("gqa", 0.5, documents=20), after)
+    (one,) = changed(
+        [one],
+        {
+            "identity.model.layout": layout,
+            "visual_tokens": float(before),
+            "average_tokens": float(after),
+        },
+    )
+    assert off_budget(one, 2880, 640.0).startswith(message)
+    assert bool(off_budget(one, 2880, 640.0)) == bool(message)
 
 
 def test_the_rounding_is_that_of_the_print():

@@ -75,6 +75,8 @@ class Adapter:
     # position policies; the first is the default
     POSITIONS: ClassVar[tuple[str, ...]] = ("compact", "original")
     keeps_newlines: bool = True  # False: the embeddings that end rows of tiles are removed
+    # True: every crop gets the same share of a budget, rounded down; else the first get one more
+    equal_shares: bool = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         require(model, *self.PARTS)
@@ -218,8 +220,8 @@ class Family:
 
     # --- inputs
 
-    def use_layout(self, processor: Any, config: Any, layout: str | None) -> None:
-        """Set up `processor` and `config` for a layout."""
+    def check_layout(self, config: Any, layout: str | None) -> None:
+        """Raise ValueError for one of `LAYOUTS` that a checkpoint cannot have."""
 
     def limit_pixels(self, processor: Any, least: int | None, most: int | None) -> None:
         """Set the smallest and the largest number of pixels that images are resized to.

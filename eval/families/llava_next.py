@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from secateur.families.base import NEWLINE, Adapter, EncodedImage
@@ -31,6 +32,7 @@ from secateur.families.llava import (
 if TYPE_CHECKING:
     from secateur.settings import ModelIdentity
 
+LAYOUTS = ("anyres", "crops", "fixed2880")
 _PINPOINTS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]  # in crops
 
 
@@ -39,8 +41,11 @@ class LlavaNextAdapter(LlavaAdapter):
 
     Args:
         layout: `anyres`, as Hugging Face packs crops: no tokens of padding, a newline after every
-            row of tiles. `fixed2880`, as the papers' codes do: all tokens of all crops, no
-            newlines; it needs square image sizes, so that nothing counts as padding.
+            row of tiles. `crops` and `fixed2880`, as the papers' codes do: all tokens of all
+            crops, no newlines; they need inputs whose image sizes are those of the mosaics, so
+            that nothing counts as padding. `crops` takes the checkpoint's own mosaics and rounds
+            a crop's share of a budget down, as the codes of SCOPE and HiPrune do; `fixed2880`
+            takes the mosaic of 2 x 2 tiles for every image, as those of VisPruner and CDPruner.
     """
 
     PARTS: ClassVar = (*LlavaAdapter.PARTS, "model.pack_image_features")
@@ -48,9 +53,10 @@ class LlavaNextAdapter(LlavaAdapter):
 
     def __init__(self, model: PreTrainedModel, layout: str) -> None:
         super().__init__(model)
-        if layout not in ("anyres", "fixed2880"):
-            raise ValueError(f"layout={layout!r} is not one of 'anyres', 'fixed2880'")
-        self.keeps_newlines = layout == "anyres"
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
+        self.layout = layout
+        self.keeps_newlines, self.equal_shares = layout == "anyres", layout == "crops"
 
     def _crops(self, sizes: Iterable[Any]) -> list[int]:
         """How many crops images of these sizes (height, width) have."""
@@ -90,12 +96,16 @@ class LlavaNextAdapter(LlavaAdapter):
             first += number
         assert first == rows, "the encoder ran on other crops than the image sizes say"
         for image in images:
-            if (
-                not self.keeps_newlines
-                and int((image.tokens != NEWLINE).sum()) != image.crops * count
-            ):
+            padded = int((image.tokens != NEWLINE).sum()) != image.crops * count
+            if not self.keeps_newlines and padded:
                 raise ValueError(
-                    "layout='fixed2880' needs inputs without padding; secateur.inputs prepares them"
+                    f"layout={self.layout!r} needs inputs without padding; secateur.inputs "
+                    "prepares them"
+                )
+            if self.layout == "fixed2880" and image.crops != 5:
+                raise ValueError(
+                    f"layout='fixed2880' needs images of 5 crops, but one has {image.crops}; "
+                    "secateur.inputs prepares them"
                 )
         return images
 
@@ -105,7 +115,7 @@ class LlavaNext(Llava):
 
     MODEL_TYPE = "llava_next"
     GEOMETRIES = ("processor",)
-    LAYOUTS = ("anyres", "fixed2880")
+    LAYOUTS = LAYOUTS
     # from config.json of llava-hf/llava-v1.6-vicuna-7b-hf
     CONFIGS: ClassVar = {
         "llava_next_7b": lambda: llava_config(LlavaNextConfig, CLIP_L_336, VICUNA_7B, _PINPOINTS),
@@ -130,12 +140,13 @@ class LlavaNext(Llava):
             image_grid_pinpoints=config.image_grid_pinpoints,
         )
 
-    def use_layout(self, processor: Any, config: Any, layout: str | None) -> None:
-        if layout == "fixed2880":  # the one mosaic of 2 x 2 tiles
-            side = 2 * config.vision_config.image_size
-            pinpoints = [[side, side]]
-            config.image_grid_pinpoints = pinpoints
-            processor.image_processor.image_grid_pinpoints = pinpoints
+    def check_layout(self, config: Any, layout: str | None) -> None:
+        side = 2 * config.vision_config.image_size
+        if layout == "fixed2880" and [side, side] not in map(list, config.image_grid_pinpoints):
+            raise ValueError(
+                f"model.layout='fixed2880' needs the mosaic of {side} x {side} pixels, which is "
+                f"not among the checkpoint's image_grid_pinpoints {config.image_grid_pinpoints}"
+            )
 
     def tensors(
         self,
@@ -145,18 +156,25 @@ class LlavaNext(Llava):
         images: list[Image.Image],
         layout: str | None,
     ) -> BatchFeature:
-        if layout != "fixed2880" or not images:
+        if layout in (None, "anyres") or not images:
             return super().tensors(processor, config, text, images, layout)
-        # image sizes are square, so that no token of the tiles counts as padding
-        vision = config.vision_config
-        side, per_side = 2 * vision.image_size, vision.image_size // vision.patch_size
-        pixels = processor.image_processor(images=images, return_tensors="pt")
-        pixels["image_sizes"] = torch.tensor([[side, side]] * len(images))
-        # every row of tiles ends in a newline, which is removed before the language model
-        places = 5 * per_side**2 + 2 * per_side
-        token = processor.image_token
-        tokens = processor.tokenizer([text.replace(token, token * places)], return_tensors="pt")
-        return BatchFeature({**tokens, **pixels})
+        vision, mosaics = config.vision_config, config.image_grid_pinpoints
+        side, per_side = vision.image_size, vision.image_size // vision.patch_size
+        if layout == "fixed2880":
+            mosaics = [[2 * side, 2 * side]]
+        pixels = processor.image_processor(
+            images=images, image_grid_pinpoints=mosaics, return_tensors="pt"
+        )
+        # images as large as their mosaics, so that no token of the tiles counts as padding
+        sizes = [select_best_resolution(size.tolist(), mosaics) for size in pixels["image_sizes"]]
+        pixels["image_sizes"] = torch.tensor(sizes)
+        first, *rest = text.split(processor.image_token)
+        for (height, width), words in zip(sizes, rest, strict=True):
+            rows, columns = height // side, width // side
+            # every row of tiles ends in a newline, which is removed before the language model
+            places = (1 + rows * columns) * per_side**2 + rows * per_side
+            first += processor.image_token * places + words
+        return BatchFeature({**processor.tokenizer([first], return_tensors="pt"), **pixels})
 
     def crops(self, config: Any, inputs: BatchFeature) -> list[tuple[int, int]]:
         return [clip_grid(config)] * inputs["pixel_values"].shape[1]

@@ -73,7 +73,7 @@ class BeforeLLM(Hooks):
         samples = self.trace.take(len(visual))
         selected = self._select(images, samples, kwargs["inputs_embeds"])
         merged = [
-            merge_crops(image, kept, self.adapter.keeps_newlines)
+            merge_crops(image, kept, self.adapter.keeps_newlines, self.pruner.merges)
             for image, kept in zip(images, selected, strict=True)
         ]
         edits = [edit for edit, _ in merged]
@@ -166,7 +166,8 @@ class BeforeLLM(Hooks):
                 else captures.pop("encoder_features")
             )
             captures["clip_patches"] = self.clip.patches(patches)
-        for crop, keep in enumerate(self.budget.of_crops(image.crops, image.per_crop)):
+        keeps = self.budget.of_crops(image.crops, image.per_crop, self.adapter.equal_shares)
+        for crop, keep in enumerate(keeps):
             mine = {key: value[crop : crop + 1] for key, value in captures.items()}
             ids = (name if image.crops == 1 else f"{name}.{crop}",)
             yield VisualTokens(**mine, **question, grid=image.grid, sample_ids=ids), keep  # type: ignore[arg-type]
@@ -227,7 +228,7 @@ def _batch(rows: list[VisualTokens], images: list[int]) -> VisualTokens:
 
 
 def merge_crops(
-    image: PlacedImage, kept: list[Kept], keeps_newlines: bool
+    image: PlacedImage, kept: list[Kept], keeps_newlines: bool, merges: bool
 ) -> tuple[Edit, ImageAudit]:
     """Put an image's kept tokens into the order in which they enter the language model.
 
@@ -235,7 +236,8 @@ def merge_crops(
     tokens in the raster order of the whole mosaic, with the newlines of rows that still hold
     tokens; the extra tokens from the start of the tiles' rows; those from their end, and the tiles'
     tokens that have no place of their own. Tokens of padding, which have no place in the layout,
-    are dropped.
+    are dropped. But where a method merges others into tokens with a place, they come last instead,
+    so that what they hold is not lost.
     """
     slots_of, counted = image.slots(), image.tokens != NEWLINE
     if len(kept) < image.crops:  # one selection over the packed sequence
@@ -251,12 +253,21 @@ def merge_crops(
             ]
         )
         slots = torch.where(numbers == EXTRA, -1, slots_of[numbers])
-        placeless = numbers == EXTRA
-        if len(kept) > 1:
-            # the base crop's tokens stay as selected
-            loose = torch.cat([k.loose & (c > 0) for c, k in enumerate(kept)])
-            slots, placeless = torch.where(loose, -1, slots), placeless | loose
-        key = torch.cat([_rank(k, c, slots_of, image) for c, k in enumerate(kept)])
+        # the base crop's tokens stay as selected
+        loose = [
+            (k.loose if k.unplaced else merges & (slot < 0)) & (c > 0)
+            for c, (k, slot) in enumerate(zip(kept, _by_crop(slots, kept), strict=True))
+        ]
+        slots = torch.where(torch.cat(loose), -1, slots)
+        placeless = torch.cat(loose) | (numbers == EXTRA)
+        key = torch.cat(
+            [
+                _rank(k.indices, own, slot, c, image)
+                for c, (k, own, slot) in enumerate(
+                    zip(kept, loose, _by_crop(slots, kept), strict=True)
+                )
+            ]
+        )
         vectors = (
             torch.cat([k.features for k in kept if k.features is not None])
             if kept[0].features is not None
@@ -300,15 +311,23 @@ def merge_crops(
     )
 
 
-def _rank(kept: Kept, crop: int, slots: Tensor, image: PlacedImage) -> Tensor:
+def _by_crop(values: Tensor, kept: list[Kept]) -> tuple[Tensor, ...]:
+    """One value per kept token of an image -> those of each crop."""
+    return values.split([len(crop.indices) for crop in kept])
+
+
+def _rank(indices: Tensor, loose: Tensor, slots: Tensor, crop: int, image: PlacedImage) -> Tensor:
     """[K] sort keys of one crop's tokens among all of its image's tokens.
 
     The base crop comes first, then the tiles' tokens by their places, then extra tokens.
+
+    Args:
+        indices, loose, slots: [K] of the crop's tokens: where they are in the crop, whether they
+            have no place of their own, their placeholders.
     """
-    indices = kept.indices
     if crop == 0:
         return torch.arange(len(indices), device=indices.device) - len(indices)
-    end, real = len(image.tokens), (indices != EXTRA) & ~kept.loose
-    leading = ~real & (real.cumsum(0) == 0)
-    extra = torch.where(leading, end + crop, end + image.crops + crop)
-    return torch.where(real, slots[indices.clamp_min(0) + crop * image.per_crop], extra)
+    end, extra = len(image.tokens), indices == EXTRA
+    leading = extra & ((~extra).cumsum(0) == 0)
+    last = torch.where(leading, end + crop, end + image.crops + crop)
+    return torch.where(extra | loose, last, slots)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # few methods need CLIP beside the model
     from secateur.injection.clip import ClipRelevance
 
 Positions = Literal["compact", "original"]
-Layout = Literal["anyres", "fixed2880"]
+Layout = Literal["anyres", "crops", "fixed2880"]
 
 
 @contextlib.contextmanager
@@ -51,8 +51,8 @@ def inject(
             codes do; `original` keeps the positions of the unpruned prompt. Default: compact; with
             M-RoPE, which supports only original, original. Methods inside the language model have
             a field of their own instead.
-        layout: of LLaVA-NeXT: `anyres`, as Hugging Face packs crops (default), or `fixed2880`, as
-            the papers' codes do.
+        layout: of LLaVA-NeXT: `anyres`, as Hugging Face packs crops (default), `crops` or
+            `fixed2880`, as the papers' codes do; see `secateur.inputs.Inputs`.
         clip: for methods that compare with the question in CLIP's space.
         cache: keeps encoded images for later blocks; without one every call encodes its own.
 

@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 
 from secateur.reporting.reported import FOLDER
 
+CROPS = 5  # of the 2880 tokens in the tables of LLaVA-NeXT
+
 
 @dataclass(frozen=True)
 class PaperLayout:
@@ -66,8 +68,9 @@ def rows_of(layout: PaperLayout, printed: pd.DataFrame) -> list[Row]:
             if pd.isna(tokens)
             else float(tokens)
         )
-        rows.append(
-            Row(row["method"], row["budget"], keep, frozenset({row["budget"], f"{retention:g}%"}))
-        )
+        texts = {row["budget"], f"{retention:g}%"}
+        if layout.model.startswith("llava_next") and not pd.isna(tokens):
+            texts.add(f"{tokens // CROPS}/tile")  # as PruneSID and VisionZip count
+        rows.append(Row(row["method"], row["budget"], keep, frozenset(texts)))
     order = ["none", *layout.methods]
     return sorted(rows, key=lambda row: (-(row.keep or math.inf), order.index(row.method)))

@@ -247,7 +247,7 @@ def _anyres_order(case: Case, t: Tensors) -> list[Comparison]:
         Kept(row, torch.stack([torch.full_like(row, crop - 1), row], 1), {})
         for crop, row in enumerate(rows)
     ]
-    vectors = merge_crops(image, named, keeps_newlines=False)[0].vectors
+    vectors = merge_crops(image, named, keeps_newlines=False, merges=False)[0].vectors
     assert vectors is not None
     crop, patch = vectors[1:].T
     theirs = t["out_patch"].clone()
