@@ -1,17 +1,22 @@
 from dataclasses import dataclass
-from math import ceil
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from secateur.pruners.base import EXTRA, ImageShape, Pruner, Selection, Status, VisualTokens
+from secateur.pruners.groups import (
+    group_quotas,
+    k_means_flops,
+    k_means_groups,
+    random_groups,
+    suppress,
+)
 from secateur.pruners.linalg import (
     cosine_gram,
     gather_rows,
-    largest_remainder,
     mean_similarity,
-    non_maximum_suppression,
     principal_axes,
     top_k,
 )
@@ -37,11 +42,15 @@ class PruneSID(Pruner):
 
     Args:
         variant: the released code has two paths. `llava`: encoder features, the CLS token kept and
-            counted, threshold budget / 32 * rho. `qwen`: projected tokens, rho as coded there
-            (diagonal included, about half of the paper's), threshold max(18 * budget / N, 1) * rho.
+            counted, threshold budget / alpha * rho. `qwen`: projected tokens, rho as coded there
+            (diagonal included, about half of the paper's), threshold
+            max(576 / alpha * budget / N, 1) * rho.
         score: importance within a group. `official`: that of the variant, `attention` of CLS summed
             over heads for llava, the `loading` on the group's component for qwen (and in the
-            paper).
+            paper). `norm`: the token's L2 norm.
+        grouping: by `psca`, the components; for the ablations by `kmeans` of the tokens, or at
+            `random` into groups of one size (Table 5).
+        groups: how many (Table 6); None: budget / 4, rounded down.
         centring: what is subtracted before the components: each token's mean over `channels`
             (code), or the mean over `tokens` (paper).
         quotas: `capped`, with a floor of 1 and a cap of 5 * ceil(budget / 64) per group (code), or
@@ -49,9 +58,18 @@ class PruneSID(Pruner):
         keep_cls: llava only: the CLS token goes on first and counts in the budget (code; the paper
             does not say).
         pca: `randomized` as the released code, or `exact`.
-        seed: of the randomised components; report several.
+        seed: of the randomised components, random groups and first means; report several.
+        nms: the suppression within groups. Without it, every token of a group survives (Table 13,
+            "w/o NMS", and Table 14, "Ascend").
+        alpha: divides the budget in the threshold (Table 15).
+        least_first: the least important tokens go first (Table 14, "Descend").
         order: `spatial` (CLS first), or `official`: group after group; for qwen only up to 150
             tokens.
+
+    Table 13's "w/o PSCA" is grouping=random with score=norm. The release has no code for the
+    ablations; the paper leaves to us: how k-means starts and ends (see `k_means_groups`), that
+    random groups differ from image to image, and that without suppression the quotas follow from
+    the sizes of the groups.
 
     Deviations: similarities in float32 (released: float16 or the model's dtype); randomised
     components from a generator on the CPU (released: the device's global one); budgets below 4 use
@@ -61,23 +79,43 @@ class PruneSID(Pruner):
     """
 
     variant: Literal["llava", "qwen"] = "llava"
-    score: Literal["official", "attention", "loading"] = "official"
+    score: Literal["official", "attention", "loading", "norm"] = "official"
+    grouping: Literal["psca", "kmeans", "random"] = "psca"
+    groups: Annotated[int, Field(ge=1)] | None = None
     centring: Literal["channels", "tokens"] = "channels"
     quotas: Literal["capped", "proportional"] = "capped"
     keep_cls: bool = True
     pca: Literal["randomized", "exact"] = "randomized"
     seed: int = 0
+    nms: bool = True
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    least_first: bool = False
     order: Literal["spatial", "official"] = "spatial"
 
     paper = "arXiv 2603.09480"
     status: ClassVar[Status] = "official"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        idle = [] if self.nms else [("alpha", "nms=false")]
+        if self.grouping != "psca":
+            cause = f"grouping={self.grouping}"
+            idle += [("centring", cause), ("pca", cause)]
+            if self._score == "loading":
+                self.fail(
+                    f"score={self.score} is the loading on a component, which {cause} does not "
+                    "have; use score=attention or score=norm"
+                )
+        for name, cause in idle:
+            if (value := getattr(self, name)) != getattr(PruneSID, name):
+                self.fail(f"{name}={value} has no effect with {cause}; leave it out")
 
     @property
     def needs(self) -> frozenset[str]:
         optional = {
             "encoder_features": self.variant == "llava",
             "cls_token": self._cls,
-            "saliency": self._attention,
+            "saliency": self._score == "attention",
         }
         return frozenset({"features", *(name for name, needed in optional.items() if needed)})
 
@@ -86,13 +124,21 @@ class PruneSID(Pruner):
         return self.keep_cls and self.variant == "llava"
 
     @property
-    def _attention(self) -> bool:
-        return self.score == "attention" or (self.score == "official" and self.variant == "llava")
+    def _score(self) -> str:
+        official = "attention" if self.variant == "llava" else "loading"
+        return official if self.score == "official" else self.score
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         x = tokens.encoder_features if self.variant == "llava" else tokens.features
         assert x is not None
-        result = self.allocate(x, self.loadings(x, keep), tokens.saliency, keep)
+        match self.grouping:
+            case "psca":
+                loadings = self.loadings(x, keep)
+            case "kmeans":
+                loadings = k_means_groups(x, self._groups(keep, *x.shape[1:]), self.seed)
+            case "random":
+                loadings = random_groups(tokens, self._groups(keep, *x.shape[1:]), self.seed)
+        result = self.allocate(x, loadings, tokens.saliency, keep)
         in_groups = self.order == "official" and (self.variant == "llava" or keep <= 150)
         picks = result.picks if in_groups else result.picks.sort(1).values
         diagnostics = {"rho": result.redundancy, "survivors": result.survivors.sum(1)}
@@ -110,47 +156,72 @@ class PruneSID(Pruner):
         )
 
     def flops(self, shape: ImageShape) -> float:
-        """The Gram matrix, the CLS attention and 5 products of the randomised components.
+        """The Gram matrix, the CLS attention, and the products of the grouping.
 
-        The QR factorisations are left out.
+        Randomised components take 5; their QR factorisations are left out.
         """
         qwen = self.variant == "qwen"
         width = shape.width if qwen else shape.encoder_width
         gram = shape.gram if qwen else shape.encoder_gram
-        attention = shape.cls_attention if self._attention else 0
-        return gram + attention + 2 * 5 * shape.tokens * width * (shape.kept // 4)
+        attention = shape.cls_attention if self._score == "attention" else 0
+        groups = self.groups or shape.kept // 4
+        grouping = {
+            "psca": 2 * 5 * shape.tokens * width * groups,
+            "kmeans": k_means_flops(shape.tokens, width, groups),
+            "random": 0,
+        }[self.grouping]
+        return gram + attention + grouping
 
     def loadings(self, x: Tensor, keep: int) -> Tensor:
         """[B, N, groups] absolute loadings of x [B, N, C] on its sigmoid's leading axes."""
-        groups = max(keep // 4, 1 if self.variant == "llava" else 4)
         centred = x.sigmoid()
         centred -= centred.mean(2 if self.centring == "channels" else 1, keepdim=True)
-        axes = min(groups, *x.shape[1:])
         return principal_axes(
-            centred.transpose(1, 2), axes, self.seed if self.pca == "randomized" else None
+            centred.transpose(1, 2),
+            self._groups(keep, *x.shape[1:]),
+            self.seed if self.pca == "randomized" else None,
         ).abs()
+
+    def _groups(self, keep: int, count: int, width: int) -> int:
+        most = min(count, width) if self.grouping == "psca" else count
+        if self.groups is None:
+            return min(max(keep // 4, 1 if self.variant == "llava" else 4), most)
+        most = min(most, keep - self._cls)
+        if self.groups > most:
+            self.fail(
+                f"groups={self.groups}: a budget of {keep} of {count} tokens of width {width} "
+                f"has room for {most} groups at most; lower groups or raise the budget"
+            )
+        return self.groups
 
     def allocate(
         self, x: Tensor, loadings: Tensor, saliency: Tensor | None, keep: int
     ) -> Allocation:
-        """Suppression within the groups and quotas between them, given the loadings."""
+        """Suppression within the groups and quotas between them, given the loadings.
+
+        A token belongs to the group of its largest loading.
+        """
         count, patches = x.shape[1], keep - self._cls
         strength, group = loadings.max(2)
-        score = saliency.sum(1) if self._attention and saliency is not None else strength
+        score = x.norm(dim=2) if self._score == "norm" else strength
+        if self._score == "attention":
+            assert saliency is not None
+            score = saliency.sum(1)
         similarity = cosine_gram(x)
-        rho, factor = mean_similarity(similarity), keep / 32
+        rho, factor = mean_similarity(similarity), keep / self.alpha
         if self.variant == "qwen":
             rho = (rho * (count - 1) / 2 + similarity.diagonal(dim1=1, dim2=2).mean(1)) / count
-            factor = max(18 * keep / count, 1)
+            factor = max(576 / self.alpha * keep / count, 1)
 
-        order = top_k(score, count)
-        kept = suppress(similarity, group, order.argsort(1), factor * rho, score > 0)
+        order, kept = top_k(-score if self.least_first else score, count), score > 0
+        if self.nms:
+            kept = suppress(similarity, group, order.argsort(1), factor * rho, kept)
         zeros = torch.zeros_like(loadings[:, 0], dtype=torch.long)
         size = zeros.scatter_add(1, group, torch.ones_like(group))
         survivors = zeros.scatter_add(1, group, kept.long())
-        quota = self._quotas(size, survivors, patches, keep)
+        quota = group_quotas(size, survivors, patches, keep, self.quotas == "capped")
 
-        # group after group; within a group the kept, then the suppressed, by descending score
+        # group after group; within a group the kept, then the suppressed, in order of score
         key = (2 * group + (~kept).long()).gather(1, order)
         ranking = order.gather(1, key.sort(dim=1, stable=True).indices)
         member = group.gather(1, ranking)
@@ -158,43 +229,3 @@ class PruneSID(Pruner):
         chosen = place < quota.gather(1, member)
         picks = ranking.gather(1, top_k(chosen.float(), patches))
         return Allocation(picks, survivors, quota, rho)
-
-    def _quotas(self, size: Tensor, survivors: Tensor, patches: int, keep: int) -> Tensor:
-        share = survivors / survivors.sum(1, keepdim=True).clamp_min(1)
-        if self.quotas == "proportional":
-            upper = size
-            quota = largest_remainder(share, patches).minimum(upper)
-        else:
-            lower = size.clamp_max(1)
-            other = (patches - lower.sum(1, keepdim=True)).clamp_min(0)
-            upper = survivors.clamp_max(5 * ceil(keep / 64))
-            raised = torch.minimum(
-                upper[:, None] + torch.arange(keep + 1, device=size.device)[:, None], size[:, None]
-            )
-            lift = (raised.sum(2) < keep).sum(
-                1
-            )  # all caps rise together until they hold the budget
-            upper = raised.gather(1, lift[:, None, None].expand_as(upper[:, None]))[:, 0]
-            # rounding the running sum, in the precision of the released code, decides exact halves
-            steps = (share.double().cumsum(1).float() * other).round().long()
-            quota = (steps.diff(dim=1, prepend=torch.zeros_like(other)) + lower).minimum(upper)
-        visit = top_k(
-            survivors, size.shape[1]
-        )  # what is left goes to the groups with most survivors
-        room = (upper - quota).gather(1, visit)
-        missing = patches - quota.sum(1, keepdim=True) - (room.cumsum(1) - room)
-        return quota.scatter_add(1, visit, missing.clamp_min(0).minimum(room))
-
-
-def suppress(
-    similarity: Tensor, group: Tensor, rank: Tensor, threshold: Tensor, candidates: Tensor
-) -> Tensor:
-    """[B, N] candidates left after suppression within the groups.
-
-    A candidate is suppressed when its similarity to a surviving candidate of the same group and
-    of higher rank exceeds the threshold [B].
-    """
-    rivals = (group[:, :, None] == group[:, None]) & (rank[:, :, None] < rank[:, None])
-    return non_maximum_suppression(
-        (rivals & (similarity > threshold[:, None, None])).float(), candidates
-    )

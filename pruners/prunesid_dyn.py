@@ -78,10 +78,9 @@ class PruneSIDDyn(PruneSID):
 
 
 def _row(tokens: VisualTokens, i: int) -> VisualTokens:
-    return dataclasses.replace(
-        tokens,
-        **{name: t[i : i + 1] for name, t in tokens.tensors().items()},  # type: ignore[arg-type]
-    )
+    own = {name: t[i : i + 1] for name, t in tokens.tensors().items()}
+    samples = tokens.sample_ids and tokens.sample_ids[i : i + 1]
+    return dataclasses.replace(tokens, **own, sample_ids=samples)  # type: ignore[arg-type]
 
 
 def _padded(x: Tensor, width: int, trailing: int) -> Tensor:

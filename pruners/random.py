@@ -25,15 +25,20 @@ class Random(Pruner):
     status = "baseline"
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        batch, count = tokens.shape
-        ids = tokens.sample_ids or tuple(f"{row}|0" for row in range(batch))
-        rows = [torch.randperm(count, generator=self._generator(sample))[:keep] for sample in ids]
+        count = tokens.shape[1]
+        rows = [torch.randperm(count, generator=g)[:keep] for g in generators(self.seed, tokens)]
         return Selection(torch.stack(rows).sort(1).values.to(tokens.features.device))
 
     def flops(self, shape: ImageShape) -> float:
         """No product."""
         return 0
 
-    def _generator(self, sample: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed}|{sample}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+
+def generators(seed: int, tokens: VisualTokens) -> list[torch.Generator]:
+    """One generator on the CPU per row, from the seed and the row's name in `sample_ids`."""
+    names = tokens.sample_ids or tuple(f"{row}|0" for row in range(tokens.shape[0]))
+    digests = [hashlib.sha256(f"{seed}|{name}".encode()).digest() for name in names]
+    return [
+        torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+        for digest in digests
+    ]

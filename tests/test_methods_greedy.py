@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from secateur.pruners import Selection, VisualTokens, build
+from secateur.pruners.groups import suppress
 from secateur.pruners.linalg import (
     cosine_gram,
     evenly_spaced,
@@ -17,7 +18,6 @@ from secateur.pruners.linalg import (
     principal_axes,
     symmetric_gram,
 )
-from secateur.pruners.prunesid import suppress
 
 VISUAL = torch.tensor(
     [[1, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.9, 0.2], [0, 0, 1], [0.6, 0.6, 0]]
