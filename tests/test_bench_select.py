@@ -22,6 +22,29 @@ def test_literal_formulation_picks_the_same(name: str, kind: str) -> None:
         assert METHODS[name](tokens, keep) == build(name).prune(tokens, keep).indices[0].tolist()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grouping": "kmeans"},
+        {"grouping": "random"},
+        {"grouping": "random", "score": "norm"},
+        {"nms": False},
+        {"least_first": True},
+        {"alpha": 24.0},
+        {"alpha": 40.0},
+        {"groups": 3},
+        {"groups": 20},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["gauss", "clusters"])
+def test_literal_ablations_of_prunesid_pick_the_same(options: dict, kind: str) -> None:
+    for seed, keep in enumerate((21, 24, 40)):
+        tokens = visual_tokens(1, (8, 8), seed=seed, width=96, heads=4, kind=kind)
+        literal = METHODS["prunesid"](tokens, keep, **options)
+        assert literal == build("prunesid", **options).prune(tokens, keep).indices[0].tolist()
+
+
 def test_benchmark_writes_its_tables(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.pruners import Selection, VisualTokens, build
-from secateur.pruners.groups import suppress
+from secateur.pruners import PrunerError, Selection, VisualTokens, build
+from secateur.pruners.groups import k_means_groups, random_groups, suppress
 from secateur.pruners.linalg import (
     cosine_gram,
     evenly_spaced,
@@ -120,11 +120,12 @@ GROUPED = torch.tensor(
     ]
 )[None]
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 0, 1, 0, 1, 0])
+MEMBERS = torch.eye(2)[GROUPS][None]
 ATTENTION = torch.tensor([0.9, 0.8, 0.1, 0.5, 0.4, 0.3, 0.2, 0.15, 0.45, 0.6])[None, None]
 
 
 def test_prunesid_worked_example():
-    result = build("prunesid").allocate(GROUPED, torch.eye(2)[GROUPS][None], ATTENTION, 8)
+    result = build("prunesid").allocate(GROUPED, MEMBERS, ATTENTION, 8)
     torch.testing.assert_close(result.redundancy, torch.tensor([0.0973135]), atol=1e-6, rtol=0)
     assert result.survivors.tolist() == [[1, 1]]
     assert result.quota.tolist() == [[3, 4]]
@@ -156,6 +157,11 @@ def crops(batch: int = 2, count: int = 64, width: int = 32) -> VisualTokens:
     )
 
 
+def alone(tokens: VisualTokens, row: int) -> VisualTokens:
+    own = {name: t[row : row + 1] for name, t in tokens.tensors().items()}
+    return dataclasses.replace(tokens, **own, sample_ids=tokens.sample_ids[row : row + 1])
+
+
 def test_prunesid_counts_the_cls_token():
     tokens = crops()
     selection = build("prunesid").prune(tokens, 16)
@@ -175,6 +181,100 @@ def test_prunesid_counts_the_cls_token():
 def test_prunesid_meets_every_budget(options: dict):
     for keep in (1, 2, 3, 4, 5, 17, 40, 63):
         assert build("prunesid", **options).prune(crops(), keep).indices.shape == (2, keep)
+
+
+def test_prunesid_without_suppression_takes_the_first_of_each_group():
+    result = build("prunesid", nms=False).allocate(GROUPED, MEMBERS, ATTENTION, 8)
+    assert result.survivors.tolist() == [[6, 4]]
+    # other = 5 of 7, in steps of 6 / 10 and 4 / 10: 3 and 2, and one for each group
+    assert result.quota.tolist() == [[4, 3]]
+    assert result.picks.tolist() == [[0, 1, 9, 5, 3, 8, 4]]
+
+
+def test_prunesid_with_the_least_important_first():
+    result = build("prunesid", least_first=True).allocate(GROUPED, MEMBERS, ATTENTION, 8)
+    # group 0: token 2 suppresses 5, 9, 1 and 0, not 7; group 1: token 6 suppresses 4 and 3, not 8
+    assert result.survivors.tolist() == [[2, 2]]
+    assert result.picks.tolist() == [[2, 7, 5, 6, 8, 4, 3]]
+
+
+@pytest.mark.parametrize(("alpha", "survivors"), [(32.0, [1, 1]), (4.0, [1, 2]), (2.0, [2, 2])])
+def test_prunesid_alpha_divides_the_budget_in_the_threshold(alpha: float, survivors: list[int]):
+    # at a budget of 8 the factors of rho are 1 / 4, 2 and 4, as in the examples of suppression
+    result = build("prunesid", alpha=alpha).allocate(GROUPED, MEMBERS, ATTENTION, 8)
+    assert result.survivors.tolist() == [survivors]
+
+
+def test_prunesid_alpha_of_the_qwen_path():
+    result = build("prunesid", variant="qwen", score="attention", alpha=14.4)
+    same = build("prunesid", score="attention", keep_cls=False)
+    # 576 / 14.4 * 8 / 10 = 32 times rho, which leaves every token
+    assert result.allocate(GROUPED, MEMBERS, ATTENTION, 8).survivors.tolist() == [[6, 4]]
+    assert same.allocate(GROUPED, MEMBERS, ATTENTION, 8).survivors.tolist() == [[1, 1]]
+
+
+def test_prunesid_score_by_norm():
+    x = GROUPED * torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8, 9, 10])[:, None]
+    pruner = build("prunesid", grouping="random", score="norm", nms=False)
+    assert "saliency" not in pruner.needs
+    assert pruner.allocate(x, MEMBERS, None, 8).picks.tolist() == [[9, 7, 5, 2, 8, 6, 4]]
+
+
+def test_random_groups_have_one_size_and_differ_between_images():
+    tokens = dataclasses.replace(crops(), sample_ids=("one|0", "two|0"))
+    group = random_groups(tokens, 5, seed=0).argmax(2)
+    assert [row.bincount().sort().values.tolist() for row in group] == [[12, 13, 13, 13, 13]] * 2
+    assert not torch.equal(group[0], group[1])
+    assert torch.equal(group[1:], random_groups(alone(tokens, 1), 5, seed=0).argmax(2))
+    assert not torch.equal(group, random_groups(tokens, 5, seed=1).argmax(2))
+
+
+def test_k_means_ends_where_every_token_is_in_the_group_of_its_nearest_mean():
+    x = noise(2, 64, 32)
+    member = k_means_groups(x, 6, seed=0)
+    own = member.transpose(1, 2) @ x / member.sum(1)[..., None]
+    assert torch.equal(torch.cdist(x, own).argmin(2), member.argmax(2))
+
+
+@pytest.mark.parametrize("grouping", ["psca", "kmeans", "random"])
+def test_prunesid_number_of_groups(grouping: str):
+    pruner = build("prunesid", grouping=grouping, groups=15)
+    assert pruner.prune(crops(), 16).indices.shape == (2, 16)
+    with pytest.raises(
+        PrunerError,
+        match="groups=15: a budget of 15 of 64 tokens of width 32 has room for 14 groups at most",
+    ):
+        pruner.prune(crops(), 15)
+
+
+def test_prunesid_has_no_more_components_than_channels():
+    with pytest.raises(PrunerError, match=r"groups=33: .* room for 32 groups at most"):
+        build("prunesid", groups=33).prune(crops(), 40)
+    assert build("prunesid", groups=33, grouping="kmeans").prune(crops(), 40).indices.shape[1] == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grouping": "random", "score": "loading"}, "score=loading is the loading on a component"),
+        ({"grouping": "kmeans", "variant": "qwen"}, "score=official is .* use score=attention or"),
+        ({"grouping": "kmeans", "pca": "exact"}, "pca=exact has no effect with grouping=kmeans"),
+        ({"grouping": "random", "centring": "tokens"}, "centring=tokens has no effect with"),
+        ({"nms": False, "alpha": 24}, "alpha=24.0 has no effect with nms=false; leave it out"),
+    ],
+)
+def test_prunesid_refuses_fields_that_do_not_go_together(options: dict, message: str):
+    with pytest.raises(PrunerError, match=message):
+        build("prunesid", **options)
+
+
+def test_prunesid_dyn_groups_each_image_as_alone():
+    tokens = dataclasses.replace(crops(), sample_ids=("one|0", "two|0"))
+    pruner = build("prunesid_dyn", grouping="random", mean_phi=0.9)
+    together = pruner.prune(tokens, 24)
+    for row in range(2):
+        own = pruner.prune(alone(tokens, row), 24)
+        assert kept(together, row)[: own.indices.shape[1]] == kept(own)
 
 
 def test_prunesid_with_attention_on_nothing():

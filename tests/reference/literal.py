@@ -5,10 +5,11 @@ tensor expression where the method's description states it as one, as released c
 of a pick, all earlier columns of a Cholesky step, all text segments. Picks, rounds, groups, merge
 centres and merges are plain loops. Where a description carries a running value from pick to pick,
 so does the function; where it takes an extreme over all picks, that is taken anew. Default
-hyper-parameters; each function takes one image (VisualTokens of one row) and returns the indices in
-the order of Selection.indices.
+hyper-parameters, and for PruneSID those of its ablations; each function takes one image
+(VisualTokens of one row) and returns the indices in the order of Selection.indices.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -205,39 +206,42 @@ def merge(
     return torch.stack([total[a] / weight[a] for a in anchors])
 
 
-def prunesid(t: Image, keep: int) -> list[int]:
-    x, attention = t.encoder_features[0], t.saliency[0].sum(0)
+def prunesid(
+    t: Image,
+    keep: int,
+    *,
+    grouping: str = "psca",
+    groups: int | None = None,
+    score: str = "attention",
+    nms: bool = True,
+    alpha: float = 32,
+    least_first: bool = False,
+) -> list[int]:
+    x = t.encoder_features[0]
+    importance = t.saliency[0].sum(0) if score == "attention" else x.square().sum(1).sqrt()
     count, patches = len(x), keep - 1
-    groups = min(max(keep // 4, 1), *x.shape)
-    m = x.sigmoid().T
-    m = m - m.mean(0)
-    wide = m.shape[0] < m.shape[1]
-    a = m.T if wide else m
-    q = torch.linalg.qr(
-        a @ torch.randn(a.shape[1], groups, generator=torch.Generator().manual_seed(0)).to(x.device)
-    ).Q
-    for _ in range(2):
-        q = torch.linalg.qr(a.T @ q).Q
-        q = torch.linalg.qr(a @ q).Q
-    left, _, right = torch.linalg.svd(q.T @ a, full_matrices=False)
-    group = (q @ left if wide else right.T).abs().argmax(1)
+    groups = groups or min(max(keep // 4, 1), *x.shape)
+    by = {"psca": _principal_components, "kmeans": _k_means, "random": _shuffled}
+    group = by[grouping](t, groups)
     y = unit(x)
     similarity = y @ y.T
     rho = (similarity.sum() - similarity.trace()) / (count * (count - 1))
-    threshold = keep / 32 * rho
+    threshold = keep / alpha * rho
+    priority = -importance if least_first else importance
     ranking, kept = [], []
     for g in range(groups):
-        live = attention * (group == g)
+        live = (group == g) & (importance > 0)
         survivors: list[int] = []
-        while float(live.max()) > 0:
-            top = int(live.argmax())
+        while live.any():
+            top = int(priority.masked_fill(~live, -torch.inf).argmax())
             survivors.append(top)
-            live[top] = 0.0
-            live[similarity[top] > threshold] = 0.0
+            live[top] = False
+            if nms:
+                live &= similarity[top] <= threshold
         suppressed = (group == g).index_fill(
             0, torch.tensor(survivors, dtype=torch.long, device=x.device), False
         )
-        gone = ranked(attention.masked_fill(~suppressed, -torch.inf), int(suppressed.sum()))
+        gone = ranked(priority.masked_fill(~suppressed, -torch.inf), int(suppressed.sum()))
         ranking.append(survivors + gone)
         kept.append(len(survivors))
     size = [len(r) for r in ranking]
@@ -254,6 +258,40 @@ def prunesid(t: Image, keep: int) -> list[int]:
     for g in sorted(range(groups), key=lambda g: (-kept[g], g)):
         quota[g] += min(upper[g] - quota[g], other + sum(lower) - sum(quota))
     return [EXTRA, *sorted(i for r, n in zip(ranking, quota, strict=True) for i in r[:n])]
+
+
+def _principal_components(t: Image, groups: int) -> Tensor:
+    x = t.encoder_features[0]
+    m = x.sigmoid().T
+    m = m - m.mean(0)
+    wide = m.shape[0] < m.shape[1]
+    a = m.T if wide else m
+    q = torch.linalg.qr(
+        a @ torch.randn(a.shape[1], groups, generator=torch.Generator().manual_seed(0)).to(x.device)
+    ).Q
+    for _ in range(2):
+        q = torch.linalg.qr(a.T @ q).Q
+        q = torch.linalg.qr(a @ q).Q
+    left, _, right = torch.linalg.svd(q.T @ a, full_matrices=False)
+    return (q @ left if wide else right.T).abs().argmax(1)
+
+
+def _k_means(t: Image, groups: int) -> Tensor:
+    x = t.encoder_features[0]
+    start = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    means = [x[i] for i in start[:groups].tolist()]
+    for last in [False] * 30 + [True]:
+        group = torch.stack([(x - mean).square().sum(1) for mean in means]).argmin(0)
+        for g in range(0 if last else groups):
+            if (group == g).any():
+                means[g] = x[group == g].mean(0)
+    return group
+
+
+def _shuffled(t: Image, groups: int) -> Tensor:
+    digest = hashlib.sha256(f"0|{t.sample_ids[0]}".encode()).digest()
+    draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+    return torch.randperm(t.shape[1], generator=draw) % groups
 
 
 def visionzip(t: Image, keep: int) -> list[int]:
