@@ -259,6 +259,19 @@ REMAINDERS = {
 }
 
 
+def image_inputs():
+    draw = torch.Generator().manual_seed(0)
+    names = {
+        "encoder_features": N,
+        "last_queries": N + 1,
+        "last_keys": N + 1,
+        "encoder_keys": N + 1,
+    }
+    encoder = {name: torch.randn(1, rows, C, generator=draw) for name, rows in names.items()}
+    tokens = dataclasses.replace(visual_tokens(1, (6, 8), width=D), **encoder)
+    return dataclasses.replace(tokens, cls_token=torch.randn(1, C, generator=draw))
+
+
 @pytest.mark.parametrize("method", sorted(REGISTRY))
 def test_what_a_selection_costs(method):
     """Every registered method has a count; with the remainder above it is what torch counts."""
@@ -267,18 +280,24 @@ def test_what_a_selection_costs(method):
         tokens = layer_inputs(1, N, width=D)
         flops = pruner.flops(PromptShape((N, pruner.tokens_after(N, K)), T, D, D, D))
     else:
-        draw = torch.Generator().manual_seed(0)
-        names = {
-            "encoder_features": N,
-            "last_queries": N + 1,
-            "last_keys": N + 1,
-            "encoder_keys": N + 1,
-        }
-        encoder = {name: torch.randn(1, rows, C, generator=draw) for name, rows in names.items()}
-        tokens = dataclasses.replace(visual_tokens(1, (6, 8), width=D), **encoder)
-        tokens = dataclasses.replace(tokens, cls_token=torch.randn(1, C, generator=draw))
+        tokens = image_inputs()
         flops = pruner.flops(ImageShape(N, K, D, C))
     assert measured(lambda: pruner.prune(tokens, K)) == flops + REMAINDERS.get(method, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "remainder"),
+    [
+        ({"grouping": "kmeans"}, 0),
+        ({"grouping": "kmeans", "groups": 7}, 0),
+        ({"grouping": "random"}, 0),
+        ({"groups": 7}, 2 * N * C * 7 + 2 * N * 7 * 7),  # a sixth product and the rotation
+    ],
+)
+def test_what_other_groups_of_prunesid_cost(options, remainder):
+    pruner = build("prunesid", nms=False, score="norm", **options)
+    counted = pruner.flops(ImageShape(N, K, D, C)) + remainder
+    assert measured(lambda: pruner.prune(image_inputs(), K)) == counted
 
 
 def test_errors_name_the_fix():
