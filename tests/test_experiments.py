@@ -14,6 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from secateur.budget import Budget
 from secateur.job import Job
 from secateur.pruners import InLLMPruner, PrunerError, build
+from secateur.records import MethodIdentity
+from secateur.reporting.layouts import layouts
+from secateur.reporting.variants import Variant, variant, variants
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -57,6 +60,8 @@ FIELDS = [  # of a model, in the order of its config
 ]
 
 PAPERS = ("SCOPE", "PromPrune", "PruneSID")  # no table of ZSPAPrune and SPpruner is public
+# experiments of tables whose unpruned row is another table's
+BORROWED = {layout.experiment for layout in layouts() if layout.unpruned}
 # a model, a method, or (model, method, budget) -> why no experiment runs it
 LEFT_OUT: dict[str | tuple[str, str, str], str] = {
     "llava_next_13b": "not among the models of this project",
@@ -82,20 +87,6 @@ LEFT_OUT: dict[str | tuple[str, str, str], str] = {
     "promprune_proxy=feature_norm_entropy": "ablation, Figure 4: another proxy, not implemented",
     "promprune_stage2=facilitylocation": "ablation, Table 5: another second stage, not implemented",
     "promprune_stage2=fps": "ablation, Table 5: another second stage, not implemented",
-    "prunesid_w_o_nms": "ablation, Table 13: a part of PruneSID-Dyn taken out, not implemented",
-    "prunesid_w_o_psca": "ablation, Table 13: a part of PruneSID-Dyn taken out, not implemented",
-    "prunesid_ascend": "ablation, Table 14: another choice within groups, not implemented",
-    "prunesid_descend": "ablation, Table 14: another choice within groups, not implemented",
-    "prunesid_group=kmeans": "ablation, Table 5: another grouping, not implemented",
-    "prunesid_group=random": "ablation, Table 5: another grouping, not implemented",
-    **{
-        f"prunesid_alpha={alpha}": "ablation, Table 15: another threshold, not a field"
-        for alpha in (24, 28, 32, 36, 40)
-    },
-    **{
-        f"prunesid_k={groups}": "ablation, Table 6: another number of groups, not a field"
-        for groups in (8, 16, 32, 48, 60)
-    },
     (
         "llava_1_5_7b",
         "fastv",
@@ -164,19 +155,39 @@ def as_printed(budget: str) -> str:
 
 
 @cache
+def choice(experiment: str, value: str) -> Variant:
+    """What a value of `pruner` chooses: a method, or fields of the experiment's own method."""
+    if not value.startswith("{"):
+        return Variant(value)
+    pruner = Job.of(composed(f"experiment={experiment}", f"pruner={value}")).pruner
+    fields = MethodIdentity.of(pruner).changed().items()
+    return Variant(pruner.name, tuple(f"{name}={own}" for name, own in fields))
+
+
+def choices(experiment: str) -> list[Variant]:
+    return [choice(experiment, value) for value in grid(experiment)["pruner"]]
+
+
+@cache
 def reported() -> pd.DataFrame:
-    """What the papers print for the six tasks of this project, with budgets as we write them."""
+    """What the papers print for the six tasks of this project.
+
+    Methods and budgets are as we write them.
+    """
     rows = pd.read_csv(ROOT / "results" / "reported" / "accuracy.csv")
     rows = rows[rows["task"].isin(SIX)]
     tokens, shares = rows["budget_tokens"], rows["retention_pct"]
     budgets = tokens.map("{:g}".format).where(tokens.notna(), shares.map("{:g}%".format))
-    return rows.assign(budget=budgets.where(rows["method"] != "none", "full"))
+    return rows.assign(
+        choice=rows["method"].map(variant),
+        budget=budgets.where(rows["method"] != "none", "full"),
+    )
 
 
-def cells(experiment: str) -> set[tuple[str, str]]:
+def cells(experiment: str) -> set[tuple[Variant, str]]:
     """(method, budget) of every row an experiment fills."""
-    swept = product(grid(experiment)["pruner"], grid(experiment)["budget"])
-    return {(method, "full" if method == "none" else budget) for method, budget in swept}
+    swept = product(choices(experiment), grid(experiment)["budget"])
+    return {(own, "full" if own.method == "none" else budget) for own, budget in swept}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -189,7 +200,7 @@ def test_every_combination_is_a_job(tmp_path, experiment):
         for budget in grid(experiment)["budget"]:
             config.budget = budget
             job = Job.of(config)
-            assert job.pruner.name == method
+            assert job.pruner.name == choice(experiment, method).method
             assert job.limit is None
             assert job.suite.name == "hub"
             keep = Budget.parse(budget).resolve(tokens)
@@ -197,7 +208,7 @@ def test_every_combination_is_a_job(tmp_path, experiment):
                 # the counts SparseVLM releases for 192, 128 and 64 average 206, 145 and 82
                 assert (
                     job.pruner.average(tokens, layers, keep)
-                    < (1.3 if method == "sparsevlm" else 1.02) * keep
+                    < (1.3 if job.pruner.name == "sparsevlm" else 1.02) * keep
                 )
 
 
@@ -245,11 +256,12 @@ def test_an_experiment_is_what_its_tables_hold(experiment):
         & (rows["model"] == model_of(experiment))
     ]
     assert set(source.tables) == set(rows["table"])
-    assert set(rows.loc[rows["method"].isin(grid(experiment)["pruner"]), "task"]) == set(
+    assert set(rows.loc[rows["choice"].isin(choices(experiment)), "task"]) == set(
         written(experiment).tasks
     )
-    printed = set(zip(rows["method"], rows["budget"], strict=True))
-    assert set(grid(experiment)["pruner"]) <= {method for method, _ in printed}
+    printed = set(zip(rows["choice"], rows["budget"], strict=True))
+    borrowed = {Variant("none")} if experiment in BORROWED else set()
+    assert set(choices(experiment)) - borrowed <= {own for own, _ in printed}
     assert set(grid(experiment)["budget"]) <= {budget for _, budget in printed}
 
 
@@ -264,16 +276,28 @@ def test_every_result_of_the_papers_has_an_experiment_or_a_reason():
         for task in written(name).tasks
     }
     keys = (
-        rows[["paper", "model", "method", "budget", "task"]]
+        rows[["paper", "model", "method", "budget", "task", "choice"]]
         .drop_duplicates()
         .itertuples(index=False, name=None)
     )
-    missing = [key for key in keys if key not in covered]
+    missing = [
+        (paper, model, method, budget, task)
+        for paper, model, method, budget, task, own in keys
+        if (paper, model, own, budget, task) not in covered
+    ]
     reasons = {
         key: [name for name in (key[1], key[2], key[1:4]) if name in LEFT_OUT] for key in missing
     }
     assert [key for key in missing if not reasons[key]] == []
     assert {names[0] for names in reasons.values()} == set(LEFT_OUT)  # no reason outlives its gap
+
+
+def test_every_variant_is_printed():
+    methods = set(pd.read_csv(ROOT / "results" / "reported" / "accuracy.csv")["method"])
+    assert set(variants()) <= methods
+    assert variant("prunesid_w_o_psca") == ("prunesid", ("score=norm", "grouping=random"))
+    assert variant("prunesid_w_o_nms") == variant("prunesid_ascend")  # one setting, printed twice
+    assert variant("prunesid_alpha=32") == variant("prunesid") == ("prunesid", ())
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,9 @@ def test_a_layout_holds_every_printed_number(stem):
         & (NUMBERS["table"] == layout.table)
         & (NUMBERS["model"] == layout.model)
     )
-    assert table.cells["printed"].count() == of.sum()
+    # a table without an unpruned row borrows it in its own columns
+    borrowed = len(layout.tasks) if layout.unpruned else 0
+    assert table.cells["printed"].count() == of.sum() + borrowed
     assert set(table.cells["verdict"]) == {"not run"}
     assert table.cells["reproduced"].isna().all()
     assert {column for column in table.cells["column"] if column != "average"} == set(layout.tasks)
@@ -397,6 +399,34 @@ def test_cells_that_are_not_of_the_table_are_left_out_and_named():
     )
     assert "Left out: cells where only the first 100 documents." in table.notes
     assert "Left out: scope with alpha=2.0." in table.notes
+
+
+def test_the_rows_of_an_ablation_are_told_apart_by_their_fields():
+    layout = LAYOUTS["prunesid_table13"]
+    one = {"grouping": "random", "score": "norm"}
+    full = printed(LAYOUTS["prunesid_table1"], "none", "full", "gqa")
+    methods = {"prunesid_w_o_psca": one, "prunesid_w_o_nms": {"nms": False}}
+    cells = [cell(MODEL, "none", "full", "gqa", rows("gqa", full / 100), 576.0)]
+    for method, fields in methods.items():
+        score = printed(layout, method, "64", "gqa") / 100
+        cells.append(cell(MODEL, "prunesid", "64", "gqa", rows("gqa", score), 64.0, **fields))
+    for fields in ({}, {"grouping": "random"}):
+        cells.append(cell(MODEL, "prunesid", "64", "gqa", rows("gqa", 0.3), 64.0, **fields))
+    table = paper_tables.build(layout, NUMBERS, cells, 200)
+    found = verdicts(table, "gqa")
+    assert {found[method, "64"] for method in methods} == {"match"}
+    assert found["none", "full"] == "match"
+    assert found["prunesid_dyn", "64"] == "not run"
+    assert "Left out: prunesid with its defaults." in table.notes
+    assert "Left out: prunesid with grouping=random." in table.notes
+    # the default of a field is a row of its own table, and of the main one
+    cells = [cells[0], cell(MODEL, "prunesid", "64", "gqa", rows("gqa", 0.571), 64.0)]
+    for stem, method in (
+        ("prunesid_table15", "prunesid_alpha=32"),
+        ("prunesid_table1", "prunesid"),
+    ):
+        table = paper_tables.build(LAYOUTS[stem], NUMBERS, cells, 200)
+        assert verdicts(table, "gqa")[method, "64"] == "match"
 
 
 def test_fields_that_a_model_sets_are_no_variant():

@@ -15,7 +15,10 @@ CROPS = 5  # of the 2880 tokens in the tables of LLaVA-NeXT
 
 @dataclass(frozen=True)
 class PaperLayout:
-    """A table of a paper."""
+    """A table of a paper.
+
+    `unpruned` names the paper's table that has the unpruned row, where it is another one.
+    """
 
     stem: str
     paper: str
@@ -25,6 +28,7 @@ class PaperLayout:
     average: str
     tasks: list[str]
     methods: list[str]
+    unpruned: str = ""
 
     @property
     def title(self) -> str:

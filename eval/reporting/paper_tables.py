@@ -18,6 +18,7 @@ from secateur.reporting.comparison import (
 from secateur.reporting.layouts import PaperLayout, Row, rows_of, yaml
 from secateur.reporting.reported import AVERAGE, averages
 from secateur.reporting.tables import share
+from secateur.reporting.variants import variant
 from secateur.reporting.verdicts import (
     JUDGED,
     READINGS,
@@ -65,12 +66,16 @@ def build(
     Raises:
         ValueError: the cells are of several settings or versions, or two fit one place.
     """
-    of_table = (
-        (reported["paper"] == layout.paper)
-        & (reported["table"] == layout.table)
-        & (reported["model"] == layout.model)
-    )
-    printed = reported[of_table]
+    of_paper = (reported["paper"] == layout.paper) & (reported["model"] == layout.model)
+    of_table = of_paper & (reported["table"] == layout.table)
+    if layout.unpruned:
+        of_table |= (
+            of_paper
+            & (reported["table"] == layout.unpruned)
+            & (reported["method"] == "none")
+            & reported["task"].isin(layout.tasks)
+        )
+    printed = reported[of_table].assign(table=layout.table)
     rows = rows_of(layout, printed)
     inputs = yaml(CONFIGS / "experiment" / f"{layout.experiment}.yaml")["model"]
     placed, notes = _place(layout, rows, cells, inputs)
@@ -148,7 +153,7 @@ def _place(
 ) -> tuple[dict[tuple[str, str], Cell], list[str]]:
     """Cells by (row, task), and notes on the cells that were left out.
 
-    Left out are cells with other inputs or limits, and variants of a method.
+    Left out are cells with other inputs or limits, and of a method other variants than the row's.
     """
     model = yaml(CONFIGS / "model" / f"{layout.model}.yaml")
     fitting: list[tuple[Row, Cell]] = []
@@ -161,12 +166,11 @@ def _place(
         ) or cell.task not in layout.tasks:
             continue
         changed = choices(cell, model)
-        for row in rows:
-            if row.method == cell.name and cell.budget in row.texts:
-                if changed:
-                    left_out.add(f"{cell.name} with {', '.join(changed)}")
-                else:
-                    fitting.append((row, cell))
+        named = [row for row in rows if variant(row.method).method == cell.name]
+        placed_in = [row for row in named if variant(row.method).fields == changed]
+        fitting += [(row, cell) for row in placed_in if cell.budget in row.texts]
+        if not placed_in and any(cell.budget in row.texts for row in named):
+            left_out.add(f"{cell.name} with {', '.join(changed) or 'its defaults'}")
     suited = [(row, cell) for row, cell in fitting if not foreign(cell, inputs)]
     if suited:  # else the others are shown, as not comparable
         left_out |= {
@@ -274,7 +278,7 @@ class _Column:
                 for metric, found in self.readings.items()
             }
         )
-        return with_open_budget(verdict, row.method, row.budget)
+        return with_open_budget(verdict, variant(row.method).method, row.budget)
 
     def score(self, key: str) -> float:
         return self.printed[key]["value"] if key in self.printed else NAN
@@ -388,7 +392,7 @@ def _mean(row: Row, name: str, columns: list[_Column], printed: float) -> dict[s
         printed, own.value, "relative_average", off[0] if off else columns[0].baseline
     )
     if row.method != "none":
-        verdict = with_open_budget(verdict, row.method, row.budget)
+        verdict = with_open_budget(verdict, variant(row.method).method, row.budget)
     if open_metrics and verdict.verdict in JUDGED:
         verdict = verdict._replace(
             verdict="undecided",

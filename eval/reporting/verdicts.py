@@ -157,11 +157,11 @@ def _sign_text(one: Signs) -> str:
     return f"{one.below}:{one.above} ({test})"
 
 
-def choices(cell: Cell, model: dict[str, Any]) -> list[str]:
+def choices(cell: Cell, model: dict[str, Any]) -> tuple[str, ...]:
     """Fields of a cell's method that are neither the defaults nor what the model's config sets."""
     expected = model.get("pruner_fields", {}).get(cell.name, {})
     changed = cell.record.identity.pruner.changed(expected)
-    return [f"{name}={value}" for name, value in changed.items() if name not in MEASURED]
+    return tuple(f"{name}={value}" for name, value in changed.items() if name not in MEASURED)
 
 
 def foreign(cell: Cell, inputs: dict[str, Any]) -> str:
