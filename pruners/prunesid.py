@@ -66,16 +66,15 @@ class PruneSID(Pruner):
         order: `spatial` (CLS first), or `official`: group after group; for qwen only up to 150
             tokens.
 
-    Table 13's "w/o PSCA" is grouping=random with score=norm. The release has no code for the
-    ablations; the paper leaves to us: how k-means starts and ends (see `k_means_groups`), that
-    random groups differ from image to image, and that without suppression the quotas follow from
-    the sizes of the groups.
+    Table 13's "w/o PSCA" is grouping=random with score=norm.
 
     Deviations: similarities in float32 (released: float16 or the model's dtype); randomised
     components from a generator on the CPU (released: the device's global one); budgets below 4 use
     one group (released: none); qwen budgets below 16 are met (released: raised), and its images
     pruned apart (released: together); budget N leaves all patches alone (released: CLS and N - 1
-    patches).
+    patches). No code of the ablations is public. Ours are the start and the 30 rounds of k-means, a
+    shuffle per image for random groups, the largest norm first, and, without suppression, quotas
+    that follow from the sizes of the groups.
     """
 
     variant: Literal["llava", "qwen"] = "llava"
