@@ -5,7 +5,7 @@ import torch
 from pydantic import Field
 
 from secateur.pruners.base import ImageShape, Pruner, Selection, VisualTokens
-from secateur.pruners.linalg import cosine_gram, facility_location
+from secateur.pruners.linalg import cosine_gram, facility_location, top_k
 from secateur.pruners.registry import register
 
 
@@ -20,7 +20,8 @@ class Scope(Pruner):
     Args:
         alpha: exponent of the saliency (paper: 1, best of App. C.5).
         combine: `multiply` gain and saliency (paper), or `add` them (released code only).
-        saliency: `cls` attention summed over heads, or `none` for pure coverage (Table 4).
+        saliency: `cls` attention, summed over heads, scales the gains; `none`: coverage alone;
+            `only`: the tokens of largest attention, without coverage (both Table 4).
         order: `spatial` as the released code, or `picked` for the greedy order.
 
     Deviations: scores in float32 (released: float16, where ties are common); the budget is per
@@ -30,17 +31,27 @@ class Scope(Pruner):
 
     alpha: Annotated[float, Field(ge=0)] = 1.0
     combine: Literal["multiply", "add"] = "multiply"
-    saliency: Literal["cls", "none"] = "cls"
+    saliency: Literal["cls", "none", "only"] = "cls"
     order: Literal["spatial", "picked"] = "spatial"
 
     paper = "arXiv 2510.24214"
     status = "official"
     needs = frozenset({"features", "encoder_features", "saliency"})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.saliency != "cls" and (self.combine != "multiply" or self.alpha != 1):
+            self.fail(
+                f"saliency={self.saliency} combines no gain with attention: "
+                "leave out alpha, combine"
+            )
+
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         assert tokens.encoder_features is not None
         assert tokens.saliency is not None
         weights = tokens.saliency.sum(1) ** self.alpha
+        if self.saliency == "only":
+            return Selection.ordered(top_k(weights, keep), self.order == "picked")
         if self.saliency == "none":
             weights = torch.ones_like(weights)
         picks = facility_location(
@@ -50,4 +61,5 @@ class Scope(Pruner):
 
     def flops(self, shape: ImageShape) -> float:
         """The Gram matrix and the CLS attention; the coverage consists of additions."""
-        return shape.encoder_gram + shape.cls_attention
+        gram = 0 if self.saliency == "only" else shape.encoder_gram
+        return gram + shape.cls_attention
