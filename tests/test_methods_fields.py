@@ -1,6 +1,7 @@
 """Every field of every method refuses what its annotation does not allow."""
 
 import dataclasses
+import re
 import typing
 from typing import Any
 
@@ -79,7 +80,7 @@ def numbers() -> list[tuple[str, str, Any]]:
     return [
         (name, field, hint)
         for name, field, hint in hints
-        if any(word in repr(hint) for word in ("int", "float"))
+        if re.search(r"\b(int|float)\b", repr(hint))
     ]
 
 
