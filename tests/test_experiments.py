@@ -62,6 +62,8 @@ FIELDS = [  # of a model, in the order of its config
 PAPERS = ("SCOPE", "PromPrune", "PruneSID")  # no table of ZSPAPrune and SPpruner is public
 # experiments of tables whose unpruned row is another table's
 BORROWED = {layout.experiment for layout in layouts() if layout.unpruned}
+# PromPrune Table 4: mean number of salient tokens
+SALIENT = {"pope": 12, "scienceqa_img": 40, "gqa": 13}
 # a model, a method, or (model, method, budget) -> why no experiment runs it
 LEFT_OUT: dict[str | tuple[str, str, str], str] = {
     "llava_next_13b": "not among the models of this project",
@@ -73,20 +75,6 @@ LEFT_OUT: dict[str | tuple[str, str, str], str] = {
     "visionzip_dyn": "not implemented",
     "prunesid_dyn": "needs the mean phi of a first pass for every task; "
     "the header of prunesid_table1 has the commands",
-    "scope_coverage_only": "ablation, Table 4: "
-    "scope_llava with pruner=scope pruner.saliency=none budget=64",
-    "scope_saliency_only": "ablation, Table 4: "
-    "the tokens of fastervlm, scope_llava with pruner=fastervlm budget=64",
-    "promprune_adaptive": "ablation, Table 4: the row of promprune in promprune_table1",
-    "promprune_stage2=dpp": "ablation, Table 5: the row of promprune in promprune_table1",
-    "promprune_proxy=spectral_entropy": "ablation, Figure 4: "
-    "the row of promprune in promprune_table1",
-    "promprune_fixed_allocation": "ablation, Table 4: "
-    "the split is decided per benchmark from results of the adaptive one",
-    "promprune_proxy=attention_entropy": "ablation, Figure 4: another proxy, not implemented",
-    "promprune_proxy=feature_norm_entropy": "ablation, Figure 4: another proxy, not implemented",
-    "promprune_stage2=facilitylocation": "ablation, Table 5: another second stage, not implemented",
-    "promprune_stage2=fps": "ablation, Table 5: another second stage, not implemented",
     (
         "llava_1_5_7b",
         "fastv",
@@ -99,11 +87,6 @@ LEFT_OUT: dict[str | tuple[str, str, str], str] = {
         "pyramiddrop",
         "160",
     ): "POPE beside an efficiency table: scope_next with pruner=pyramiddrop budget=160",
-    (
-        "llava_1_5_7b",
-        "random",
-        "64",
-    ): "floor of the ablation in Table 4: scope_llava with pruner=random budget=64",
 }
 
 
@@ -154,18 +137,20 @@ def as_printed(budget: str) -> str:
     return str(5 * own.tokens) if own.per_tile and own.tokens else budget
 
 
+def tasks(experiment: str) -> list[str]:
+    """The tasks of an experiment, which it may sweep one by one."""
+    return grid(experiment).get("tasks") or list(written(experiment).tasks)
+
+
 @cache
-def choice(experiment: str, value: str) -> Variant:
+def choice(experiment: str, value: str, task: str) -> Variant:
     """What a value of `pruner` chooses: a method, or fields of the experiment's own method."""
-    if not value.startswith("{"):
+    one_by_one = [f"tasks={task}"] if "tasks" in grid(experiment) else []
+    if not value.startswith("{") and not one_by_one:
         return Variant(value)
-    pruner = Job.of(composed(f"experiment={experiment}", f"pruner={value}")).pruner
+    pruner = Job.of(composed(f"experiment={experiment}", f"pruner={value}", *one_by_one)).pruner
     fields = MethodIdentity.of(pruner).changed().items()
     return Variant(pruner.name, tuple(f"{name}={own}" for name, own in fields))
-
-
-def choices(experiment: str) -> list[Variant]:
-    return [choice(experiment, value) for value in grid(experiment)["pruner"]]
 
 
 @cache
@@ -179,15 +164,17 @@ def reported() -> pd.DataFrame:
     tokens, shares = rows["budget_tokens"], rows["retention_pct"]
     budgets = tokens.map("{:g}".format).where(tokens.notna(), shares.map("{:g}%".format))
     return rows.assign(
-        choice=rows["method"].map(variant),
+        choice=[variant(*row) for row in zip(rows["method"], rows["task"], strict=True)],
         budget=budgets.where(rows["method"] != "none", "full"),
     )
 
 
-def cells(experiment: str) -> set[tuple[Variant, str]]:
-    """(method, budget) of every row an experiment fills."""
-    swept = product(choices(experiment), grid(experiment)["budget"])
-    return {(own, "full" if own.method == "none" else budget) for own, budget in swept}
+@cache
+def cells(experiment: str) -> set[tuple[Variant, str, str]]:
+    """(method, budget, task) of every number an experiment fills."""
+    swept = product(tasks(experiment), grid(experiment)["pruner"], grid(experiment)["budget"])
+    chosen = [(choice(experiment, value, task), budget, task) for task, value, budget in swept]
+    return {(own, "full" if own.method == "none" else budget, task) for own, budget, task in chosen}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -200,7 +187,7 @@ def test_every_combination_is_a_job(tmp_path, experiment):
         for budget in grid(experiment)["budget"]:
             config.budget = budget
             job = Job.of(config)
-            assert job.pruner.name == choice(experiment, method).method
+            assert job.pruner.name == choice(experiment, method, job.tasks[0]).method
             assert job.limit is None
             assert job.suite.name == "hub"
             keep = Budget.parse(budget).resolve(tokens)
@@ -256,12 +243,11 @@ def test_an_experiment_is_what_its_tables_hold(experiment):
         & (rows["model"] == model_of(experiment))
     ]
     assert set(source.tables) == set(rows["table"])
-    assert set(rows.loc[rows["choice"].isin(choices(experiment)), "task"]) == set(
-        written(experiment).tasks
-    )
+    chosen = {own for own, _, _ in cells(experiment)}
+    assert set(rows.loc[rows["choice"].isin(chosen), "task"]) == set(tasks(experiment))
     printed = set(zip(rows["choice"], rows["budget"], strict=True))
     borrowed = {Variant("none")} if experiment in BORROWED else set()
-    assert set(choices(experiment)) - borrowed <= {own for own, _ in printed}
+    assert chosen - borrowed <= {own for own, _ in printed}
     assert set(grid(experiment)["budget"]) <= {budget for _, budget in printed}
 
 
@@ -269,11 +255,10 @@ def test_every_result_of_the_papers_has_an_experiment_or_a_reason():
     rows = reported()
     rows = rows[rows["paper"].isin(PAPERS)]
     covered = {
-        (written(name).reported.paper, model_of(name), *cell, task)
+        (written(name).reported.paper, model_of(name), *cell)
         for name in EXPERIMENTS
         if "reported" in written(name)
         for cell in cells(name)
-        for task in written(name).tasks
     }
     keys = (
         rows[["paper", "model", "method", "budget", "task", "choice"]]
@@ -298,6 +283,18 @@ def test_every_variant_is_printed():
     assert variant("prunesid_w_o_psca") == ("prunesid", ("score=norm", "grouping=random"))
     assert variant("prunesid_w_o_nms") == variant("prunesid_ascend")  # one setting, printed twice
     assert variant("prunesid_alpha=32") == variant("prunesid") == ("prunesid", ())
+
+
+def test_a_fixed_split_is_that_of_its_task():
+    fixed = {task: (f"salient={count}",) for task, count in SALIENT.items()}
+    assert {task: variant("promprune_fixed_allocation", task).fields for task in SALIENT} == fixed
+    assert cells("promprune_table4") == {
+        (Variant("promprune", fields), "64", task)
+        for task, own in fixed.items()
+        for fields in ((), own)
+    }
+    with pytest.raises(KeyError):  # the paper has no split for it
+        variant("promprune_fixed_allocation", "mme")
 
 
 @pytest.mark.parametrize(

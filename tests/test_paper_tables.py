@@ -429,6 +429,38 @@ def test_the_rows_of_an_ablation_are_told_apart_by_their_fields():
         assert verdicts(table, "gqa")[method, "64"] == "match"
 
 
+def test_a_fixed_split_is_placed_by_the_number_of_its_task():
+    layout, cells = LAYOUTS["promprune_table4"], []
+    for task, count in (("gqa", 13), ("pope", 12)):
+        full = printed(LAYOUTS["promprune_table1"], "none", "full", task)
+        cells.append(cell(MODEL, "none", "full", task, rows(task, full / 100), 576.0))
+        score = rows(task, printed(layout, "promprune_fixed_allocation", "64", task) / 100)
+        cells.append(cell(MODEL, "promprune", "64", task, score, 64.0, salient=count))
+    table = paper_tables.build(layout, NUMBERS, cells, 200)
+    for task in ("gqa", "pope"):
+        assert verdicts(table, task)["promprune_fixed_allocation", "64"] != "not run"
+        assert verdicts(table, task)["promprune_adaptive", "64"] == "not run"
+    assert not any(note.startswith("Left out") for note in table.notes)
+    other = cell(MODEL, "promprune", "64", "gqa", rows("gqa", 0.5), 64.0, salient=12)
+    table = paper_tables.build(layout, NUMBERS, [*cells, other], 200)
+    assert "Left out: promprune with salient=12." in table.notes
+
+
+def test_a_table_that_prints_no_average_gets_none():
+    cells = ours({}, tasks=("gqa",))
+    cells.append(cell(MODEL, "random", "64", "gqa", rows("gqa", 0.555), 64.0))
+    cells.append(cell(MODEL, "scope", "64", "gqa", rows("gqa", 0.550), 64.0, saliency="only"))
+    table = paper_tables.build(LAYOUTS["scope_table4"], NUMBERS, cells, 200)
+    assert "average" not in set(table.cells["column"])
+    assert render.sheet(table).header == [
+        *("Method", "GQA", "MMBench", "MME sum", "POPE F1", "TextVQA"),
+    ]
+    found = verdicts(table, "gqa")
+    assert found["none", "full"] == found["random", "64"] == "match"
+    assert found["scope_saliency_only", "64"] == "match"
+    assert found["scope_coverage_only", "64"] == found["scope", "64"] == "not run"
+
+
 def test_fields_that_a_model_sets_are_no_variant():
     layout = LAYOUTS["promprune_table3"]
     cells = ours({("promprune", "512"): 0.0}, layout.stem, ("gqa",), 1296, "qwen2_5_vl_7b")

@@ -17,7 +17,8 @@ CROPS = 5  # of the 2880 tokens in the tables of LLaVA-NeXT
 class PaperLayout:
     """A table of a paper.
 
-    `unpruned` names the paper's table that has the unpruned row, where it is another one.
+    `average` is the heading of its mean over the columns, empty if it prints none. `unpruned` names
+    the paper's table that has the unpruned row, where it is another one.
     """
 
     stem: str

@@ -18,7 +18,7 @@ from secateur.reporting.comparison import (
 from secateur.reporting.layouts import PaperLayout, Row, rows_of, yaml
 from secateur.reporting.reported import AVERAGE, averages
 from secateur.reporting.tables import share
-from secateur.reporting.variants import variant
+from secateur.reporting.variants import method_of, variant
 from secateur.reporting.verdicts import (
     JUDGED,
     READINGS,
@@ -97,8 +97,9 @@ def build(
         for column in columns
         if column.few_images
     ]
-    means = averages(printed)
-    found += [_average(row, columns, printed, means) for row in rows]
+    if layout.average:
+        means = averages(printed)
+        found += [_average(row, columns, printed, means) for row in rows]
     run = [column for column in columns if column.found is not None]
     if len(run) > 1:
         found += [_over_run(row, run) for row in rows]
@@ -106,10 +107,11 @@ def build(
             f"{OVER_RUN.capitalize()}: the same mean over "
             f"{', '.join(column.task for column in run)}, on both sides."
         )
-    notes.append(
-        f"{layout.average}: plain mean of score / unpruned score; "
-        "a printed average that is another mean is not comparable."
-    )
+    if layout.average:
+        notes.append(
+            f"{layout.average}: plain mean of score / unpruned score; "
+            "a printed average that is another mean is not comparable."
+        )
     if placed:
         notes += _counted(placed)
         notes += mixtures(cell.record for cell in placed.values())
@@ -166,8 +168,8 @@ def _place(
         ) or cell.task not in layout.tasks:
             continue
         changed = choices(cell, model)
-        named = [row for row in rows if variant(row.method).method == cell.name]
-        placed_in = [row for row in named if variant(row.method).fields == changed]
+        named = [row for row in rows if method_of(row.method) == cell.name]
+        placed_in = [row for row in named if variant(row.method, cell.task).fields == changed]
         fitting += [(row, cell) for row in placed_in if cell.budget in row.texts]
         if not placed_in and any(cell.budget in row.texts for row in named):
             left_out.add(f"{cell.name} with {', '.join(changed) or 'its defaults'}")
@@ -278,7 +280,7 @@ class _Column:
                 for metric, found in self.readings.items()
             }
         )
-        return with_open_budget(verdict, variant(row.method).method, row.budget)
+        return with_open_budget(verdict, method_of(row.method), row.budget)
 
     def score(self, key: str) -> float:
         return self.printed[key]["value"] if key in self.printed else NAN
@@ -392,7 +394,7 @@ def _mean(row: Row, name: str, columns: list[_Column], printed: float) -> dict[s
         printed, own.value, "relative_average", off[0] if off else columns[0].baseline
     )
     if row.method != "none":
-        verdict = with_open_budget(verdict, variant(row.method).method, row.budget)
+        verdict = with_open_budget(verdict, method_of(row.method), row.budget)
     if open_metrics and verdict.verdict in JUDGED:
         verdict = verdict._replace(
             verdict="undecided",
