@@ -300,6 +300,22 @@ def test_what_other_groups_of_prunesid_cost(options, remainder):
     assert measured(lambda: pruner.prune(image_inputs(), K)) == counted
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "remainder"),
+    [
+        ("scope", {"saliency": "none"}, 0),
+        ("scope", {"saliency": "only"}, 0),
+        ("promprune", {"stage2": "farthest_point", "entropy": "attention"}, 0),
+        ("promprune", {"stage2": "facility_location", "entropy": "feature_norm"}, 0),
+        ("promprune", {"stage2": "facility_location", "salient": 3}, 2 * D * D * N),
+    ],
+)
+def test_what_the_ablations_of_scope_and_promprune_cost(method, options, remainder):
+    pruner = build(method, **options)
+    counted = pruner.flops(ImageShape(N, K, D, C)) - CAPTURE + remainder
+    assert measured(lambda: pruner.prune(image_inputs(), K)) == counted
+
+
 def test_errors_name_the_fix():
     config = config_of("llava_next_7b")
     row = {"visual_tokens": 2880, "layer_tokens": [64] * 32, "prompt_tokens": 100, "new_tokens": 1}
