@@ -34,7 +34,9 @@ def config_of(name: str) -> PreTrainedConfig:
 
 
 def tiny(name: str) -> PreTrainedConfig:
-    """Four layers of width 64 for tests, by the name in a family's `TINY`; mostly its model type.
+    """Four layers, at most 64 wide, for tests.
+
+    `name` is one of a family's `TINY`, mostly its model type.
 
     Raises:
         ValueError: an unknown name.
@@ -62,13 +64,16 @@ def reduced(config: PreTrainedConfig, layers: int, shrink: int = 1) -> PreTraine
     family, config = family_of(config.model_type), copy.deepcopy(config)
     text, vision = config.text_config, config.vision_config
     vision_layers, vision_heads = family.VISION_FIELDS
-    for part, heads in ((text, "num_attention_heads"), (vision, vision_heads)):
+    for part, heads, widths in (
+        (text, "num_attention_heads", ("hidden_size", "intermediate_size")),
+        (vision, vision_heads, family.VISION_WIDTHS),
+    ):
         if getattr(part, heads) % shrink:
             raise ValueError(
                 f"shrink={shrink} does not divide the {getattr(part, heads)} heads of "
                 f"{type(part).__name__}"
             )
-        for name in (heads, "hidden_size", "intermediate_size"):
+        for name in (heads, *widths):
             setattr(part, name, getattr(part, name) // shrink)
     text.num_key_value_heads = max(1, text.num_key_value_heads // shrink)
     text.num_hidden_layers = layers

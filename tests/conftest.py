@@ -62,19 +62,25 @@ def model(attention: str) -> PreTrainedModel:
     return tiny_model("llava", attention)
 
 
-@pytest.fixture(scope="session")
-def qwen_processor() -> ProcessorMixin:
-    return random_processor(tiny("qwen2_5_vl"))
+@pytest.fixture(scope="session", params=["qwen2_5_vl", "qwen2_vl"])
+def qwen(request: pytest.FixtureRequest) -> str:
+    """A family with M-RoPE."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
-def qwen_model(attention: str) -> PreTrainedModel:
-    return tiny_model("qwen2_5_vl", attention)
+def qwen_processor(qwen: str) -> ProcessorMixin:
+    return random_processor(tiny(qwen))
 
 
 @pytest.fixture(scope="session")
-def qwen_eager() -> PreTrainedModel:
-    return tiny_model("qwen2_5_vl", "eager")
+def qwen_model(qwen: str, attention: str) -> PreTrainedModel:
+    return tiny_model(qwen, attention)
+
+
+@pytest.fixture(scope="session")
+def qwen_eager(qwen: str) -> PreTrainedModel:
+    return tiny_model(qwen, "eager")
 
 
 @pytest.fixture(scope="session")

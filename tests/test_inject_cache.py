@@ -14,6 +14,7 @@ from test_inject_qwen import SIZES
 from test_inject_qwen import encode as encode_qwen
 
 from secateur.cache import EncodeCache
+from secateur.geometry import random_processor, tiny
 from secateur.injection import inject
 from secateur.injection.encoder import ImageCache
 from secateur.pruners import build
@@ -22,8 +23,8 @@ from secateur.pruners import build
 METHODS = ("divprune", "fastervlm", "hiprune", "promprune")
 
 
-@pytest.fixture(params=["llava", "anyres", "crops", "fixed2880", "qwen2_5_vl"])
-def case(request, processor, qwen_processor):
+@pytest.fixture(params=["llava", "anyres", "crops", "fixed2880", "qwen2_5_vl", "qwen2_vl"])
+def case(request, processor):
     """A model, its layout, and prompts of two images."""
     if request.param in ("anyres", "crops", "fixed2880"):
         model, inputs = setting(request.param, "sdpa")
@@ -31,9 +32,9 @@ def case(request, processor, qwen_processor):
     if request.param == "llava":
         return tiny_model("llava", "sdpa"), None, encode_llava(processor, 2)
     return (
-        tiny_model("qwen2_5_vl", "sdpa"),
+        tiny_model(request.param, "sdpa"),
         None,
-        encode_qwen(qwen_processor, [[SIZES[0]], [SIZES[1]]]),
+        encode_qwen(random_processor(tiny(request.param)), [[SIZES[0]], [SIZES[1]]]),
     )
 
 

@@ -1,5 +1,9 @@
-"""Injection into a tiny real Qwen2.5-VL: M-RoPE, images of different sizes, grouped queries."""
+"""Injection into a tiny real Qwen2.5-VL and Qwen2-VL.
 
+M-RoPE, images of different sizes, grouped queries.
+"""
+
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
@@ -288,12 +292,15 @@ RUNS = {
     "zspaprune": {},
 }
 REFUSED = {
-    "prumerge": ({}, "Qwen2.5-VL models do not provide last_keys, last_queries: .* no CLS"),
-    "prumerge_plus": ({}, "Qwen2.5-VL models do not provide last_keys, last_queries: .* no CLS"),
-    "prunesid": ({}, "Qwen2.5-VL models do not provide cls_token: .*variant=qwen"),
-    "visionzip": ({}, "Qwen2.5-VL models do not provide cls_token: .*keep_cls=false"),
+    "prumerge": ({}, "{} models do not provide last_keys, last_queries: .* no CLS"),
+    "prumerge_plus": ({}, "{} models do not provide last_keys, last_queries: .* no CLS"),
+    "prunesid": ({}, "{} models do not provide cls_token: .*variant=qwen"),
+    "visionzip": ({}, "{} models do not provide cls_token: .*keep_cls=false"),
     "cdpruner": ({}, "CLIP"),
 }
+
+
+NAMES = {"qwen2_vl": r"Qwen2-VL", "qwen2_5_vl": r"Qwen2\.5-VL"}  # in messages
 
 
 def test_every_method_before_the_language_model_is_listed():
@@ -322,6 +329,7 @@ def test_a_method_runs(qwen_eager, qwen_processor, name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_method_that_cannot_run_says_why(qwen_eager, qwen_processor, name):
     options, message = REFUSED[name]
+    message = message.format(NAMES[qwen_eager.config.model_type])
     with pytest.raises(ValueError, match=message), inject(qwen_eager, build(name, **options), 4):
         qwen_eager.generate(**encode(qwen_processor, [[SIZES[0]]]), max_new_tokens=1)
 
@@ -333,3 +341,67 @@ def test_settings_of_other_families_are_errors(qwen_eager):
             inject(qwen_eager, build("scope"), 4, **options),
         ):
             pass
+
+
+METHODS = [build("none"), build("scope"), build("fastv", layer=1)]
+
+
+class TestTextPositions:
+    """transformers numbers images as text, without an error, where M-RoPE's inputs are missing."""
+
+    @pytest.fixture(autouse=True)
+    def types(self, qwen_model):
+        if "mm_token_type_ids" not in inspect.signature(qwen_model.forward).parameters:
+            pytest.skip("this release reads the places of images from input_ids")
+
+    @pytest.mark.parametrize("pruner", METHODS, ids=lambda pruner: pruner.name)
+    def test_generate_without_token_types_is_refused(self, qwen_model, qwen_processor, pruner):
+        inputs = encode(qwen_processor, CASES["two rows"])
+        right = logits(qwen_model.generate(**inputs, **STEPS))
+        del inputs["mm_token_type_ids"]
+        assert (logits(qwen_model.generate(**inputs, **STEPS)) - right).abs().max() > 0.1
+        message = (
+            f"{NAMES[qwen_model.config.model_type]} got the positions of text for an image of "
+            "7 x 5 tokens.* mm_token_type_ids or image_grid_thw"
+        )
+        with inject(qwen_model, pruner, "full"), pytest.raises(ValueError, match=message):
+            qwen_model.generate(**inputs, **STEPS)
+
+    @pytest.mark.parametrize("pruner", METHODS, ids=lambda pruner: pruner.name)
+    def test_encoded_images_without_their_grids_are_refused(
+        self, qwen_model, qwen_processor, pruner
+    ):
+        if "mm_encoder_outputs" not in inspect.signature(qwen_model.forward).parameters:
+            pytest.skip("this release takes no encoded images")
+        inputs = encode(qwen_processor, CASES["one"])
+        pixels = {name: inputs.pop(name) for name in ("pixel_values", "image_grid_thw")}
+
+        def call(**grid):
+            image = qwen_model.model.get_image_features(**pixels, return_dict=True)
+            options = {"mm_encoder_outputs": {"image": image}} | grid
+            return logits(qwen_model.generate(**inputs, **options, **STEPS))
+
+        right = call(image_grid_thw=pixels["image_grid_thw"])
+        assert (call() - right).abs().max() > 0.1
+        with inject(qwen_model, pruner, "full"):
+            assert torch.equal(call(image_grid_thw=pixels["image_grid_thw"]), right)
+            with pytest.raises(ValueError, match="got the positions of text for an image of 7 x 5"):
+                call()
+
+    def test_the_second_image_of_the_second_prompt_is_looked_at(self, qwen_model, qwen_processor):
+        inputs = encode(qwen_processor, [[SIZES[0]], [SIZES[1], SIZES[2]]])
+        with inject(qwen_model, build("scope"), "25%"):
+            qwen_model.generate(**inputs, **STEPS)
+        seen = {}
+        handle = qwen_model.model.language_model.register_forward_pre_hook(
+            lambda _module, _args, kwargs: seen.update(kwargs), with_kwargs=True
+        )
+        with torch.no_grad():
+            qwen_model(**inputs)
+        handle.remove()
+        positions = seen["position_ids"].clone()
+        places = (inputs["input_ids"][1] == qwen_model.config.image_token_id).nonzero()[:, 0]
+        positions[-1, 1, places[-1]] += 1
+        message = "an image of 8 x 4 tokens"
+        with inject(qwen_model, build("scope"), "25%"), pytest.raises(ValueError, match=message):
+            qwen_model(**inputs, position_ids=positions)

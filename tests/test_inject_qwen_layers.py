@@ -1,4 +1,4 @@
-"""Methods inside the language model of a tiny real Qwen2.5-VL.
+"""Methods inside the language model of a tiny real Qwen2.5-VL and Qwen2-VL.
 
 The reference runs layer by layer, without cache or hooks.
 """

@@ -1,6 +1,6 @@
-"""What pruners see of Qwen2.5-VL's tower, against an eager tower.
+"""What pruners see of the towers of Qwen2.5-VL and Qwen2-VL, against an eager tower.
 
-Tokens come in raster order although the tower works in windows; attention is that received.
+Tokens come in raster order although Qwen2.5-VL's works in windows; attention is that received.
 """
 
 import dataclasses
@@ -120,9 +120,12 @@ def test_received_attention_and_keys_equal_those_of_an_eager_tower(qwen_model, i
     maps, qkv = tower(
         qwen_model, inputs, object=1, output=3
     )  # the tiny tower's blocks with full attention
-    keys = qkv["output"][:, 64:128].split([4 * tokens.shape[1] for tokens in seen])
+    # Qwen2-VL has one window
+    side = 2 if qwen_model.config.model_type == "qwen2_5_vl" else max(max(t.grid) for t in seen)
+    _, keys, _ = qkv["output"].chunk(3, dim=1)
+    keys = keys.split([4 * tokens.shape[1] for tokens in seen])
     for number, tokens in enumerate(seen):
-        order = torch.tensor(raster_order(*tokens.grid, 2)).argsort()
+        order = torch.tensor(raster_order(*tokens.grid, side)).argsort()
 
         def merged(patches: Tensor, order: Tensor = order) -> Tensor:
             return patches.unflatten(0, (-1, 4)).mean(1)[order]
@@ -169,6 +172,15 @@ def test_blocks_that_attention_is_read_from(depth, full, blocks):
     config.vision_config.fullatt_block_indexes = []
     with pytest.raises(ValueError, match="no block with full attention"):
         adapter_for(random_model(config, "meta"))
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(32, (15, 31)), (4, (1, 3)), (12, (5, 11))])
+def test_every_block_of_qwen2_vl_has_full_attention(depth, blocks):
+    config = tiny("qwen2_vl")
+    config.vision_config.depth = depth
+    adapter = adapter_for(random_model(config, "meta"))
+    layers = [block.attn for block in adapter.visual.blocks]
+    assert (layers.index(adapter.object), layers.index(adapter.attention)) == blocks
 
 
 def test_images_are_what_they_are_among_others(qwen_model, inputs, seen):

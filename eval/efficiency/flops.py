@@ -95,7 +95,7 @@ def count(
     """FLOPs of one prompt and its answer.
 
     Args:
-        config: of a LLaVA-1.5, LLaVA-NeXT or Qwen2.5-VL model.
+        config: of a LLaVA-1.5, LLaVA-NeXT, Qwen2-VL or Qwen2.5-VL model.
         layer_tokens: visual tokens that each layer of the LLM processes in the prefill.
         text_tokens: all other positions of the prompt, LLaVA-NeXT's newlines included.
         crops: one (24, 24) per image of LLaVA-1.5, several for LLaVA-NeXT; for Qwen2.5-VL the grid
@@ -239,7 +239,8 @@ def _pruner(
     sizes, kept = [rows * columns for rows, columns in crops], layer_tokens[0]
     if kept >= sum(sizes):
         return 0
-    share, widths = kept / sum(sizes), (text.hidden_size, config.vision_config.hidden_size)
+    tower_width = getattr(config.vision_config, _family(config).VISION_WIDTHS[0])
+    share, widths = kept / sum(sizes), (text.hidden_size, tower_width)
     costs = [pruner.flops(ImageShape(size, share * size, *widths)) for size in sizes]
     counted = [cost for cost in costs if cost is not None]
     return sum(counted) if len(counted) == len(costs) else None

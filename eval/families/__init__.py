@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 MODULES = {
     "llava": "secateur.families.llava",
     "llava_next": "secateur.families.llava_next",
+    "qwen2_vl": "secateur.families.qwen2_vl",
     "qwen2_5_vl": "secateur.families.qwen2_5_vl",
 }
 

@@ -127,6 +127,22 @@ class Adapter:
             family = type(self).__name__.removesuffix("Adapter")
             raise ValueError(f"{family} models do not provide {', '.join(unknown)}")
 
+    def check_positions(
+        self, positions: Tensor | None, grid: tuple[int, int], row: int, places: Tensor
+    ) -> None:
+        """Check the positions of an image's tokens in a prompt; most families number them as text.
+
+        Args:
+            positions: as the language model gets them, [B, L] or, with M-RoPE, [3 or 4, B, L]; None
+                where it makes them itself.
+            grid: (rows, columns) of the image.
+            row: its prompt in the batch.
+            places: [P] its placeholders in the prompt.
+
+        Raises:
+            ValueError: they are not the family's.
+        """
+
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids -> LLM embeddings."""
@@ -204,6 +220,8 @@ class Family:
     SELFTEST_SIZE: ClassVar[tuple[int, int]] = (112, 112)
     # fields of the vision config: number of blocks, number of heads
     VISION_FIELDS: ClassVar[tuple[str, str]] = ("num_hidden_layers", "num_attention_heads")
+    # its widths, that of the hidden states first
+    VISION_WIDTHS: ClassVar[tuple[str, ...]] = ("hidden_size", "intermediate_size")
 
     # --- models
 
@@ -231,8 +249,8 @@ class Family:
         """
         if least is not None or most is not None:
             raise ValueError(
-                "model.min_pixels and model.max_pixels are for Qwen2.5-VL, not for the family "
-                f"{self.MODEL_TYPE!r}"
+                "model.min_pixels and model.max_pixels are for Qwen2-VL and Qwen2.5-VL, not for "
+                f"the family {self.MODEL_TYPE!r}"
             )
 
     def chat(

@@ -5,6 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -31,15 +32,22 @@ if TYPE_CHECKING:  # the library works without lmms-eval
 
     from secateur.settings import ModelIdentity
 
+TOWER_PARTS = (  # of Qwen2-VL too
+    "model.visual.merger",
+    "model.visual.spatial_merge_size",
+    "model.visual.blocks.0.attn.qkv",
+    "model.visual.blocks.0.attn.num_heads",
+    "model.visual.blocks.0.attn.scaling",
+)
 _CHUNK = 2**26  # attention weights held at a time: 256 MB in float32
 # towers: hidden_size, intermediate_size, layers, heads, window_size, blocks with full attention
 _VISION = (1280, 3420, 32, 16, 112, [7, 15, 23, 31])
 _TINY_VISION = (64, 128, 4, 4, 56, [1, 3])
 # language models, as in `language_fields`
-_QWEN_7B = (3584, 18944, 28, 28, 4, 152064)
+QWEN_7B = (3584, 18944, 28, 28, 4, 152064)
 _QWEN_3B = (2048, 11008, 36, 16, 2, 151936)
-_TINY_QWEN = (64, 160, 4, 4, 2, 320)
-# Qwen2.5-VL's own chat template: a default system turn, images in place
+TINY_QWEN = (64, 160, 4, 4, 2, 320)
+# the chat template of Qwen2-VL and Qwen2.5-VL: a default system turn, images in place
 _TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -62,6 +70,7 @@ class Qwen25VLAdapter(Adapter):
     embedding and without a row for CLS.
     """
 
+    NAME: ClassVar[str] = "Qwen2.5-VL"  # in messages
     # merged [N, D]: the tokens of all images, window by window. qkv and object_qkv [4N, 3C]: the
     # patches, in that order, in the last block with full attention and in a middle one. cosines
     # and sines [4N, C/H]: of all blocks.
@@ -76,14 +85,10 @@ class Qwen25VLAdapter(Adapter):
     }
     PARTS: ClassVar = (
         *Adapter.PARTS,
-        "model.visual.merger",
-        "model.visual.spatial_merge_size",
+        *TOWER_PARTS,
         "model.visual.window_size",
         "model.visual.patch_size",
         "model.visual.fullatt_block_indexes",
-        "model.visual.blocks.0.attn.qkv",
-        "model.visual.blocks.0.attn.num_heads",
-        "model.visual.blocks.0.attn.scaling",
     )
     IMAGE_ARGUMENTS: ClassVar = ("pixel_values", "image_grid_thw")
     # M-RoPE's positions hold rows and columns, which `compact` would lose
@@ -93,9 +98,7 @@ class Qwen25VLAdapter(Adapter):
         super().__init__(model)
         self.visual: Any = self.core.visual
         self.merge: int = self.visual.spatial_merge_size
-        # tokens along one side of a window
-        self.window: int = self.visual.window_size // self.visual.patch_size // self.merge
-        full = sorted(self.visual.fullatt_block_indexes)
+        full = self.full_blocks()
         if not full:
             raise ValueError(
                 "this model's tower has no block with full attention, from which pruning takes "
@@ -109,11 +112,21 @@ class Qwen25VLAdapter(Adapter):
             min(full, key=lambda block: abs((block + 1) / depth - 16 / 32))
         ].attn
 
+    def full_blocks(self) -> list[int]:
+        """The tower's blocks in which a patch attends to all patches of its image, ascending."""
+        return sorted(self.visual.fullatt_block_indexes)
+
+    def tower_order(self, rows: int, columns: int) -> Tensor:
+        """[rows * columns] raster numbers of an image's tokens in the order of the tower."""
+        # tokens along one side of a window
+        side = self.visual.window_size // self.visual.patch_size // self.merge
+        return window_order(rows, columns, side)
+
     def check_known(self, needs: frozenset[str]) -> None:
         unknown = sorted(need for need in needs if need not in self.SOURCES)
         if unknown:
             raise ValueError(
-                f"Qwen2.5-VL models do not provide {', '.join(unknown)}: their tower has no CLS "
+                f"{self.NAME} models do not provide {', '.join(unknown)}: their tower has no CLS "
                 "token; take another pruner, or an option of it that does without "
                 "(visionzip: keep_cls=false; prunesid: variant=qwen)"
             )
@@ -152,7 +165,7 @@ class Qwen25VLAdapter(Adapter):
                 )
             rows, columns = height // self.merge, width // self.merge
             count, unit = rows * columns, self.merge**2
-            raster = window_order(rows, columns, self.window).argsort().to(raw["merged"].device)
+            raster = self.tower_order(rows, columns).argsort().to(raw["merged"].device)
             mine = {
                 name: value[first : first + count]
                 if name == "merged"
@@ -208,6 +221,24 @@ class Qwen25VLAdapter(Adapter):
         for mine, grid in zip(pixels, grids.split(1), strict=True):
             yield arguments | {"pixel_values": mine, "image_grid_thw": grid}
 
+    def check_positions(
+        self, positions: Tensor | None, grid: tuple[int, int], row: int, places: Tensor
+    ) -> None:
+        rows, columns = grid
+        place = torch.arange(rows * columns, device=places.device)
+        offsets = torch.stack([torch.zeros_like(place), place // columns, place % columns])
+        if positions is not None and positions.dim() == 3:
+            # of four axes the first is for masks alone
+            axes = positions[-3:, row if positions.shape[1] > 1 else 0, places]
+            if bool((axes - axes[:, :1] == offsets).all()):
+                return
+        raise ValueError(
+            f"{self.NAME} got the positions of text for an image of {rows} x {columns} tokens, "
+            "where M-RoPE has rows and columns: transformers takes them, without an error, if "
+            "mm_token_type_ids or image_grid_thw is missing; give the model both, as the "
+            "processor returns them"
+        )
+
     def project(self, features: Tensor) -> Tensor:
         """Features as they are: encoder features are the merger's output, already in LLM width."""
         return features.to(self.model.dtype)
@@ -247,14 +278,15 @@ class Qwen25VL(Family):
     HAS_IMAGE_SIDE = True
     # from config.json of Qwen/Qwen2.5-VL-{7B,3B}-Instruct
     CONFIGS: ClassVar = {
-        "qwen2_5_vl_7b": lambda: qwen_config(_VISION, _QWEN_7B, [16, 24, 24]),
+        "qwen2_5_vl_7b": lambda: qwen_config(_VISION, QWEN_7B, [16, 24, 24]),
         "qwen2_5_vl_3b": lambda: qwen_config(_VISION, _QWEN_3B, [16, 24, 24], tied=True),
     }
     # grouped queries (4 heads, 2 for keys), windows of 2 x 2 tokens, full attention in blocks 1, 3
     TINY: ClassVar = {
-        "qwen2_5_vl": lambda: qwen_config(_TINY_VISION, _TINY_QWEN, [2, 3, 3], first_special=300),
+        "qwen2_5_vl": lambda: qwen_config(_TINY_VISION, TINY_QWEN, [2, 3, 3], first_special=300),
     }
     VISION_FIELDS = ("depth", "num_heads")
+    PROCESSOR: ClassVar[str] = "Qwen2_5_VLProcessor"  # in transformers, which is slow to import it
     SELFTEST = "qwen2_5_vl"
     SELFTEST_SIZE = (112, 168)  # 4 x 6 tokens
 
@@ -262,17 +294,13 @@ class Qwen25VL(Family):
         return Qwen25VLAdapter(model)
 
     def processor(self, config: Any) -> ProcessorMixin:
-        # slow to import
-        from transformers import (
-            Qwen2_5_VLProcessor,
-            Qwen2VLImageProcessor,
-            Qwen2VLVideoProcessor,
-        )
+        from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor  # slow to import
 
         from secateur.families.byte_tokenizer import byte_tokenizer
 
         text, vision = config.text_config, config.vision_config
-        return Qwen2_5_VLProcessor(
+        made: Any = getattr(transformers, self.PROCESSOR)
+        return made(
             image_processor=Qwen2VLImageProcessor(
                 patch_size=vision.patch_size, merge_size=vision.spatial_merge_size
             ),
@@ -386,7 +414,7 @@ class Qwen25VL(Family):
     def projector_flops(self, config: Any) -> int:
         # the merger makes one token of a square of patches
         vision = config.vision_config
-        entering = vision.hidden_size * vision.spatial_merge_size**2
+        entering = getattr(vision, self.VISION_WIDTHS[0]) * vision.spatial_merge_size**2
         return 2 * entering * (entering + config.get_text_config().hidden_size)
 
 
@@ -443,11 +471,28 @@ def qwen_config(
         "window_size": window,
         "fullatt_block_indexes": list(full),
         "out_hidden_size": text[0],
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
         "tokens_per_second": 2,
     }
+    return mrope_config(Qwen2_5_VLConfig, tower, text, mrope_section, 128000, tied, first_special)
+
+
+def mrope_config(
+    kind: Callable[..., PreTrainedConfig],
+    tower: dict[str, Any],
+    text: tuple[int, ...],
+    mrope_section: list[int],
+    positions: int,
+    tied: bool = False,
+    first_special: int = 151643,
+) -> PreTrainedConfig:
+    """A config of Qwen2-VL or Qwen2.5-VL; arguments not named here are those of `qwen_config`.
+
+    Args:
+        kind: the class.
+        tower: fields of the vision config that the two do not share.
+        positions: the longest prompt.
+    """
+    patches = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope_section}
     names = {
         "bos_token_id": first_special,
@@ -455,13 +500,13 @@ def qwen_config(
         "pad_token_id": first_special,
     }
     language = {
-        "max_position_embeddings": 128000,
+        "max_position_embeddings": positions,
         "rms_norm_eps": 1e-6,
         "rope_parameters": rope,
         "tie_word_embeddings": tied,
     }
-    return Qwen2_5_VLConfig(
-        vision_config=tower,
+    return kind(
+        vision_config=tower | patches,
         text_config=language_fields(*text) | language | names,
         vision_start_token_id=first_special + 9,
         vision_end_token_id=first_special + 10,

@@ -123,6 +123,10 @@ class Hooks:
         )
         # used once: the next prompt must encode its own images
         images, self.encoder.images = place(self.encoder.images, visual), []
+        for image in images:
+            self.adapter.check_positions(
+                kwargs.get("position_ids"), image.grid, image.row, image.places
+            )
         new = self._prompt(kwargs, visual, images)
         self.prompt = self.input_ids
         return (), self.arguments.write(new)
