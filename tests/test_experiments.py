@@ -26,11 +26,13 @@ EXPERIMENTS = sorted(
     if not path.stem.startswith("shapes")
 )
 SIX = {"pope", "scienceqa_img", "gqa", "mme", "mmmu_val", "mmstar"}
-# model -> visual tokens of an image (1008 x 1008 pixels for Qwen2.5-VL), LLM layers
+# model -> visual tokens of an image (1008 x 1008 pixels for Qwen), LLM layers
 SIZES = {
     "llava_1_5_7b": (576, 32),
     "llava_1_5_13b": (576, 40),
     "llava_next_7b": (2880, 32),
+    "llava_next_13b": (2880, 40),
+    "qwen2_vl_7b": (1296, 28),
     "qwen2_5_vl_7b": (1296, 28),
     "qwen2_5_vl_3b": (1296, 36),
 }
@@ -66,11 +68,10 @@ BORROWED = {layout.experiment for layout in layouts() if layout.unpruned}
 SALIENT = {"pope": 12, "scienceqa_img": 40, "gqa": 13}
 # a model, a method, or (model, method, budget) -> why no experiment runs it
 LEFT_OUT: dict[str | tuple[str, str, str], str] = {
-    "llava_next_13b": "not among the models of this project",
-    "qwen2_vl_7b": "not among the models of this project: Qwen2.5-VL is another architecture",
     "mini_gemini_7b": "not among the models of this project, and not in transformers",
     "hired": "not implemented",
     "mustdrop": "not implemented",
+    "pact": "not implemented",
     "tome": "not implemented",
     "visionzip_dyn": "not implemented",
     "prunesid_dyn": "needs the mean phi of a first pass for every task; "
@@ -211,10 +212,12 @@ def test_the_input_is_that_of_the_papers(experiment):
         "positions": "compact",
         "resize": "pil",
     }
+    qwen = {"prompt": "hub", "dtype": "bfloat16", "positions": "original"}
     expected = {
         "llava": original_llava | {"geometry": "pad"},
         "llava_next": original_llava | {"unpruned_layout": "anyres"},
-        "qwen2_5_vl": {"prompt": "hub", "dtype": "bfloat16", "positions": "original"},
+        "qwen2_vl": qwen,
+        "qwen2_5_vl": qwen,
     }[model.family]
     assert {
         key: stated[key] for key in expected
@@ -316,11 +319,12 @@ def test_a_model_states_every_field_in_order(model):
     assert all(Budget.parse(budget) != Budget() for budget in config.budgets)
 
 
+@pytest.mark.parametrize("model", ["qwen2_vl_7b", "qwen2_5_vl_7b", "qwen2_5_vl_3b"])
 @pytest.mark.parametrize(
     "method", ["promprune", "prunesid", "prunesid_dyn", "visionzip", "cdpruner", "sppruner", "fsr"]
 )
-def test_a_model_decides_the_fields_that_depend_on_it(method):
-    config = composed("model=qwen2_5_vl_7b", f"pruner={method}")
+def test_a_model_decides_the_fields_that_depend_on_it(model, method):
+    config = composed(f"model={model}", f"pruner={method}")
     fields = dict(config.model.pruner_fields[method])
     assert fields
     assert {key: config.pruner[key] for key in fields} == fields
