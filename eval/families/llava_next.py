@@ -21,6 +21,7 @@ from secateur.families.llava import (
     TINY_CLIP,
     TINY_VICUNA,
     VICUNA_7B,
+    VICUNA_13B,
     Llava,
     LlavaAdapter,
     clip_grid,
@@ -116,9 +117,10 @@ class LlavaNext(Llava):
     MODEL_TYPE = "llava_next"
     GEOMETRIES = ("processor",)
     LAYOUTS = LAYOUTS
-    # from config.json of llava-hf/llava-v1.6-vicuna-7b-hf
+    # from config.json of llava-hf/llava-v1.6-vicuna-{7b,13b}-hf
     CONFIGS: ClassVar = {
         "llava_next_7b": lambda: llava_config(LlavaNextConfig, CLIP_L_336, VICUNA_7B, _PINPOINTS),
+        "llava_next_13b": lambda: llava_config(LlavaNextConfig, CLIP_L_336, VICUNA_13B, _PINPOINTS),
     }
     # crops of 4 x 4 tokens; llava_next_fixed has the mosaic of 2 x 2 alone: all images are 1 + 4
     TINY: ClassVar = {
