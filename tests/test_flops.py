@@ -26,6 +26,8 @@ MODELS = {
     "llava_1_5_7b": (CLIP, 576),
     "llava_1_5_13b": (CLIP, 576),
     "llava_next_7b": (CLIP * 5, 2880),
+    "llava_next_13b": (CLIP * 5, 2880),
+    "qwen2_vl_7b": ([(36, 36)], 1296),
     "qwen2_5_vl_7b": ([(36, 36)], 1296),
     "qwen2_5_vl_3b": ([(36, 36)], 1296),
 }
@@ -68,7 +70,7 @@ def test_the_language_model_at_true_geometry(name):
     assert measured(lambda: model.lm_head(states[:, :1])) == head(config)
 
 
-@pytest.mark.parametrize("name", ["llava_1_5_7b", "qwen2_5_vl_7b"])
+@pytest.mark.parametrize("name", ["llava_1_5_7b", "llava_next_13b", "qwen2_vl_7b", "qwen2_5_vl_7b"])
 def test_decoding_at_true_width(name):
     config = reduced(config_of(name), layers=2)
     language, cache, width = (
@@ -93,18 +95,19 @@ def test_decoding_at_true_width(name):
     assert count(config, layer_tokens=[100, 100], text_tokens=62, crops=CLIP).decode == 0
 
 
-@pytest.mark.parametrize("name", ["llava_1_5_7b", "llava_next_7b"])
+@pytest.mark.parametrize("name", ["llava_1_5_7b", "llava_next_7b", "llava_next_13b"])
 def test_a_clip_tower_at_true_geometry(name):
     config, (crops, _) = config_of(name), MODELS[name]
     vision_tower, pixels = shapes(config).model.vision_tower, empty(len(crops), 3, 336, 336)
     assert measured(lambda: vision_tower(pixels)) == tower(config, crops).total
 
 
-def test_qwens_tower_at_true_geometry():
+@pytest.mark.parametrize("name", ["qwen2_vl_7b", "qwen2_5_vl_7b"])
+def test_qwens_tower_at_true_geometry(name):
     config, crops = (
-        config_of("qwen2_5_vl_7b"),
+        config_of(name),
         [(6, 5), (4, 4)],
-    )  # windows of 4 x 4 tokens, smaller at the edges
+    )  # windows of 4 x 4 tokens in Qwen2.5-VL, smaller at the edges
     visual, patches = shapes(config).model.visual, empty(4 * 46, 3 * 2 * 14 * 14)
     grid = torch.tensor([(1, 2 * rows, 2 * columns) for rows, columns in crops])
     # positions are made from the grid, which has to have values
@@ -121,7 +124,7 @@ def test_qwens_tower_at_true_geometry():
 def test_the_projector_at_true_geometry(name):
     config, (crops, visual) = config_of(name), MODELS[name]
     core = shapes(config).model
-    if config.model_type == "qwen2_5_vl":
+    if "qwen" in name:
         seen = measured(lambda: core.visual.merger(empty(4 * visual, 1280)))
     else:
         seen = measured(lambda: core.multi_modal_projector(empty(len(crops), 576, 1024)))
@@ -215,6 +218,40 @@ def test_grouped_queries_cost_less_than_the_literature_writes():
     full = 28 * (4 * 1296 * 3584**2 + 2 * 1296**2 * 3584 + 3 * 1296 * 3584 * 18944)
     counted = conventions(config, layer_tokens, 0, [(36, 36)])["macs_visual"]
     assert full - counted == 28 * 2 * 1296 * 3584 * (3584 - 512)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_pruned_qwen_with_its_hooks(family):
+    config = tiny(family)
+    model, processor = random_model(config, std=0.2), random_processor(config)
+    text = "<|vision_start|><|image_pad|><|vision_end|>what is this?"
+    inputs = processor(text=[text], images=[picture(0).resize((112, 168))], return_tensors="pt")
+    pruner = build("divprune")
+    with inject(model, pruner, 8) as trace:
+        seen = measured(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
+    record = trace.audits[0]
+    row = {
+        "crops": [(6, 4)],
+        "new_tokens": 1,
+        "layer_tokens": record.layer_tokens,
+        "prompt_tokens": record.prompt_tokens,
+    }
+    assert record.layer_tokens == (8,) * 4
+    assert seen == count_row(config, row, pruner).first_token
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pruner_is_counted_at_the_towers_width(name):
+    """FasterVLM costs 2 (N + 1) C a crop: one query over the tower's keys."""
+    config, (crops, visual) = config_of(name), MODELS[name]
+    flops = count(
+        config,
+        layer_tokens=plan(name, visual // 9),
+        text_tokens=62,
+        crops=crops,
+        pruner=build("fastervlm"),
+    )
+    assert flops.pruner == 2 * (visual + len(crops)) * (1280 if "qwen" in name else 1024)
 
 
 def test_a_method_without_a_count_says_so():

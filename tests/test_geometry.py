@@ -12,10 +12,12 @@ SIZES = {
     "llava_1_5_7b": 7_063_427_072,
     "llava_1_5_13b": 13_351_494_656,
     "llava_next_7b": 7_063_431_168,  # and the newline's 4,096
+    "llava_next_13b": 13_351_499_776,
+    "qwen2_vl_7b": 8_291_375_616,
     "qwen2_5_vl_7b": 8_292_166_656,
     "qwen2_5_vl_3b": 3_754_622_976,
 }
-FAMILIES = ["llava", "llava_next", "llava_next_fixed", "qwen2_5_vl"]
+FAMILIES = ["llava", "llava_next", "llava_next_fixed", "qwen2_vl", "qwen2_5_vl"]
 
 
 def small(family: str):
@@ -102,13 +104,8 @@ def test_processor_and_model_fit_through_a_saved_folder(family, tmp_path):
     count = int((inputs["input_ids"] == config.image_token_id).sum())
     # 48 x 64 px: 16 tokens and, without padding, 4 rows of 6 (two crops) or 6 rows of 8 (four
     # crops), each with a newline; Qwen resizes to 56 x 56
-    assert (
-        count
-        == 2
-        * {"llava": 16, "llava_next": 16 + 4 * 7, "llava_next_fixed": 16 + 6 * 9, "qwen2_5_vl": 4}[
-            family
-        ]
-    )
+    tokens = {"llava": 16, "llava_next": 16 + 4 * 7, "llava_next_fixed": 16 + 6 * 9}
+    assert count == 2 * tokens.get(family, 4)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=8, min_new_tokens=8)
     text = processor.tokenizer.decode(
         output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -124,7 +121,7 @@ def test_processor_and_model_fit_through_a_saved_folder(family, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl"])
 def test_a_reduced_model_runs_with_the_tokens_of_the_whole_one(family):
     config = tiny(family)
     less = reduced(config, layers=2, shrink=2)
@@ -149,6 +146,15 @@ def test_a_reduced_checkpoint_keeps_the_width_of_a_head():
         23,
         31,
     ]
+
+
+def test_reducing_qwen2_vl_keeps_the_towers_width_apart_from_the_language_models():
+    config = reduced(config_of("qwen2_vl_7b"), layers=12, shrink=4)
+    text, vision = config.text_config, config.vision_config
+    assert (text.num_attention_heads, text.num_key_value_heads) == (7, 1)
+    assert (vision.embed_dim, vision.num_heads, vision.depth) == (320, 4, 12)
+    assert vision.hidden_size == text.hidden_size == 896
+    assert len(text.layer_types) == 12
 
 
 @pytest.mark.parametrize(
