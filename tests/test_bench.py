@@ -38,7 +38,12 @@ PLAN = Plan(
     timed=4,
     seed=0,
 )
-FAMILIES = {"llava": {}, "llava_next": {"layout": "fixed2880"}, "qwen2_5_vl": {"image_side": 168}}
+FAMILIES = {
+    "llava": {},
+    "llava_next": {"layout": "fixed2880"},
+    "qwen2_vl": {"image_side": 168},
+    "qwen2_5_vl": {"image_side": 168},
+}
 METHODS = [build("divprune"), build("fastv", layer=1)]
 
 

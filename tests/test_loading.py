@@ -13,7 +13,12 @@ from secateur.families import family_of
 from secateur.geometry import random_model, random_processor, tiny
 from secateur.loading import load
 
-SHIPPED = {"llava": "llava_1_5_7b", "llava_next": "llava_next_7b", "qwen2_5_vl": "qwen2_5_vl_7b"}
+SHIPPED = {
+    "llava": "llava_1_5_7b",
+    "llava_next": "llava_next_7b",
+    "qwen2_vl": "qwen2_vl_7b",
+    "qwen2_5_vl": "qwen2_5_vl_7b",
+}
 WITH_TORCHVISION = {"TorchvisionBackend", "BaseImageProcessorFast"}  # today's base class, and 5.0's
 
 
@@ -70,7 +75,7 @@ def test_the_backends_share_every_setting_of_the_folder(folders, family):
             }
         )
     assert settings[0] == settings[1]
-    if family != "qwen2_5_vl":
+    if "qwen" not in family:
         assert settings[0]["size"]["shortest_edge"] == 56
 
 
@@ -96,11 +101,12 @@ def test_the_image_processor_is_of_the_revision_that_was_asked_for(folders, monk
 
 
 @pytest.mark.parametrize("resize", [None, "pil", "torchvision"])
-def test_limits_of_pixels_hold_in_every_backend(folders, resize):
-    _, processor = loaded(folders["qwen2_5_vl"], "qwen2_5_vl", resize)
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_limits_of_pixels_hold_in_every_backend(folders, family, resize):
+    _, processor = loaded(folders[family], family, resize)
     image = picture(0).resize((300, 300))
     before = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"]
     assert before.tolist() == [[1, 22, 22]]
-    family_of("qwen2_5_vl").limit_pixels(processor, 28 * 28, 60 * 60)
+    family_of(family).limit_pixels(processor, 28 * 28, 60 * 60)
     after = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"]
     assert after.tolist() == [[1, 4, 4]]
