@@ -12,6 +12,7 @@ from secateur.pruners.linalg import complement, gather_rows, top_k
 from secateur.pruners.registry import register
 
 # budget at 576 visual tokens -> tokens kept at each stage, before merging
+_LAYERS = 32  # of the model that they are for
 _KEPT = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
 
 
@@ -28,7 +29,7 @@ class SparseVLM(InLLMPruner):
         stages: 0-based layers before which tokens go, ranked by the attention of the layer before
             (released: after 2, 6, 15).
         kept: tokens kept at each stage besides the merged ones; None takes the released lists for
-            192, 128, 96 and 64 of 576 tokens, scaled to other numbers of tokens.
+            192, 128, 96 and 64 of 576 tokens in 32 layers, scaled to other numbers of tokens.
         merge: append cluster means of the best dropped tokens to the kept ones (version 1, released
             default).
         seed: of the noise of at most 1e-6 that separates equal densities.
@@ -66,6 +67,11 @@ class SparseVLM(InLLMPruner):
                 self.fail(
                     f"has no counts for {keep} of {tokens} tokens "
                     f"(released: {known} of 576); set kept="
+                )
+            if layers != _LAYERS:
+                self.fail(
+                    f"has released counts for {_LAYERS} layers only, and this model has {layers}; "
+                    "set kept=, and stages= if others fit it better"
                 )
             kept = tuple(max(1, round(count * tokens / 576)) for count in _KEPT[nominal])
         if self.stages[-1] >= layers:

@@ -111,3 +111,36 @@ def test_methods_in_the_llm_need_ascending_stages() -> None:
         PrunerError, match="'dart': image_pivots=0 and text_pivots=0 leave no pivot"
     ):
         build("dart", image_pivots=0, text_pivots=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "layers", "message"),
+    [
+        ("sparsevlm", {}, 40, "for 32 layers only, and this model has 40"),
+        ("pyramiddrop", {"schedules": "scope"}, 40, r"40 layers.* 32 layers"),
+        ("fastv", {"layer": 32}, 32, "layer=32 is not between the layers 0..31"),
+        ("dart", {"layer": 40}, 28, "layer=40 is not between the layers 0..27"),
+        (
+            "pyramiddrop",
+            {"stages": (8, 16, 36), "ratios": (0.5, 0.25, 0.125)},
+            32,
+            r"\(8, 16, 36\) do not fit into 32 layers",
+        ),
+        (
+            "sparsevlm",
+            {"stages": (3, 7, 30), "kept": (300, 200, 110)},
+            28,
+            r"\(3, 7, 30\) do not fit into 28 layers",
+        ),
+    ],
+)
+def test_a_schedule_for_another_depth_is_refused_with_both_numbers(
+    name: str, fields: dict[str, Any], layers: int, message: str
+) -> None:
+    with pytest.raises(PrunerError, match=message):
+        build(name, **fields).schedule(576, layers, 192)
+
+
+def test_counts_of_ones_own_fit_a_13b_model() -> None:
+    pruner = build("sparsevlm", kept=(300, 200, 110))
+    assert pruner.schedule(576, 40, 192) == build("sparsevlm").schedule(576, 32, 192)
