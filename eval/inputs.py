@@ -36,7 +36,7 @@ class Inputs:
         layout: of LLaVA-NeXT: `anyres`, as Hugging Face packs crops: padding removed, a newline
             after every row of tiles. `crops`: all tokens of the same crops, without newlines.
             `fixed2880`: the same of a base crop and 2 x 2 tiles for every image.
-        image_side: Qwen2.5-VL only: resize every image to this square first.
+        image_side: Qwen only: resize every image to this square first.
         text_scope: which words count as the question, see `secateur.prompts`.
 
     Raises:

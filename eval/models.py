@@ -103,13 +103,14 @@ class PrunedModel(lmms):
         pretrained: hub id, or a folder: absolute, or relative to the working directory or the
             project.
         name: of the config; with random weights it decides the geometry.
-        family: required family of the checkpoint: llava, llava_next or qwen2_5_vl; None: any.
+        family: required family of the checkpoint: llava, llava_next, qwen2_vl or qwen2_5_vl;
+            None: any.
         weights: `pretrained`, or `random` at the geometry of `name`, without a download and with
             a tokenizer of bytes.
         revision, dtype, attn_implementation: as in transformers.
         device: `auto` takes CUDA if there is a GPU, else the CPU.
         resize: backend of the image processor; None: transformers' default.
-        min_pixels, max_pixels: Qwen2.5-VL's limits of an image's size; None: the checkpoint's.
+        min_pixels, max_pixels: Qwen's limits of an image's size; None: the checkpoint's.
         prompt, geometry, layout, image_side, text_scope: see `secateur.inputs.Inputs`.
         unpruned_layout: the layout for pruner `none`; None: the same as for the others.
         max_new_tokens: upper limit of tokens per answer; None: the task's limit, or that of
@@ -213,6 +214,9 @@ class PrunedModel(lmms):
         """Answer all documents with this method from now on; forgets the answers so far.
 
         `positions` is for methods before the language model; those inside it have their own field.
+
+        Raises:
+            ValueError: the model's limits leave every image fewer tokens than the budget.
         """
         layout = self._unpruned_layout if pruner.name == "none" else self._layout
         self.inputs = self._inputs[layout]
@@ -226,6 +230,15 @@ class PrunedModel(lmms):
         }
         self.answers: dict[tuple[str, int], Answer] = {}
         self.shard = (0, 1)  # (index, count): documents with doc_id % count == index
+        if self._least_tokens:
+            self.inputs.family.check_budget(
+                self.inputs.processor, self._least_tokens, self.inputs.image_side
+            )
+
+    @property
+    def _least_tokens(self) -> int:
+        """How many tokens an image must have for the budget; 0: any number will do."""
+        return 0 if self.method.name == "none" else self._method["budget"].tokens or 0
 
     def _relevance(self, pruner: Pruner | InLLMPruner) -> ClipRelevance | None:
         if self._clip_name is None or not pruner.needs & {"clip_patches", "clip_text"}:
@@ -300,6 +313,8 @@ class PrunedModel(lmms):
 
         try:
             inputs = BatchFeature(self._prepared.fetch(key, prepare))
+            if self._least_tokens:
+                self.inputs.family.check_images(self.inputs.processor, self._least_tokens, inputs)
         except Exception as error:
             raise DocumentError([_name(task, doc_id)], error) from error
         new_tokens = options.get("max_new_tokens", self.inputs.family.NEW_TOKENS)

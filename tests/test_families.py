@@ -23,7 +23,13 @@ from secateur.shapes.datasets import build as build_shapes
 from secateur.tasks import TASKS
 from secateur.tasks.load import load_tasks, task_manager
 
-FAMILIES = {"llava": {}, "llava_next": {"layout": "fixed2880"}, "qwen2_5_vl": {}}
+FAMILIES = {
+    "llava": {},
+    "llava_next": {"layout": "fixed2880"},
+    "qwen2_vl": {},
+    "qwen2_5_vl": {},
+}
+QWEN = ["qwen2_vl", "qwen2_5_vl"]
 # fields that a tiny model needs, and those that a family without CLS and CLIP needs
 OPTIONS = {
     "cdpruner": {"relevance_space": "llm_embed"},
@@ -39,7 +45,7 @@ WITHOUT_CLS = {
     "prunesid_dyn": {"variant": "qwen"},
     "visionzip": {"keep_cls": False},
 }
-# what Qwen2.5-VL cannot have: scores of a CLS row, blocks of 2 x 2 in a grid of 3 x 3
+# what Qwen2-VL and Qwen2.5-VL cannot have: scores of a CLS row, blocks of 2 x 2 in a grid of 3 x 3
 REFUSED = {
     "prumerge": "do not provide",
     "prumerge_plus": "do not provide",
@@ -98,11 +104,11 @@ def requests(model, tasks):
 @pytest.mark.parametrize("method", sorted(REGISTRY))
 def test_every_method_answers_every_task(model, requests, method):
     options = OPTIONS.get(method, {}) | (
-        WITHOUT_CLS.get(method, {}) if model.family == "qwen2_5_vl" else {}
+        WITHOUT_CLS.get(method, {}) if model.family in QWEN else {}
     )
     budget = Budget.parse("25%" if method == "pooling" else "50%")
     model.use(build(method, **options), budget, None)
-    if model.family == "qwen2_5_vl" and method in REFUSED:
+    if model.family in QWEN and method in REFUSED:
         with pytest.raises((DocumentError, ValueError), match=REFUSED[method]):
             model.generate_until(requests)
         return
@@ -130,9 +136,15 @@ def test_an_unknown_layout_and_fields_of_other_families_are_refused(folders):
         ("llava", {"unpruned_layout": "anyres"}, "model.layout='anyres' is not one of null"),
         ("llava_next", {"geometry": "pad"}, "model.geometry='pad' is not one of processor"),
         ("llava", {"image_side": 112}, "model.image_side=112"),
-        ("llava", {"max_pixels": 10_000}, "are for Qwen2.5-VL"),
+        ("llava", {"max_pixels": 10_000}, "are for Qwen2-VL and Qwen2.5-VL, not for the family"),
         ("qwen2_5_vl", {"prompt": "vicuna_v1"}, "model.prompt='vicuna_v1' is not one of hub"),
         ("qwen2_5_vl", {"family": "llava"}, "model.family=llava but"),
+        (
+            "qwen2_vl",
+            {"family": "qwen2_5_vl"},
+            "model.family=qwen2_5_vl but .* type 'qwen2_vl'",
+        ),
+        ("qwen2_vl", {"geometry": "pad"}, "model.geometry='pad' is not one of processor"),
         ("llava", {"resize": "cv2"}, "model.resize='cv2' is not one of pil, torchvision"),
         (
             "llava",
@@ -176,6 +188,66 @@ def test_the_unpruned_model_has_its_own_layout(folders, tasks):
         assert unpruned == pruned + images * 2 * grid
 
 
+@pytest.mark.parametrize("family", QWEN)
+class TestLimits:
+    """Limits of pixels that leave an image fewer tokens than the budget are refused."""
+
+    def made(self, folders, family, **fields):
+        return PrunedModel(str(folders[family]), dtype="float32", device="cpu", **fields)
+
+    @pytest.mark.parametrize("method", ["scope", "fastv"])
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            (
+                {"max_pixels": 16 * 28 * 28},
+                r"budget=17: model\.max_pixels=12544 leaves an image at most 16 visual tokens; .* "
+                "at least 13328",
+            ),
+            ({"image_side": 112}, r"budget=17: model\.image_side=112 leaves every image 16 visual"),
+            (
+                {"image_side": 500, "min_pixels": 28 * 28, "max_pixels": 20 * 28 * 28},
+                r"budget=17: model\.image_side=500 leaves every image 16 visual",
+            ),
+        ],
+    )
+    def test_before_the_first_document_where_no_image_has_enough(
+        self, folders, family, fields, message, method
+    ):
+        model, pruner = self.made(folders, family, **fields), build(method)
+        for fits in (Budget(tokens=16), Budget(retention=0.5), Budget()):
+            model.use(pruner, fits, None)
+        model.use(build("none"), Budget(tokens=17), None)
+        with pytest.raises(ValueError, match=message):
+            model.use(pruner, Budget(tokens=17), None)
+
+    def test_at_the_first_image_that_is_too_small(self, folders, family):
+        model = self.made(folders, family)
+        content = [
+            {"type": "image", "url": picture(0)},
+            {"type": "image", "url": Image.new("RGB", (30, 30), "red")},
+            {"type": "text", "text": "Why?"},
+        ]
+        model.task_dict["toy"] = {"test": [[{"role": "user", "content": content}]]}
+        request = SimpleNamespace(args=("", lambda doc: doc, {}, 0, "toy", "test"))
+        model.use(build("scope"), Budget(tokens=5), None)
+        message = (
+            r"^toy/0: ValueError: budget=5: an image has only 4 visual tokens with "
+            r"model\.min_pixels=3136; lower the budget to at most 4, or set "
+            r"model\.min_pixels to 3920$"
+        )
+        with pytest.raises(DocumentError, match=message):
+            model.generate_until([request])
+        model.use(build("scope"), Budget(tokens=4), None)
+        model.generate_until([request])
+
+    def test_limits_that_contradict_each_other(self, folders, family):
+        with pytest.raises(ValueError, match=r"min_pixels=9000 is above model\.max_pixels=8000"):
+            self.made(folders, family, min_pixels=9000, max_pixels=8000)
+        with pytest.raises(ValueError, match=r"min_pixels=3136 is above model\.max_pixels=784"):
+            self.made(folders, family, max_pixels=784)
+
+
 class TestInputs:
     """The fields of the input change what the model sees, as the original codes did it."""
 
@@ -215,21 +287,24 @@ class TestInputs:
         assert tensors[0].shape == tensors[1].shape
         assert 0 < (tensors[0] - tensors[1]).abs().max() < 0.5
 
-    def test_qwen_images_get_a_fixed_side(self, folders):
-        inputs = self.made(folders, "qwen2_5_vl", image_side=112)
+    @pytest.mark.parametrize("family", QWEN)
+    def test_qwen_images_get_a_fixed_side(self, folders, family):
+        inputs = self.made(folders, family, image_side=112)
         for image in (picture(0), picture(1).resize((90, 31))):
             assert inputs(inputs.prompt(self.chat(image)))["image_grid_thw"].tolist() == [[1, 8, 8]]
 
-    def test_qwen_images_keep_to_the_limits_of_pixels(self, folders):
-        inputs = self.made(folders, "qwen2_5_vl", max_pixels=56 * 56, min_pixels=28 * 28)
+    @pytest.mark.parametrize("family", QWEN)
+    def test_qwen_images_keep_to_the_limits_of_pixels(self, folders, family):
+        inputs = self.made(folders, family, max_pixels=56 * 56, min_pixels=28 * 28)
         batch = inputs(inputs.prompt(self.chat(picture(0).resize((300, 300)))))
         assert int(batch["image_grid_thw"].prod()) * 14 * 14 <= 56 * 56
 
     @pytest.mark.parametrize(
         ("size", "grid"), [((202, 100), (12, 23)), ((100, 202), (23, 12)), ((1000, 1000), (36, 36))]
     )
-    def test_qwen_images_are_resized_once_by_the_limits(self, folders, size, grid):
-        inputs = self.made(folders, "qwen2_5_vl", min_pixels=200704, max_pixels=1605632)
+    @pytest.mark.parametrize("family", QWEN)
+    def test_qwen_images_are_resized_once_by_the_limits(self, folders, family, size, grid):
+        inputs = self.made(folders, family, min_pixels=200704, max_pixels=1605632)
         batch = inputs(inputs.prompt(self.chat(Image.new("RGB", size, "red"))))
         assert tuple((batch["image_grid_thw"][0, 1:] // 2).tolist()) == grid
 
@@ -257,7 +332,7 @@ class TestInputs:
     def test_tiny_and_narrow_images_are_answered_or_named(self, folders, family, size):
         model = PrunedModel(str(folders[family]), dtype="float32", device="cpu", **FAMILIES[family])
         prompt = self.chat(Image.new("RGB", size, "red"))
-        if family == "qwen2_5_vl" and max(size) / min(size) > 200:  # what its own processor refuses
+        if family in QWEN and max(size) / min(size) > 200:  # what its own processor refuses
             model.task_dict["toy"] = {"test": [prompt.model_dump()["messages"]]}
             request = SimpleNamespace(args=("", lambda doc: doc, {}, 0, "toy", "test"))
             with pytest.raises(DocumentError, match=r"^toy/0: ValueError: .*aspect ratio"):

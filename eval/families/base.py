@@ -253,6 +253,23 @@ class Family:
                 f"the family {self.MODEL_TYPE!r}"
             )
 
+    def check_budget(self, processor: Any, budget: int, image_side: int | None) -> None:
+        """Check that images can have `budget` tokens.
+
+        Args:
+            image_side: as in `chat`.
+
+        Raises:
+            ValueError: the largest size of an image has fewer tokens.
+        """
+
+    def check_images(self, processor: Any, budget: int, inputs: BatchFeature) -> None:
+        """Check that the images of a prompt have `budget` tokens each, where their sizes differ.
+
+        Raises:
+            ValueError: an image has fewer.
+        """
+
     def chat(
         self,
         processor: Any,

@@ -343,13 +343,51 @@ class Qwen25VL(Family):
             return
         images = processor.image_processor
         size = images.size
-        images.size = {
-            "shortest_edge": size["shortest_edge"] if least is None else least,
-            "longest_edge": size["longest_edge"] if most is None else most,
-        }
+        least = size["shortest_edge"] if least is None else least
+        most = size["longest_edge"] if most is None else most
+        if least > most:
+            raise ValueError(
+                f"model.min_pixels={least} is above model.max_pixels={most} (null: the "
+                "checkpoint's): raise the one or lower the other"
+            )
+        images.size = {"shortest_edge": least, "longest_edge": most}
         # the PIL class of early releases of transformers 5 reads these instead
         if getattr(images, "min_pixels", None) is not None:
             images.min_pixels, images.max_pixels = images.size.values()
+
+    def check_budget(self, processor: Any, budget: int, image_side: int | None) -> None:
+        images = processor.image_processor
+        side, size = images.patch_size * images.merge_size, images.size
+        least, most = size["shortest_edge"], size["longest_edge"]
+        if most // side**2 < budget:
+            raise ValueError(
+                f"budget={budget}: model.max_pixels={most} leaves an image at most "
+                f"{most // side**2} visual tokens; lower the budget, or set model.max_pixels to at "
+                f"least {budget * side**2}"
+            )
+        if image_side:
+            from qwen_vl_utils.vision_process import smart_resize  # of secateur[eval]
+
+            height, width = smart_resize(image_side, image_side, side, least, most)
+            count = height * width // side**2
+            if count < budget:
+                raise ValueError(
+                    f"budget={budget}: model.image_side={image_side} leaves every image {count} "
+                    "visual tokens; lower the budget, or raise model.image_side"
+                )
+
+    def check_images(self, processor: Any, budget: int, inputs: BatchFeature) -> None:
+        if "image_grid_thw" not in inputs:  # text alone
+            return
+        images = processor.image_processor
+        fewest = int(inputs["image_grid_thw"].prod(1).min()) // images.merge_size**2
+        if fewest < budget:
+            enough = budget * (images.patch_size * images.merge_size) ** 2
+            raise ValueError(
+                f"budget={budget}: an image has only {fewest} visual tokens with "
+                f"model.min_pixels={images.size['shortest_edge']}; lower the budget to at most "
+                f"{fewest}, or set model.min_pixels to {enough}"
+            )
 
     def chat(
         self,
