@@ -343,6 +343,41 @@ def test_settings_of_other_families_are_errors(qwen_eager):
             pass
 
 
+def test_a_batch_with_a_row_of_text_alone(qwen_model, qwen_processor):
+    with inject(qwen_model, build("scope"), "25%") as trace:
+        batch = encode(qwen_processor, [[SIZES[0]], []])
+        together = qwen_model.generate(**batch, **STEPS)
+        assert [audit.visual_tokens for audit in trace.audits] == [(35,), ()]
+        for row, sizes in enumerate([[SIZES[0]], []]):
+            one = qwen_model.generate(**encode(qwen_processor, [sizes], first=row), **STEPS)
+            assert (logits(one)[0] - logits(together)[row]).abs().max() < 1e-4
+
+
+class TestCalls:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"use_cache": False}, "use_cache=False"),
+            ({"cache_implementation": "static"}, "cache_implementation='static'"),
+            ({"prefill_chunk_size": 16}, "prefill_chunk_size"),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["uniform", "fastv"])
+    def test_what_llava_refuses_is_refused(
+        self, qwen_model, qwen_processor, name, options, message
+    ):
+        pruner = build("fastv", layer=1) if name == "fastv" else build(name)
+        inputs = encode(qwen_processor, CASES["one"])
+        with inject(qwen_model, pruner, "50%"):
+            with pytest.raises(ValueError, match=message):
+                qwen_model.generate(**inputs, **STEPS | options)
+            first = qwen_model.generate(**inputs, **STEPS)
+            ids = torch.cat([first.sequences, torch.tensor([[20, 21]])], 1)
+            second = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with pytest.raises(ValueError, match="A second turn cannot go on"):
+                qwen_model.generate(**second, **STEPS, past_key_values=first.past_key_values)
+
+
 METHODS = [build("none"), build("scope"), build("fastv", layer=1)]
 
 

@@ -63,13 +63,15 @@ class Qwen2VL(Qwen25VL):
 
 
 def _config(
-    vision: tuple[int, ...], text: tuple[int, ...], mrope_section: list[int], **special: int
+    vision: tuple[int, ...],
+    text: tuple[int, ...],
+    mrope_section: list[int],
+    first_special: int = 151643,
 ) -> PreTrainedConfig:
-    """A config of Qwen2-VL.
+    """A config of Qwen2-VL; the arguments that are not named here are those of `mrope_config`.
 
     Args:
         vision: width, width of the MLP in units of it, layers, heads.
-        text, mrope_section, special: as in `mrope_config`.
     """
     width, ratio, depth, heads = vision
     tower = {
@@ -79,7 +81,9 @@ def _config(
         "num_heads": heads,
         "hidden_size": text[0],  # after the merger
     }
-    return mrope_config(Qwen2VLConfig, tower, text, mrope_section, 32768, **special)
+    return mrope_config(
+        Qwen2VLConfig, tower, text, mrope_section, 32768, first_special=first_special
+    )
 
 
 FAMILY = Qwen2VL()
