@@ -29,6 +29,7 @@ from secateur.pruners import build
 SIDES = {  # image_side of secateur.inputs
     "llava_1_5_7b": None,
     "llava_1_5_13b": None,
+    "qwen2_vl_7b": 1008,
     "qwen2_5_vl_7b": 1008,
     "qwen2_5_vl_3b": 1008,
 }

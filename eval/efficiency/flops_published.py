@@ -14,11 +14,13 @@ from secateur.geometry import config_of
 from secateur.paths import SHAPES_MODEL
 from secateur.pruners import REGISTRY, InLLMPruner, PrunerError, build
 
-# crops of one image; an image of Qwen2.5-VL has 1008 x 1008 pixels, as in PromPrune
+# crops of one image; an image of Qwen2-VL and Qwen2.5-VL has 1008 x 1008 pixels, as in PromPrune
 CROPS: dict[str, Crops] = {
     "llava_1_5_7b": [(24, 24)],
     "llava_1_5_13b": [(24, 24)],
     "llava_next_7b": [(24, 24)] * 5,
+    "llava_next_13b": [(24, 24)] * 5,
+    "qwen2_vl_7b": [(36, 36)],
     "qwen2_5_vl_7b": [(36, 36)],
     "qwen2_5_vl_3b": [(36, 36)],
     "shapes_llava": [(12, 12)],
