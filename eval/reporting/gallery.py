@@ -176,7 +176,7 @@ def as_seen(
     """The image as the model's encoder sees it, and the grid of its tokens.
 
     None: the tokens form no single grid. So it is with several images, with LLaVA-NeXT's crops, and
-    with Qwen2.5-VL unless `image_side` is set.
+    with Qwen unless `image_side` is set.
     """
     side = math.isqrt(row["visual_tokens"])
     if len(images) != 1 or side**2 != row["visual_tokens"]:
