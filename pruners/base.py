@@ -34,6 +34,7 @@ class VisualTokens:
     cls_token: Tensor | None = None  # [B, C] hidden state of CLS, same layer as encoder_features
     # [B, H, N] softmax attention CLS -> patch per head; CLS column dropped, not renormalised
     saliency: Tensor | None = None
+    first_saliency: Tensor | None = None  # [B, H, N] the same in the encoder's first block
     # [B, N] attention received in a middle block, mean over heads and all queries
     object_attention: Tensor | None = None
     output_attention: Tensor | None = None  # [B, N] the same in the block of encoder_features
@@ -341,6 +342,7 @@ _AXES = {
     "encoder_features": ("B", "N", "C"),
     "cls_token": ("B", "C"),
     "saliency": ("B", "H", "N"),
+    "first_saliency": ("B", "H", "N"),
     "object_attention": ("B", "N"),
     "output_attention": ("B", "N"),
     "encoder_keys": ("B", "N or 1+N", "E"),

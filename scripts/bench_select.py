@@ -103,6 +103,7 @@ def visual_tokens(
         "encoder_features": lambda: clusters(count),
         "cls_token": lambda: draw(rows, shape.width),
         "saliency": lambda: attention(rows, HEADS, count + 1)[..., 1:],
+        "first_saliency": lambda: attention(rows, HEADS, count + 1)[..., 1:],
         "object_attention": lambda: attention(rows, count),
         "output_attention": lambda: attention(rows, count),
         "encoder_keys": lambda: clusters(1 + count),

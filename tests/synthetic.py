@@ -56,6 +56,7 @@ def visual_tokens(
         clip_patches=tokens(count, width),
         clip_text=draw(batch, min(text, 2), width),
         relevance=draw(batch, count),
+        first_saliency=draw(batch, heads, 1 + count).softmax(2)[..., 1:],
         sample_ids=tuple(f"document|{row}" for row in range(batch)),
     )
 

@@ -235,6 +235,7 @@ def test_captures_equal_those_of_an_eager_tower(processor):
             {
                 "features",
                 "saliency",
+                "first_saliency",
                 "encoder_features",
                 "cls_token",
                 "encoder_keys",
@@ -255,6 +256,7 @@ def test_captures_equal_those_of_an_eager_tower(processor):
             inputs["pixel_values"], output_attentions=True, output_hidden_states=True
         )
     assert (seen["saliency"] - tower.attentions[-2][:, :, 0, 1:]).abs().max() < 1e-6
+    assert (seen["first_saliency"] - tower.attentions[0][:, :, 0, 1:]).abs().max() < 1e-6
     for name, layer in (("object_attention", 1), ("output_attention", -2)):
         assert (seen[name] - tower.attentions[layer].mean((1, 2))[:, 1:]).abs().max() < 1e-6
     assert torch.allclose(seen["encoder_features"], tower.hidden_states[-2][:, 1:], atol=1e-5)

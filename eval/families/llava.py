@@ -40,12 +40,13 @@ class LlavaAdapter(Adapter):
 
     # One row per crop. encoder_features [R, N, C] and features [R, N, D] enter and leave the
     # projector; hidden, queries and keys [R, 1+N, C] are of the block whose output is
-    # encoder_features, object_* of a middle block, last_* of the last block.
+    # encoder_features, first_* of the first block, object_* of a middle one, last_* of the last.
     SOURCES: ClassVar[dict[str, tuple[str, ...]]] = {
         "features": ("features",),
         "encoder_features": ("encoder_features",),
         "cls_token": ("hidden",),
         "saliency": ("queries", "keys"),
+        "first_saliency": ("first_queries", "first_keys"),
         "object_attention": ("object_queries", "object_keys"),
         "output_attention": ("queries", "keys"),
         "encoder_keys": ("keys",),
@@ -75,6 +76,7 @@ class LlavaAdapter(Adapter):
         require(blocks[0], "self_attn.q_proj", "self_attn.k_proj", "self_attn.num_heads")
         # hidden_states has one entry more than there are blocks: entry k leaves block k - 1
         self.block: Any = blocks[layer if layer < 0 else layer - 1]
+        self.first_block: Any = blocks[0]
         self.last_block: Any = blocks[-1]
         # HiPrune's object layer: the 9th of CLIP-L's 24, in other towers at the same relative depth
         self.object_block: Any = blocks[max(round(len(blocks) * 9 / 24), 1) - 1]
@@ -103,6 +105,8 @@ class LlavaAdapter(Adapter):
             "hidden": self.block,
             "queries": self.block.self_attn.q_proj,
             "keys": self.block.self_attn.k_proj,
+            "first_queries": self.first_block.self_attn.q_proj,
+            "first_keys": self.first_block.self_attn.k_proj,
             "object_queries": self.object_block.self_attn.q_proj,
             "object_keys": self.object_block.self_attn.k_proj,
             "last_queries": self.last_block.self_attn.q_proj,
@@ -131,7 +135,8 @@ class LlavaAdapter(Adapter):
         """The tensors in `needs`, as `VisualTokens` defines them, one row per crop."""
         made = {
             "cls_token": lambda: raw["hidden"][:, 0],
-            "saliency": lambda: self._attention(raw["queries"][:, :1], raw["keys"])[:, :, 0, 1:],
+            "saliency": lambda: self._from_cls(raw["queries"], raw["keys"]),
+            "first_saliency": lambda: self._from_cls(raw["first_queries"], raw["first_keys"]),
             "object_attention": lambda: self._received(raw["object_queries"], raw["object_keys"]),
             "output_attention": lambda: self._received(raw["queries"], raw["keys"]),
             "encoder_keys": lambda: raw["keys"],
@@ -152,6 +157,10 @@ class LlavaAdapter(Adapter):
         query = queries.unflatten(-1, (heads, -1)).transpose(1, 2).float()
         key = keys.unflatten(-1, (heads, -1)).transpose(1, 2).float()
         return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+
+    def _from_cls(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """[I, H, N] attention that CLS gives to each patch."""
+        return self._attention(queries[:, :1], keys)[:, :, 0, 1:]
 
     def _received(self, queries: Tensor, keys: Tensor) -> Tensor:
         """[I, N] attention that each patch gets, mean over heads and all queries, CLS included."""
