@@ -8,6 +8,7 @@ from secateur.pruners import (
     fastv,
     fsr,
     hiprune,
+    hired,
     none,
     pooling,
     promprune,
