@@ -9,6 +9,7 @@ from secateur.pruners import (
     fsr,
     hiprune,
     hired,
+    holov,
     none,
     pooling,
     promprune,
