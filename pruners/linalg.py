@@ -77,6 +77,24 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     )
 
 
+def outlier_share(values: Tensor, image_of_row: tuple[int, ...] | None) -> Tensor:
+    """[B] share, in float64, of values [B, N] far above the others, over all crops of an image.
+
+    These exceed the upper quartile by more than 1.5 interquartile ranges.
+
+    Args:
+        image_of_row: the image of each row; None: every row is its own.
+    """
+    images = image_of_row or tuple(range(len(values)))
+    share = torch.empty(len(values), dtype=torch.float64, device=values.device)
+    for image in sorted(set(images)):
+        rows = [row for row, owner in enumerate(images) if owner == image]
+        mine = values[rows].flatten()
+        low, high = mine.quantile(0.25), mine.quantile(0.75)
+        share[rows] = (mine > high + 1.5 * (high - low)).sum().double() / mine.numel()
+    return share
+
+
 def evenly_spaced(count: int, k: int) -> Tensor:
     """k of 0..count-1, at the centres of equal intervals."""
     return (2 * torch.arange(k) + 1) * count // (2 * k)
