@@ -276,7 +276,9 @@ REMAINDERS = {
     "fastervlm": -CAPTURE,
     "fastv": -2 * (N + T) * D,  # the hooks compute the scores
     "fsr": CLIP_COSINE - CAPTURE,
+    "hired": -2 * CAPTURE,
     "hiprune": -2 * 2 * (N + 1) ** 2 * C,  # the hooks compute both attention maps
+    "holov": -CAPTURE,
     # with fewer channels than tokens, the entropy has a D x D Gram matrix of its own
     "promprune": 2 * D * D * N + CHOLESKY - CAPTURE,
     "prumerge": 2 * (K - 1) * N * C,  # merging
@@ -290,6 +292,7 @@ REMAINDERS = {
     # the hooks compute raters and scores; torch's counter skips the distances of the best 11
     "sparsevlm": -2 * N * (N + T) * D - 2 * T * (N + T) * D - 2 * 11 * 11 * D,
     "sppruner": CLIP_COSINE + 2 * K * 6 * D - CAPTURE,  # 6 tokens are merged
+    "trim": CLIP_COSINE,  # as products
     "visionzip": 2 * 2 * 37 * C // 2 - CAPTURE,  # similarity of 2 targets and 37 others
     "vispruner": -CAPTURE,
     "zspaprune": 2 * N * D,  # relevance

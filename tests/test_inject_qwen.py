@@ -277,6 +277,7 @@ RUNS = {
     "fastervlm": {},
     "fsr": {"relevance_space": "none"},
     "hiprune": {},
+    "holov": {},
     "none": {},
     "pooling": {},
     "promprune": {"mu": 0.5744},
@@ -297,6 +298,8 @@ REFUSED = {
     "prunesid": ({}, "{} models do not provide cls_token: .*variant=qwen"),
     "visionzip": ({}, "{} models do not provide cls_token: .*keep_cls=false"),
     "cdpruner": ({}, "CLIP"),
+    "hired": ({}, "Qwen2.5-VL models do not provide first_saliency: .* no CLS"),
+    "trim": ({}, "CLIP"),
 }
 
 

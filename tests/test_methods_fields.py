@@ -18,6 +18,8 @@ from secateur.pruners import REGISTRY, Pruner, PrunerError, build
         ("zspaprune", "core_ratio", -3, "greater than or equal to 0"),
         ("vispruner", "important_ratio", 1.01, "less than or equal to 1"),
         ("hiprune", "alpha", -0.1, "greater than or equal to 0"),
+        ("hired", "alpha", 1.01, "less than or equal to 1"),
+        ("holov", "bands", 0, "greater than or equal to 1"),
         ("fsr", "kappa", -1, "greater than or equal to 0"),
         ("fsr", "kappa", float("inf"), "a finite number"),
         ("prumerge", "neighbours", -5, "greater than or equal to 0"),

@@ -31,9 +31,11 @@ INSIDE_NAMES = sorted(name for name in REGISTRY if in_llm(name))
 EQUIVARIANT = {
     "cdpruner",
     "fastervlm",
+    "hired",
     "none",
     "prumerge",
     "scope",
+    "trim",
     "trimtokenator",
     "vispruner",
     "zspaprune",

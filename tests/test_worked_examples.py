@@ -94,6 +94,112 @@ def test_hiprune() -> None:
     ]
 
 
+def test_hired_shares_its_budget_by_the_whole_images_attention() -> None:
+    # 5 crops of 2 x 2 tokens, 2 of each on average: 10. The whole image gets half, at most its 4.
+    # 6 remain for the tiles.
+    first = torch.tensor([0.5, 0.1, 0.3, 0.1])
+    tokens = VisualTokens(
+        torch.zeros(5, 4, 1),
+        grid=(2, 2),
+        saliency=torch.tensor([0.1, 0.4, 0.2, 0.3]).expand(5, 2, 4),
+        first_saliency=first.expand(5, 2, 4),
+        image_of_row=(0,) * 5,
+    )
+    # its two most attended tokens lie in tiles 0 and 2: 3 each; a tile keeps at least one
+    selection = build("hired").prune(tokens, 2)
+    assert selection.counts.tolist() == [4, 3, 1, 3, 1]
+    assert selection.indices[1].tolist() == [1, 2, 3, 0]  # the last place is padding
+    # the sums of attention: 6 * 0.5, 6 * 0.1, 6 * 0.3, 6 * 0.1, rounded down
+    by_sum = build("hired", content="attention").prune(tokens, 2)
+    assert by_sum.counts.tolist() == [4, 3, 1, 1, 1]
+
+
+def test_hired_regions() -> None:
+    strips, tiles = build("hired"), build("hired", regions="tiles")
+    assert strips.region(16, 4, (4, 4)).tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert tiles.region(16, 4, (4, 4)).tolist() == [0, 0, 1, 1] * 2 + [2, 2, 3, 3] * 2
+    assert strips.region(8, 3, (2, 4)).tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_holov() -> None:
+    # two bands of two tokens. Within the first, cosines are 1: each token has the cosines 0
+    # (itself) and 1, of mean 1 and variance 1. Within the second, all are 0.
+    x = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]])[None]
+    tokens = VisualTokens(x, saliency=torch.tensor([[[0.3, 0.1, 0.5, 0.1]]]))
+    # thousandfold attention of mean 200 and 300; the first band gains 0.09 * 200:
+    # 3 * 218 / 518 = 1.3, 3 * 300 / 518 = 1.7; the third token goes to the larger
+    assert build("holov", bands=2).prune(tokens, 3).indices.tolist() == [[0, 2, 3]]
+    # with weight 1 they are 400 and 300
+    heavy = build("holov", bands=2, variance_weight=1).prune(tokens, 3)
+    assert heavy.indices.tolist() == [[0, 1, 2]]
+
+
+def test_holov_of_a_band_that_is_full() -> None:
+    x = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]])[None]
+    tokens = VisualTokens(x, saliency=torch.tensor([[[0.05, 0.9, 0.01, 0.02]]]))
+    # 3 * 0.97 = 2.9: two and the rest, which has no room there
+    assert build("holov", bands=2).prune(tokens, 3).indices.tolist() == [[0, 1, 3]]
+
+
+def test_holov_ranks() -> None:
+    x = torch.tensor([[1.0, 0], [1, 0], [0, 1]])[None]
+    tokens = VisualTokens(x, saliency=torch.tensor([[[0.3, 0.2, 0.4]]]))
+    # variances 0.375, 0.375, 0, of mean 0.25; scaled to the mean attention 0.3: 0.45, 0.45, 0
+    by_score = build("holov", bands=1, rank="score", variance_weight=1)
+    assert by_score.prune(tokens, 1).indices.tolist() == [[0]]  # 0.75, 0.65, 0.4
+    assert build("holov", bands=1).prune(tokens, 2).indices.tolist() == [[2, 0]]
+    spatial = build("holov", bands=1, order="spatial")
+    assert spatial.prune(tokens, 2).indices.tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize(("budget", "bands"), [(192, 5), (128, 8), (64, 16)])
+def test_holov_bands_of_the_tables(budget: int, bands: int) -> None:
+    assert build("holov").number(576, budget) == bands
+
+
+def test_trim() -> None:
+    patches = torch.tensor([[1, 0], [0.8, 0.6], [0, 1], [-0.6, 0.8], [0, -1], [0.6, 0.8]])
+    tokens = VisualTokens(
+        V[None],
+        encoder_features=V[None],
+        clip_patches=patches[None],
+        clip_text=torch.tensor([[[0.0, 1]]]),
+    )
+    # products 0, 0.6, 1, 0.8, -1, 0.8: the smallest are nearest
+    selection = build("trim").prune(tokens, 3)
+    assert selection.indices.tolist() == [[0, 4, EXTRA]]
+    assert close(selection.features[0, 2], [0.375, 0.65, 0.05])  # of tokens 1, 2, 3 and 5
+    assert build("trim", aggregate=False).prune(tokens, 2).indices.tolist() == [[0, 4]]
+
+
+def test_trim_by_product_or_cosine() -> None:
+    tokens = VisualTokens(
+        V[None, :3],
+        encoder_features=V[None, :3],
+        clip_patches=torch.tensor([[[0.0, -1], [4, -3], [1, 1]]]),  # cosines -1, -0.6, 0.7
+        clip_text=torch.tensor([[[0.0, 2]]]),  # products -2, -6, 2
+    )
+    assert build("trim", aggregate=False).prune(tokens, 1).indices.tolist() == [[1]]
+    by_cosine = build("trim", aggregate=False, similarity="cosine")
+    assert by_cosine.prune(tokens, 1).indices.tolist() == [[0]]
+
+
+def test_trim_by_outliers() -> None:
+    # the softmax is 0.74 for one token and 0.04 for seven: both quartiles and the fence are 0.04
+    patches = torch.zeros(1, 8, 2)
+    patches[0, 5, 1] = -3
+    tokens = VisualTokens(
+        patches,
+        encoder_features=torch.arange(8.0).view(1, 8, 1),
+        clip_patches=patches,
+        clip_text=torch.tensor([[[0.0, 1]]]),
+    )
+    selection = build("trim", adaptive=True).prune(tokens, 7)
+    assert selection.counts.tolist() == [2]
+    assert selection.indices.tolist() == [[5, EXTRA]]
+    assert close(selection.features[0, :, 0], [5, 23 / 7])
+
+
 def test_pooling() -> None:
     tokens = VisualTokens(torch.arange(16.0).view(1, 16, 1), grid=(2, 8))
     selection = build("pooling").prune(tokens, 4)

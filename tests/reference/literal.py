@@ -353,6 +353,103 @@ def _prumerge(t: Image, centres: list[int]) -> list[int]:
     return [*centres, EXTRA]
 
 
+def hired(t: Image, keep: int) -> list[int]:
+    return sorted(ranked(t.saliency[0].sum(0), keep))
+
+
+def hired_crops(
+    t: Image, keep: int, content: str = "count", regions: str = "strips"
+) -> list[list[int]]:
+    """HiRED on the crops of one image, the rows of `t`: what each of them keeps."""
+    tiles, count = t.shape[0] - 1, t.shape[1]
+    budget = keep * (tiles + 1)
+    whole = min(int(0.5 * budget), count)
+    others = min(budget - whole, tiles * count)
+    first, columns = t.first_saliency[0].sum(0), t.grid[1]
+    marked = ranked(first, int(count * 0.5))
+    score = torch.zeros(tiles)
+    for i in range(count):
+        if regions == "strips":
+            region = i * tiles // count
+        else:
+            below, right = i // columns >= t.grid[0] / 2, i % columns >= columns / 2
+            region = 2 * below + right
+        if content == "attention":
+            score[region] += first[i]
+        elif i in marked:
+            score[region] += 1
+    counts = [whole, *(min(int(share * others), count) for share in score / score.sum())]
+    return [
+        sorted(ranked(saliency.sum(0), max(number, 1)))
+        for saliency, number in zip(t.saliency, counts, strict=True)
+    ]
+
+
+def holov(
+    t: Image,
+    keep: int,
+    bands: int | None = None,
+    weight: float = 0.09,
+    sharpness: float = 1.0,
+    rank: str = "attention",
+) -> list[int]:
+    x, attention = t.features[0], t.saliency[0].mean(0)
+    count = len(x)
+    parts = max(1, int(1024 / 576 * count / keep)) if bands is None else bands
+    groups: list[list[int]] = []
+    for part in range(parts):
+        start = sum(map(len, groups))
+        size = count // parts + (part < count % parts)
+        if size:
+            groups.append(list(range(start, start + size)))
+    scores, worth = torch.zeros(count), []
+    for group in groups:
+        if len(group) == 1:
+            scores[group] = attention[group]
+        else:
+            z = x[group] / (x[group].norm(dim=1, keepdim=True) + 1e-6)
+            s = z @ z.T
+            s = s - torch.diag(s.diagonal())
+            mean = s.sum(1) / (len(group) - 1)
+            variance = ((s - mean[:, None]) ** 2).sum(1) / (len(group) - 1)
+            a = 1000 * attention[group]
+            scores[group] = a + weight * (a.mean() / (variance.mean() + 1e-6)) * variance
+        worth.append(scores[group].mean() ** sharpness)
+    share = torch.stack(worth) / (torch.stack(worth).sum() + 1e-6)
+    quota = [int(part) for part in (share * keep).floor()]
+    by_share = ranked(share, len(groups))
+    for band in by_share[: keep - sum(quota)]:
+        quota[band] += 1
+    quota = [min(number, len(group)) for number, group in zip(quota, groups, strict=True)]
+    for band in by_share:
+        quota[band] += min(keep - sum(quota), len(groups[band]) - quota[band])
+    order = attention if rank == "attention" else scores
+    picks: list[int] = []
+    for group, number in zip(groups, quota, strict=True):
+        best = range(len(group)) if number == len(group) else ranked(order[group], number)
+        picks += [group[i] for i in best]
+    return picks
+
+
+def trim(t: Image, keep: int, similarity: str = "dot") -> list[int]:
+    nearness = trim_score(t, similarity)
+    return [*sorted(ranked(nearness, keep - 1)), EXTRA]
+
+
+def trim_adaptive(t: Image, similarity: str = "dot") -> list[int]:
+    weight = trim_score(t, similarity).softmax(0)
+    low, high = weight.quantile(0.25), weight.quantile(0.75)
+    outliers = int((weight > high + 1.5 * (high - low)).sum())
+    return [*sorted(ranked(weight, int(len(weight) * (outliers / len(weight))))), EXTRA]
+
+
+def trim_score(t: Image, similarity: str) -> Tensor:
+    patches, text = t.clip_patches[0], t.clip_text[0]
+    if similarity == "cosine":
+        patches, text = unit(patches), unit(text)
+    return -torch.stack([patches @ segment for segment in text]).mean(0)
+
+
 def hiprune(t: Image, keep: int) -> list[int]:
     count, width = t.shape[1], t.grid[1]
     first: set[int] = set()
@@ -371,12 +468,15 @@ METHODS: dict[str, Literal] = {
         fastervlm,
         fsr,
         hiprune,
+        hired,
+        holov,
         promprune,
         prumerge,
         prumerge_plus,
         prunesid,
         scope,
         sppruner,
+        trim,
         trimtokenator,
         visionzip,
         vispruner,
