@@ -37,7 +37,7 @@ class MethodIdentity(_Data):
     model_config = ConfigDict(extra="allow")
 
     name: str
-    status: str  # official, paper, reconstruction or baseline
+    status: str  # official, paper, secondary, reconstruction or baseline
     source: str = ""  # digest of its code; empty for a method that has not run
 
     @classmethod
@@ -71,9 +71,10 @@ class MethodIdentity(_Data):
 
     @property
     def label(self) -> str:
-        """Name, fields that differ from their defaults, and the mark of a reconstruction."""
+        """Name, fields that differ from their defaults, and a status that qualifies its numbers."""
         words = [self.name, *(f"{name}={value}" for name, value in self.changed().items())]
-        return " ".join(words) + (" (reconstruction)" if self.status == "reconstruction" else "")
+        marked = self.status in ("secondary", "reconstruction")
+        return " ".join(words) + (f" ({self.status})" if marked else "")
 
 
 class Identity(_Data):

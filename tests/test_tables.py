@@ -86,9 +86,10 @@ def test_without_an_unpruned_row_nothing_is_relative():
         (build("scope"), "scope"),
         (build("scope", alpha=2.0), "scope alpha=2.0"),
         (build("sppruner"), RECONSTRUCTED),
+        (build("holov", bands=4), "holov bands=4 (secondary)"),
     ],
 )
-def test_labels_name_changed_fields_and_reconstructions(pruner, label):
+def test_labels_name_changed_fields_and_statuses_that_qualify_numbers(pruner, label):
     assert MethodIdentity.of(pruner).label == label
 
 
