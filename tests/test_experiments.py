@@ -69,7 +69,6 @@ SALIENT = {"pope": 12, "scienceqa_img": 40, "gqa": 13}
 # a model, a method, or (model, method, budget) -> why no experiment runs it
 LEFT_OUT: dict[str | tuple[str, str, str], str] = {
     "mini_gemini_7b": "not among the models of this project, and not in transformers",
-    "hired": "not implemented",
     "mustdrop": "not implemented",
     "pact": "not implemented",
     "tome": "not implemented",
