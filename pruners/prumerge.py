@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.pruners.base import EXTRA, ImageShape, Pruner, Selection, VisualTokens
-from secateur.pruners.linalg import complement, gather_rows, normalize, top_k
+from secateur.pruners.linalg import complement, gather_rows, normalize, outlier_share, top_k
 from secateur.pruners.registry import register
 
 
@@ -105,15 +105,8 @@ class PruMerge(Pruner):
         self, attention: Tensor, image_of_row: tuple[int, ...] | None
     ) -> tuple[Tensor, Tensor]:
         """Step 2: permutation and number of centres per row, by the quartiles of the attention."""
-        batch, count = attention.shape
-        images = image_of_row or tuple(range(batch))
-        ratio = torch.empty(batch, dtype=torch.float64, device=attention.device)
-        for image in sorted(set(images)):
-            rows = [row for row, owner in enumerate(images) if owner == image]
-            values = attention[rows].flatten()
-            low, high = values.quantile(0.25), values.quantile(0.75)
-            share = (values > high + 1.5 * (high - low)).sum().double() / values.numel()
-            ratio[rows] = share.clamp_min(1 / count)
+        count = attention.shape[1]
+        ratio = outlier_share(attention, image_of_row).clamp_min(1 / count)
         top = (count * ratio).long()[:, None]
         rank = top_k(attention, count).argsort(1)
         places = torch.arange(count, device=attention.device)
