@@ -60,8 +60,8 @@ class BeforeLLM(Hooks):
         if pruner.needs & _CLIP and clip is None:
             raise ValueError(
                 f"pruner {pruner.name!r} compares with the question in CLIP's space: give "
-                "inject(clip=...), in configs model.clip, or set relevance_space to a value that "
-                "needs no CLIP text tower"
+                "inject(clip=...), in configs model.clip, or set relevance_space, "
+                "where the pruner has it, to a value that needs no CLIP text tower"
             )
         adapter.check_known(self._encoded())
 
