@@ -73,8 +73,12 @@ class MethodIdentity(_Data):
     def label(self) -> str:
         """Name, fields that differ from their defaults, and a status that qualifies its numbers."""
         words = [self.name, *(f"{name}={value}" for name, value in self.changed().items())]
-        marked = self.status in ("secondary", "reconstruction")
-        return " ".join(words) + (f" ({self.status})" if marked else "")
+        return " ".join(words) + (f" ({self.status})" if self.qualified else "")
+
+    @property
+    def qualified(self) -> bool:
+        """Whether tables name its status beside its numbers."""
+        return self.status in ("secondary", "reconstruction")
 
 
 class Identity(_Data):

@@ -594,3 +594,11 @@ def test_answers_that_mean_nothing_are_noted():
     cells[1:] = changed(cells[1:], {"unusable_answers": number // 2})
     table = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells, 200)
     assert "Some answers are unusable: gqa scope at 64 50.0 %." in table.notes
+
+
+def test_methods_that_no_released_code_confirms_are_noted():
+    note = "Not checked against recorded outputs of released code: hired (secondary)."
+    for method, notes in (("hired", [note]), ("vispruner", [])):
+        cells = ours({(method, "64"): 0.0}, "prunesid_table1", ("gqa",))
+        table = paper_tables.build(LAYOUTS["prunesid_table1"], NUMBERS, cells, 200)
+        assert [text for text in table.notes if text.startswith("Not checked")] == notes

@@ -113,6 +113,7 @@ def build(
             "a printed average that is another mean is not comparable."
         )
     if placed:
+        notes += _qualified(placed)
         notes += _counted(placed)
         notes += mixtures(cell.record for cell in placed.values())
         notes.append(provenance(list(placed.values())))
@@ -122,6 +123,15 @@ def build(
             f"python scripts/sweep.py -m experiment={layout.experiment}"
         )
     return PaperTable(layout, pd.DataFrame(found), notes)
+
+
+def _qualified(placed: dict[tuple[str, str], Cell]) -> list[str]:
+    """A note on methods whose status says that they are not checked against released code."""
+    methods = [cell.record.identity.pruner for cell in placed.values()]
+    found = sorted({f"{own.name} ({own.status})" for own in methods if own.qualified})
+    if not found:
+        return []
+    return [f"Not checked against recorded outputs of released code: {', '.join(found)}."]
 
 
 def _counted(placed: dict[tuple[str, str], Cell]) -> list[str]:
