@@ -15,14 +15,14 @@ class TRIM(Pruner):
     """The tokens nearest to the question in CLIP's joint space, and the mean of all others.
 
     Song et al., "Less is More: A Simple yet Effective Token Reduction Method for Efficient
-    Multi-modal LLMs", COLING 2025, arXiv 2409.10994; FreedomIntelligence/TRIM@0e76667,
+    Multi-modal LLMs", COLING 2025, arXiv 2409.10994; FreedomIntelligence/TRIM@0e66677,
     `clip_encoder.py` (`TextSim+`). Patches of CLIP anti-correlate with the text, so that the
     similarity is negated there, as here. The kept tokens come in raster order, the mean last; it
     counts in the budget.
 
     Args:
         adaptive: the image decides on the count by the outliers of the softmax of its scores
-            (paper, released default; a `keep` below N does not matter, and the mean comes on top);
+            (paper, released scripts; a `keep` below N does not matter, and the mean comes on top);
             False keeps the budget exactly (released code with a fixed share; tables at equal
             budgets).
         similarity: `dot`, the product of patch and text (released code), or `cosine` (paper).
