@@ -32,7 +32,7 @@ class TRIM(Pruner):
     Deviations: float32 throughout (released: float16 out); a question of more than 77 tokens is
     compared segment by segment, as in CDPruner (released: cut at 77); an adaptive count without
     `aggregate` is at least 1. Whether tables at equal budgets count the mean is not known. The
-    paper's text was not at hand; the cosine is what summaries of it state. No official outputs
+    paper's text was not at hand: what is said of it here comes from summaries. No official outputs
     are recorded.
     """
 
