@@ -1,6 +1,7 @@
 """From chat messages to the tensors a model takes; prompt, geometry and layout are fields."""
 
 import functools
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -22,6 +23,17 @@ class Prompt:
     text: str  # with one placeholder per image
     images: list[Image.Image]
     question: str  # for methods that read it
+
+    def image_key(self) -> str:
+        """Hash of the images: equal for prompts with equal images in the same order."""
+        digest = hashlib.sha256()
+        for image in self.images:
+            digest.update(f"{image.mode} {image.size} ".encode())
+            digest.update(image.tobytes())
+        return digest.hexdigest()
+
+
+_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")  # the rest are the images' tensors
 
 
 class Inputs:
@@ -113,13 +125,52 @@ class Inputs:
             self.processor, self.config, prompt.text, prompt.images, self.layout
         )
 
+    def images(self, prompt: Prompt) -> dict[str, Tensor]:
+        """The tensors of a prompt's images alone, and `places` [images]: placeholders of each.
+
+        Without `places` where the placeholders of two images touch.
+        """
+        tensors = self(prompt)
+        values, counts = tensors["input_ids"][0].unique_consecutive(return_counts=True)
+        places = counts[values == self.placeholder]
+        known = {"places": places} if len(places) == len(prompt.images) else {}
+        return {name: value for name, value in tensors.items() if name not in _TEXT} | known
+
+    def without_images(self, prompt: Prompt) -> dict[str, Tensor]:
+        """The tensors of a prompt's text alone."""
+        return {name: value for name, value in self(prompt).items() if name in _TEXT}
+
+    def text(self, text: str, places: list[int]) -> dict[str, Tensor]:
+        """The same from the text alone, without its images.
+
+        Args:
+            places: placeholders of each image, from `images`.
+        """
+        first, *rest = text.split(self.processor.image_token)
+        words = zip(places, rest, strict=True)
+        expanded = first + "".join(self.processor.image_token * n + after for n, after in words)
+        tensors = dict(self.processor.tokenizer([expanded], return_tensors="pt"))
+        if "mm_token_type_ids" in self.processor.model_input_names:
+            tensors["mm_token_type_ids"] = (tensors["input_ids"] == self.placeholder).long()
+        return tensors
+
+    def beginning(self, tensors: BatchFeature, length: int) -> BatchFeature:
+        """The tensors of a prompt's first `length` tokens; those of its images stay whole."""
+        cut = {name: value[:, :length] for name, value in tensors.items() if name in _TEXT}
+        return BatchFeature({**tensors, **cut})
+
+    @property
+    def placeholder(self) -> int:
+        """The token that stands for a part of an image."""
+        return self.config.image_token_id
+
     def collate(self, rows: list[BatchFeature]) -> BatchFeature:
         """The tensors of several prompts as a batch: text padded on the left, crops with zeros."""
         batch: dict[str, Tensor] = {}
         fill = {"input_ids": self.processor.tokenizer.pad_token_id}
         for name in dict.fromkeys(name for row in rows for name in row):
             parts = [row[name] for row in rows if name in row]
-            if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            if name in _TEXT:
                 longest = max(part.shape[1] for part in parts)
                 parts = [
                     pad(part, (longest - part.shape[1], 0), value=fill.get(name, 0))

@@ -1,27 +1,27 @@
 """The model class that lmms-eval calls: a pruned model. Any error in a document is raised."""
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import transformers
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
-from lmms_eval.protocol import ChatMessages
-from PIL import ImageFile
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig
 
-from secateur import source
+from secateur import prefixes, source
 from secateur.answers import Unanswered
 from secateur.budget import Budget
 from secateur.cache import EncodeCache
 from secateur.checkpoints import fingerprint
+from secateur.documents import DocumentError, Documents, Request, by_image
 from secateur.families import family_of
-from secateur.injection import PromptAudit, Sample, Trace, inject
+from secateur.injection import PromptAudit, Sample, inject
 from secateur.injection.clip import ClipRelevance
 from secateur.injection.encoder import ImageCache
 from secateur.injection.session import Layout, Positions, adapter_for
@@ -52,13 +52,7 @@ class Answer:
     new_tokens: int
     cut_off: bool  # ended by the limit of new tokens, not by an end token
     audit: PromptAudit
-
-
-class DocumentError(RuntimeError):
-    """An error while documents were prepared or answered. Its message names them."""
-
-    def __init__(self, documents: Iterable[str], error: Exception) -> None:
-        super().__init__(f"{', '.join(documents)}: {type(error).__name__}: {error}")
+    shared: bool = False  # its prefix was prefilled together with that of other questions
 
 
 class _FiniteCheck:
@@ -78,19 +72,6 @@ class _FiniteCheck:
     def rows(self) -> list[int]:
         """Numbers of the rows that had a logit that is not finite."""
         return [] if self._broken is None else self._broken.nonzero()[:, 0].tolist()
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A document to answer."""
-
-    task: str
-    doc_id: int
-    text: str
-    question: str
-    images: int
-    inputs: BatchFeature
-    new_tokens: int
 
 
 class PrunedModel(lmms):
@@ -120,7 +101,8 @@ class PrunedModel(lmms):
         clip: checkpoint with the text tower for methods with relevance_space=clip; loaded when
             the first of them is used.
         batch_tokens: positions of pruned prompts that are generated together; 0: one prompt at a
-            time.
+            time, each from its own prefill. Otherwise questions about one image share the prefill
+            of what they have in common, if the method does not read them.
         cache: of the image encoder's output; None: no cache.
 
     Raises:
@@ -197,15 +179,12 @@ class PrunedModel(lmms):
             f"{attn_implementation} "
             f"{self.device} {VERSION}"
         )
-        # Inputs of documents for later cells of the same task: tensors take a quarter of the
-        # cache's memory; texts are small.
-        self._prepared = EncodeCache(cache.limit_bytes // 4 if cache else 0)
-        self._words: dict[str, tuple[str, str, int]] = {}
-        # per task: the data set of these documents, and a number for it
-        self._data: dict[str, tuple[Any, int]] = {}
+        # tensors of inputs take a quarter of the cache's memory
+        self.documents = Documents(cache.limit_bytes // 4 if cache else 0)
         self.images = ImageCache(cache or EncodeCache(0), self._identity)
         self.images.cache.device = self.device
         self.on_answer: Callable[[], None] = lambda: None
+        self._told = False  # why prefixes are not shared
         self.use(build("none"), Budget(), None)
 
     def use(
@@ -221,6 +200,7 @@ class PrunedModel(lmms):
         layout = self._unpruned_layout if pruner.name == "none" else self._layout
         self.inputs = self._inputs[layout]
         self.images.model = f"{self._identity} {layout}"
+        self._shares = self._may_share(pruner)
         self._method: dict[str, Any] = {
             "pruner": pruner,
             "budget": budget,
@@ -275,17 +255,9 @@ class PrunedModel(lmms):
                 finite.
             Unanswered: documents of other shards have no answers yet.
         """
-        number, count = self.shard
         wanted = [(task, doc_id) for *_, doc_id, task, _ in (request.args for request in requests)]
-        pairs = zip(requests, wanted, strict=True)
-        missing = [
-            request
-            for request, key in pairs
-            if key not in self.answers and key[1] % count == number
-        ]
-        with inject(self.model, **self._method, cache=self.images) as trace:
-            for batch in self._batches(map(self._request, missing)):
-                self._answer(batch, trace)
+        for batch in self._batches(self._missing(requests)):
+            self._answer(batch)
         if others := sum(key not in self.answers for key in wanted):
             raise Unanswered(f"{others} of {len(wanted)} documents wait for the other shards")
         done = [self.answers[key] for key in wanted]
@@ -294,55 +266,83 @@ class PrunedModel(lmms):
             for a in done
         ]
 
-    def _request(self, request: Instance) -> _Request:
-        _, doc_to_messages, options, doc_id, task, split = request.args
-        if options.get("num_beams", 1) != 1 or (options.get("temperature") or 0) > 0:
-            raise ValueError(f"task {task} asks for {options}; pruned models generate greedily")
-        data = self.task_dict[task][split]
-        # a task of the same name may have other documents than before
-        if task not in self._data or self._data[task][0] is not data:
-            self._data[task] = (data, len(self._words))
-        key = f"{self._data[task][1]} {task} {doc_id} {self.inputs.layout}"
+    def _missing(self, requests: list[Instance]) -> Iterator[Request]:
+        """The documents of this shard without an answer, those of an image one after another.
 
-        def prepare() -> dict[str, Tensor]:
-            prompt = self.inputs.prompt(
-                ChatMessages(messages=doc_to_messages(_document(data, doc_id)))
-            )
-            self._words[key] = (prompt.text, prompt.question, len(prompt.images))
-            return dict(self.inputs(prompt))
+        An image belongs to one shard, with all its questions.
+        """
+        number, count = self.shard
+        for task in dict.fromkeys(request.args[4] for request in requests):
+            mine = [request for request in requests if request.args[4] == task]
+            data = self.task_dict[task][mine[0].args[5]]
+            for image, group in enumerate(by_image(mine, data)):
+                for request in group if image % count == number else ():
+                    if (task, request.args[3]) not in self.answers:
+                        yield self._prepared(request, data)
 
-        try:
-            inputs = BatchFeature(self._prepared.fetch(key, prepare))
-            if self._least_tokens:
-                self.inputs.family.check_images(self.inputs.processor, self._least_tokens, inputs)
-        except Exception as error:
-            raise DocumentError([_name(task, doc_id)], error) from error
-        new_tokens = options.get("max_new_tokens", self.inputs.family.NEW_TOKENS)
-        return _Request(
-            task, doc_id, *self._words[key], inputs, min(new_tokens, self._most or new_tokens)
-        )
+    def _prepared(self, request: Instance, data: Any) -> Request:
+        """A document with its tensors.
 
-    def _batches(self, requests: Iterable[_Request]) -> Iterator[list[_Request]]:
+        Raises:
+            DocumentError: it could not be prepared, or an image has fewer tokens than the budget.
+        """
+        made = self.documents.request(request, data, self.inputs, self._most)
+        if self._least_tokens:
+            try:
+                self.inputs.family.check_images(
+                    self.inputs.processor, self._least_tokens, made.inputs
+                )
+            except ValueError as error:
+                raise DocumentError([made.name], error) from error
+        return made
+
+    def _batches(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
         """Batches of requests with the same limit of new tokens, within `batch_tokens` positions.
 
-        Methods inside the language model need equal numbers of visual tokens in a batch.
+        Methods inside the language model need equal numbers of visual tokens in a batch. Requests
+        with a common prefix stay together, even if they alone are too many: `_generate_shared`
+        answers them in pieces.
         """
-        waiting: dict[tuple[int, int], list[_Request]] = {}
-        for request in requests:
-            visual = int((request.inputs["input_ids"] == self.model.config.image_token_id).sum())
-            kind = (request.new_tokens, visual if isinstance(self.method, InLLMPruner) else 0)
+        waiting: dict[tuple[int, int, bool], list[Request]] = {}
+        for _, group in itertools.groupby(requests, lambda one: self._prefix(one) or one.name):
+            together = list(group)
+            request = together[0]
+            visual = int((request.inputs["input_ids"] == self.inputs.placeholder).sum())
+            equal = visual if isinstance(self.method, InLLMPruner) else 0
+            kind = (request.new_tokens, equal, self._prefix(request) is not None)
             batch = waiting.setdefault(kind, [])
-            if (
-                batch
-                and (len(batch) + 1) * max(map(self._positions, [*batch, request]))
-                > self.batch_tokens
-            ):
+            if batch and self._room([*batch, *together]) < len(batch) + len(together):
                 yield waiting.pop(kind)
                 batch = waiting.setdefault(kind, [])
-            batch.append(request)
+            batch += together
         yield from waiting.values()
 
-    def _positions(self, request: _Request) -> int:
+    def _room(self, batch: list[Request]) -> int:
+        """How many prompts as long as the longest of a batch may be generated together."""
+        return max(1, self.batch_tokens // max(map(self._positions, batch)))
+
+    def _prefix(self, request: Request) -> tuple[Any, ...] | None:
+        """Equal for requests with a common prefix; None for one that can share none."""
+        ids = request.inputs["input_ids"][0]
+        if not self._shares or not 0 < request.prefix < len(ids):
+            return None
+        return request.image_key, request.new_tokens, ids[: request.prefix].numpy().tobytes()
+
+    def _may_share(self, method: Pruner | InLLMPruner) -> bool:
+        """Whether prompts about one image can share their prefix; what hinders it is told once."""
+        if not self.batch_tokens or not isinstance(method, Pruner) or not method.question_agnostic:
+            return False
+        try:
+            prefixes.empty_cache(self.model)
+            self._penalties = prefixes.penalties(self.generation_defaults())
+        except NotImplementedError as error:
+            if not self._told:
+                log.warning("questions about one image do not share a prefill: %s", error)
+            self._told = True
+            return False
+        return True
+
+    def _positions(self, request: Request) -> int:
         """An upper estimate of the prompt's length after the pruner."""
         ids, budget = request.inputs["input_ids"], self._method["budget"]
         visual, images = int((ids == self.model.config.image_token_id).sum()), request.images
@@ -351,18 +351,18 @@ class PrunedModel(lmms):
             ids.shape[1] - visual + (images * budget.most(visual // images) if pruned else visual)
         )
 
-    def _answer(self, batch: list[_Request], trace: Trace) -> None:
+    def _answer(self, batch: list[Request]) -> None:
         """Answer a batch; if memory runs out, in halves, and later batches at the smaller size.
 
         Raises:
             DocumentError: any error but lack of memory, or lack of memory for one document.
         """
+        shared = len({self._prefix(request) or request.name for request in batch}) < len(batch)
         try:
-            answers = self._generate(batch, trace)
+            answers = (self._generate_shared if shared else self._generate)(batch)
         except Exception as error:
             if len(batch) == 1 or not isinstance(error, torch.cuda.OutOfMemoryError):
-                names = [_name(request.task, request.doc_id) for request in batch]
-                raise DocumentError(names, error) from error
+                raise DocumentError([request.name for request in batch], error) from error
         else:
             for request, answer in zip(batch, answers, strict=True):
                 self.answers[request.task, request.doc_id] = answer
@@ -371,89 +371,112 @@ class PrunedModel(lmms):
         # only here, outside `except`: the exception's traceback keeps the call's tensors alive
         self.images.cache.clear()  # its tensors are on the accelerator too
         torch.cuda.empty_cache()
-        self.batch_tokens = min(
-            self.batch_tokens, len(batch) * max(map(self._positions, batch)) // 2
-        )
+        needed = min(len(batch), self._room(batch)) * max(map(self._positions, batch))
+        self.batch_tokens = min(self.batch_tokens, needed // 2)
         log.warning(
             "out of memory at a batch of %d: batch_tokens is now %d", len(batch), self.batch_tokens
         )
         for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-            self._answer(half, trace)
+            self._answer(half)
 
-    def _generate(self, batch: list[_Request], trace: Trace) -> list[Answer]:
-        """The answers of a batch.
-
-        Raises:
-            FloatingPointError: logits that are NaN or infinite. It names the documents.
-        """
-        inputs = self.inputs.collate([request.inputs for request in batch]).to(
-            self.device, self.model.dtype
-        )
-        trace.audits.clear()
-        trace.announce([self._sample(request) for request in batch])
-        check, started = _FiniteCheck(), self._now()
+    def _generate(self, batch: list[Request]) -> list[Answer]:
+        """The answers of a batch of whole prompts."""
+        started = self._now()
+        inputs = self._batch([request.inputs for request in batch])
+        check = _FiniteCheck()
         handle = self.model.register_forward_hook(check)
         try:
-            output = self.model.generate(
-                **inputs,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                max_new_tokens=batch[0].new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=self.tokenizer.eos_token_id,
-            )
+            with inject(self.model, **self._method, cache=self.images) as trace:
+                trace.announce([self._sample(request) for request in batch])
+                output = self.model.generate(
+                    **inputs,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    max_new_tokens=batch[0].new_tokens,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                )
         finally:
             handle.remove()
-        seconds = (self._now() - started) / len(batch)
-        if broken := check.rows():
-            names = ", ".join(_name(batch[row].task, batch[row].doc_id) for row in broken)
-            raise FloatingPointError(
-                f"the logits of {names} are NaN or infinite with pruner {self.method.name!r} at "
-                f"budget {self._method['budget']}: the weights are damaged, or the values are too "
-                f"large for {self.model.dtype}; check the checkpoint, or set model.dtype=float32"
+        self._check_finite([batch[row] for row in check.rows()])
+        rows = list(output[:, inputs["input_ids"].shape[1] :])
+        return self._read(batch, rows, trace.audits, self._now() - started, shared=False)
+
+    def _generate_shared(self, batch: list[Request]) -> list[Answer]:
+        """The answers of a batch, from one prefill of every prefix."""
+        started = self._now()
+        firsts = {self._prefix(request): request for request in reversed(batch)}
+        rows = {prefix: row for row, prefix in enumerate(firsts)}
+        beginnings = [self.inputs.beginning(one.inputs, one.prefix) for one in firsts.values()]
+        with inject(self.model, **self._method, cache=self.images) as trace:
+            trace.announce([self._sample(request) for request in firsts.values()])
+            cache = prefixes.prefill(self.model, self._batch(beginnings))
+        assert trace.pruned is not None
+        prefix = prefixes.Prefix(cache, trace.pruned.mask, trace.pruned.next)
+        questions, audits = [], []
+        for request in batch:
+            row, ids = rows[self._prefix(request)], request.inputs["input_ids"][0]
+            tail = len(ids) - request.prefix
+            questions.append(prefixes.Question(row, ids.to(self.device), tail))
+            audit = trace.audits[row]
+            audits.append(replace(audit, id=request.name, prompt_tokens=audit.prompt_tokens + tail))
+        found: list[Tensor] = []
+        room = self._room(batch)
+        for start in range(0, len(batch), room):
+            ids, finite = prefixes.answer(
+                self.model,
+                prefix,
+                questions[start : start + room],
+                batch[0].new_tokens,
+                self.tokenizer.eos_token_id,
+                self.tokenizer.pad_token_id,
+                self._penalties,
             )
+            self._check_finite([batch[start + row] for row in (~finite).nonzero()[:, 0].tolist()])
+            found += list(ids)
+        return self._read(batch, found, audits, self._now() - started, shared=True)
+
+    def _batch(self, rows: list[BatchFeature]) -> BatchFeature:
+        return self.inputs.collate(rows).to(self.device, self.model.dtype)
+
+    def _check_finite(self, broken: list[Request]) -> None:
+        """Raise FloatingPointError that names the requests, whose logits were NaN or infinite."""
+        if not broken:
+            return
+        raise FloatingPointError(
+            f"the logits of {', '.join(request.name for request in broken)} are NaN or infinite "
+            f"with pruner {self.method.name!r} at budget {self._method['budget']}: the weights are "
+            f"damaged, or the values are too large for {self.model.dtype}; check the checkpoint, "
+            "or set model.dtype=float32"
+        )
+
+    def _read(
+        self,
+        batch: list[Request],
+        rows: list[Tensor],
+        audits: list[PromptAudit],
+        seconds: float,
+        shared: bool,
+    ) -> list[Answer]:
+        """Answers from generated ids, one row per request, with equal shares of `seconds`."""
         answers = []
-        for request, row, audit in zip(
-            batch, output[:, inputs["input_ids"].shape[1] :], trace.audits, strict=True
-        ):
+        for request, row, audit in zip(batch, rows, audits, strict=True):
             ends = (row == self.tokenizer.eos_token_id).nonzero()
             new = row[: int(ends[0]) + 1] if len(ends) else row  # the rest is padding
             text = self.tokenizer.decode(new, skip_special_tokens=True)
-            answers.append(Answer(text, request.text, seconds, len(new), not len(ends), audit))
+            share = seconds / len(batch)
+            answers.append(
+                Answer(text, request.text, share, len(new), not len(ends), audit, shared)
+            )
         return answers
 
-    def _sample(self, request: _Request) -> Sample:
+    def _sample(self, request: Request) -> Sample:
         ids = self.tokenizer(request.question, add_special_tokens=False)["input_ids"]
-        return Sample(_name(request.task, request.doc_id), tuple(ids), request.question)
+        return Sample(request.name, tuple(ids), request.question)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-def _name(task: str, doc_id: int) -> str:
-    """How messages and samples name a document."""
-    return f"{task}/{doc_id}"
-
-
-def _document(data: Any, doc_id: int) -> Any:
-    """A document of a data set with its images decoded.
-
-    Raises:
-        ValueError: an image is truncated or damaged. lmms-eval sets Pillow to fill what is missing
-            with grey.
-    """
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        return data[doc_id]
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
-        raise ValueError(
-            f"an image of the document is truncated or damaged ({error}): remove the data set's "
-            "files from suite.data_root, or from the cache of the hub, and download them again"
-        ) from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before

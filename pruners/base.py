@@ -264,6 +264,13 @@ class Pruner(Method):
     """
 
     packed: ClassVar[bool] = False
+    draws_per_document: ClassVar[bool] = False  # random choices depend on `sample_ids`
+
+    @property
+    def question_agnostic(self) -> bool:
+        """Whether all questions about an image keep the same tokens of it."""
+        reads = {"text_embeddings", "text_mask", "clip_text", "relevance"} & self.needs
+        return not reads and not self.draws_per_document
 
     @property
     def needs(self) -> frozenset[str]:

@@ -23,6 +23,7 @@ class Random(Pruner):
 
     paper = "-"
     status = "baseline"
+    draws_per_document = True
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         count = tokens.shape[1]

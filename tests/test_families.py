@@ -496,7 +496,7 @@ class TestBatches:
         assert [result.text for result in plain.generate_until(requests)] == first[0]
 
     def test_a_batch_that_does_not_fit_is_halved(self, quick, tasks, monkeypatch):
-        expected, generate, sizes = self.answers(quick, tasks, "none"), quick.model.generate, []
+        expected, generate, sizes = self.answers(quick, tasks, "random"), quick.model.generate, []
         failed = []
 
         def short_of_memory(**inputs):
@@ -512,7 +512,7 @@ class TestBatches:
 
         monkeypatch.setattr(quick.model, "generate", short_of_memory)
         monkeypatch.setattr(quick, "batch_tokens", 2000)
-        assert self.answers(quick, tasks, "none") == expected
+        assert self.answers(quick, tasks, "random") == expected
         assert max(sizes) > 1
         assert quick.batch_tokens < 2000
 

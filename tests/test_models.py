@@ -19,7 +19,7 @@ from PIL import ImageFile
 from tenacity import stop_after_attempt
 
 from scripts.training.train_shapes import Recipe, train
-from secateur import cell, models
+from secateur import cell, models, prefixes
 from secateur.answers import Answers
 from secateur.budget import Budget
 from secateur.cache import EncodeCache
@@ -179,12 +179,14 @@ class TestErrorsNameTheirDocuments:
             handle.remove()
         assert not batched.model._forward_hooks
 
-    def test_an_error_in_generate_names_the_batch(self, batched, tasks, monkeypatch):
-        def fail(**_):
+    @pytest.mark.parametrize("method", ["none", "random"])  # with shared prefixes, and without
+    def test_an_error_while_answering_names_the_batch(self, batched, tasks, monkeypatch, method):
+        def fail(*_, **__):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
         monkeypatch.setattr(batched.model, "generate", fail)
-        batched.use(build("none"), Budget(), "compact")
+        monkeypatch.setattr(prefixes, "answer", fail)
+        batched.use(build(method), Budget.parse("50%"), "compact")
         with pytest.raises(DocumentError, match=r"^pope/0, pope/1: RuntimeError: CUDA error"):
             run(batched, tasks, "pope", 2)
 
@@ -193,7 +195,7 @@ class TestErrorsNameTheirDocuments:
             raise KeyError("pixels")
 
         monkeypatch.setattr(type(model.inputs), "__call__", fail)
-        monkeypatch.setattr(model, "_prepared", EncodeCache(0))
+        monkeypatch.setattr(model.documents, "tensors", EncodeCache(0))
         model.use(build("none"), Budget(), "compact")
         with pytest.raises(DocumentError, match=r"^gqa/0: KeyError: 'pixels'"):
             run(model, tasks, "gqa", 2)

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from secateur.injection.prompt import PrunedPrompt
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Trace:
     """The handle of an open block: announce the samples of the next call, read the audits."""
 
     audits: list[PromptAudit] = field(default_factory=list)
+    # the last prompt of the block, of a method before the language model
+    pruned: "PrunedPrompt | None" = None
     _announced: list[Sample] | None = None
 
     def announce(self, samples: list[Sample]) -> None:

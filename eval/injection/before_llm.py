@@ -80,6 +80,7 @@ class BeforeLLM(Hooks):
         kwargs, self.pruned = prune_prompt(
             kwargs, real_positions(kwargs, visual), edits, self.compact
         )
+        self.trace.pruned = self.pruned
         for row, (sample, length) in enumerate(
             zip(samples, self.pruned.mask.sum(1).tolist(), strict=True)
         ):
