@@ -360,6 +360,8 @@ class TestCalls:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
+            ({"num_beams": 2}, "beam search, or several"),
+            ({"do_sample": True, "num_return_sequences": 2}, "beam search, or several"),
             ({"use_cache": False}, "use_cache=False"),
             ({"cache_implementation": "static"}, "cache_implementation='static'"),
             ({"prefill_chunk_size": 16}, "prefill_chunk_size"),

@@ -105,6 +105,13 @@ def _check_options(
                 "generate takes the length of a pruned cache for a place in the unpruned "
                 "conversation. Give the whole conversation with its images again, without a cache"
             )
+    # early releases repeat Qwen's images too, and each copy would be pruned by itself
+    several = [n for n in ("num_beams", "num_return_sequences") if (option(n) or 1) > 1]
+    if several and kwargs.get("pixel_values") is not None:
+        raise ValueError(
+            f"generate({several[0]}={option(several[0])}): beam search, or several answers per "
+            "prompt, repeat the prompt: generate one answer per prompt"
+        )
     if option("use_cache") is False:
         raise ValueError(
             "generate(use_cache=False) gives the whole prompt again at every step, and it would be "
