@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
@@ -75,6 +76,10 @@ class VisualTokens:
         return dataclasses.replace(self, **tensors)  # type: ignore[arg-type]
 
 
+# a scalar on the device of the values, and what raises the error if it is False
+Condition = tuple[Tensor, Callable[[], typing.NoReturn]]
+
+
 @dataclass(frozen=True)
 class Selection:
     """The tokens that the LLM receives, in that order.
@@ -108,6 +113,14 @@ class Selection:
             PrunerError: indices out of range, repeated, or not ascending without `custom_order`;
                 a wrong shape, dtype, space or count; features that are not finite.
         """
+        raise_first(self.conditions(pruner, batch, tokens))
+
+    def conditions(self, pruner: str, batch: int, tokens: int) -> list[Condition]:
+        """What has to hold of the values, left on their device; shapes are checked at once.
+
+        Raises:
+            PrunerError: a wrong shape, dtype or space.
+        """
 
         def wrong(what: str) -> typing.NoReturn:
             raise PrunerError(
@@ -121,7 +134,8 @@ class Selection:
                 f"indices of shape {tuple(index.shape)} and dtype {index.dtype}, "
                 f"expected [{batch}, K] of torch.int64"
             )
-        if index.shape[1] == 0:
+        width = index.shape[1]
+        if width == 0:
             wrong("no indices at all")
         if self.space not in typing.get_args(Space):
             wrong(
@@ -134,45 +148,70 @@ class Selection:
         ).items():
             if values.shape != (batch,):
                 wrong(f"{what} of shape {tuple(values.shape)}, expected [{batch}]")
-        if self.counts is not None and bool(
-            ((self.counts < 1) | (self.counts > index.shape[1])).any()
-        ):
-            wrong(f"counts {self.counts.tolist()} outside 1..{index.shape[1]}")
-        counts = (
-            self.counts
-            if self.counts is not None
-            else torch.full((batch,), index.shape[1], device=index.device)
-        )
-        real = torch.arange(index.shape[1], device=index.device) < counts[:, None]
-        low = EXTRA if self.features is not None else 0
-        if bool(((index < low) | (index >= tokens))[real].any()):
-            wrong(
-                f"an index outside {low}..{tokens - 1}: "
-                f"{index[real].min().item()}..{index[real].max().item()}"
-            )
-        # padding and EXTRA get values of their own, so that only patches can repeat
-        places = torch.arange(index.shape[1], device=index.device)
-        distinct = torch.where(real & (index != EXTRA), index, tokens + places).sort(1).values
-        if bool((distinct[:, 1:] == distinct[:, :-1]).any()):
-            wrong("the same token more than once, as NaN scores do")
-        if not self.custom_order and bool(
-            ((index[:, 1:] <= index[:, :-1]) & real[:, 1:] & (index[:, :-1] != EXTRA)).any()
-        ):
-            wrong("indices that do not ascend, without custom_order=True")
-        if not 0 <= self.unplaced <= index.shape[1] or (self.unplaced and self.features is None):
+        if not 0 <= self.unplaced <= width or (self.unplaced and self.features is None):
             wrong(f"unplaced={self.unplaced}, expected at most K, and features for these tokens")
-        if self.features is not None:
-            if self.features.shape[:2] != index.shape:
-                wrong(
-                    f"features of shape {tuple(self.features.shape)} "
-                    f"for indices of shape {tuple(index.shape)}"
+        if self.features is not None and self.features.shape[:2] != index.shape:
+            wrong(
+                f"features of shape {tuple(self.features.shape)} "
+                f"for indices of shape {tuple(index.shape)}"
+            )
+
+        places, low = torch.arange(width, device=index.device), EXTRA
+        real = torch.ones_like(index, dtype=torch.bool)
+        found: list[Condition] = []
+        if self.counts is not None:
+            counts = self.counts
+            real = places < counts[:, None]
+            found.append(
+                (
+                    ((counts >= 1) & (counts <= width)).all(),
+                    lambda: wrong(f"counts {counts.tolist()} outside 1..{width}"),
                 )
-            if not bool(
-                torch.isfinite(torch.stack([self.features.amin(2), self.features.amax(2)]))[
-                    :, real
-                ].all()
-            ):
-                wrong("features with NaN or infinite values")
+            )
+        if self.features is None:
+            low = 0
+        inside = (index >= low) & (index < tokens)
+        found.append(
+            (
+                (inside | ~real).all(),
+                lambda: wrong(
+                    f"an index outside {low}..{tokens - 1}: "
+                    f"{index[real].min().item()}..{index[real].max().item()}"
+                ),
+            )
+        )
+        # padding and EXTRA get values of their own, so that only patches can repeat
+        distinct = torch.where(real & (index != EXTRA), index, tokens + places).sort(1).values
+        found.append(
+            (
+                (distinct[:, 1:] != distinct[:, :-1]).all(),
+                lambda: wrong("the same token more than once, as NaN scores do"),
+            )
+        )
+        if not self.custom_order:
+            after = (index[:, 1:] > index[:, :-1]) | ~real[:, 1:] | (index[:, :-1] == EXTRA)
+            found.append(
+                (
+                    after.all(),
+                    lambda: wrong("indices that do not ascend, without custom_order=True"),
+                )
+            )
+        if self.features is not None:
+            extremes = torch.stack([self.features.amin(2), self.features.amax(2)])
+            found.append(
+                (
+                    (extremes.isfinite() | ~real).all(),
+                    lambda: wrong("features with NaN or infinite values"),
+                )
+            )
+        return found
+
+
+def raise_first(conditions: "list[Condition]") -> None:
+    """Raise the error of the first condition that does not hold; the device is asked once."""
+    holds = torch.stack([holds for holds, _ in conditions])
+    if not bool(holds.all()):
+        conditions[holds.tolist().index(False)][1]()
 
 
 @dataclass(frozen=True)
@@ -295,16 +334,23 @@ class Pruner(Method):
             PrunerError: keep outside 1..N; a capture that is missing, misshapen or not finite; a
                 wrong answer of `select`.
         """
-        self._check_input(tokens, keep)
+        finite = self._check_input(tokens, keep)
         batch, count = tokens.shape
         if keep == count:
+            raise_first([finite])
             return Selection(torch.arange(count, device=tokens.features.device).expand(batch, -1))
-        with torch.no_grad():
-            selection = self.select(tokens.in_float32(), keep)
-        selection.check(self.name, batch, count)
+        try:
+            with torch.no_grad():
+                selection = self.select(tokens.in_float32(), keep)
+        except Exception:
+            raise_first([finite])  # the cause, if it is the input
+            raise
+        # together, since asking makes a GPU wait
+        raise_first([finite, *selection.conditions(self.name, batch, count)])
         return selection
 
-    def _check_input(self, tokens: VisualTokens, keep: int) -> None:
+    def _check_input(self, tokens: VisualTokens, keep: int) -> Condition:
+        """Check the input but for its values, which the condition is about."""
         if not isinstance(tokens.features, Tensor):
             self.fail(
                 f"features are a {type(tokens.features).__name__}, expected a tensor [B, N, D]"
@@ -336,11 +382,14 @@ class Pruner(Method):
             f"{name} {t.dtype}" for name, t in checked.items() if not t.is_floating_point()
         ]:
             self.fail(f"expects floating point, and got {', '.join(integers)}")
-        if not bool(torch.stack([is_finite(t) for t in checked.values()]).all()):
+
+        def not_finite() -> typing.NoReturn:
             bad = [
                 f"{name} {list(t.shape)}" for name, t in checked.items() if not bool(is_finite(t))
             ]
             self.fail(f"NaN or infinite values in {', '.join(bad)}")
+
+        return torch.stack([is_finite(t) for t in checked.values()]).all(), not_finite
 
 
 # capture -> its axes; a letter stands for the same size wherever it appears

@@ -57,9 +57,8 @@ class VisionZip(Pruner):
         targets, others = self.split(rest, context)
         merged = gather_rows(tokens.encoder_features, targets)
         if context:
-            member = torch.nn.functional.one_hot(self.assign(tokens, targets, others), context).to(
-                merged.dtype
-            )
+            cluster = torch.arange(context, device=targets.device)
+            member = (self.assign(tokens, targets, others)[..., None] == cluster).to(merged.dtype)
             sums = member.transpose(1, 2) @ gather_rows(tokens.encoder_features, others)
             merged = merged + sums / member.sum(1).clamp_min(1)[..., None]
         ascending = dominant.sort(1).values

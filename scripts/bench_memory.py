@@ -110,7 +110,7 @@ def main() -> None:
         model.use(build("none"), Budget(), None)
         task._instances = None
         ledger.note("records dropped")
-        model.images.cache, model._prepared = EncodeCache(0), EncodeCache(0)
+        model.images.cache, model.documents.tensors = EncodeCache(0), EncodeCache(0)
         del cache
         ledger.note("and caches dropped")
     _write(pd.DataFrame(ledger.rows).set_index("moment"), options)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import KINDS, in_llm, label, layer_tokens, rows_of, variants, visual_tokens
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.pruners import (
     REGISTRY,
@@ -453,3 +454,28 @@ def test_positions_are_declared_by_every_method_in_the_llm() -> None:
         "pyramiddrop": "reindex",
         "sparsevlm": "reindex",
     }
+
+
+class Waits(TorchDispatchMode):
+    """Counts the values that the host asks of the device, which make a GPU wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        asked = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        self.count += func in asked
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in sorted(REGISTRY.items()) if issubclass(method, Pruner)]
+)
+def test_the_host_waits_once_for_a_selection(name):
+    """Only suppression, whose number of rounds depends on the data, waits for every round."""
+    options = {"prunesid_dyn": {"mean_phi": 0.4}}.get(name, {})
+    tokens = visual_tokens(2, (6, 6), width=64)
+    with Waits() as waits:
+        build(name, **options).prune(tokens, 9 if name == "pooling" else 12)
+    assert (waits.count > 1) if name in ("prunesid", "prunesid_dyn") else (waits.count == 1)
