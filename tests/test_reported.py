@@ -38,9 +38,13 @@ def saved(tmp_path, *changes):
 
 def test_every_number_loads_typed_and_with_its_source(numbers):
     assert {name: str(numbers.dtypes[name]) for name in reported.ACCURACY} == reported.ACCURACY
-    assert len(numbers) == 3994
-    assert not numbers["source"].str.contains("file id|^/|^~", regex=True).any()
-    assert set(reported.load_efficiency()["quantity"]) == set(reported.QUANTITIES)
+    assert len(numbers) == 4250
+    costs = reported.load_efficiency()
+    assert set(costs["quantity"]) == set(reported.QUANTITIES)
+    for source in {*numbers["source"], *costs["source"]}:
+        # an arXiv id, or a repository and its commit
+        assert re.search(r"arXiv \d{4}\.\d{5}|arxiv\.org/abs/\d{4}\.\d{5}|at [0-9a-f]{7}\b", source)
+        assert not re.search(r"file id|^/|^~", source)
 
 
 def test_suspect_rows_are_kept_and_say_why(numbers):
@@ -115,7 +119,7 @@ def test_contradictions_are_found_widest_first(numbers):
         ("llava_1_5_7b", "visionzip", "192", "mme")
     ]
     assert re.fullmatch(
-        r"1749: VTR calibration Table 1 \| 1783: .*SCOPE Table 1 \| 1834: DiffPrune Table 1",
+        r"1749: RESTORE Table 1 \| 1783: .*SCOPE Table 1 \| 1834: DiffPrune Table 1",
         row["values"],
     )
     inside = found.set_index(["model", "method", "budget", "task"]).loc[
@@ -123,6 +127,15 @@ def test_contradictions_are_found_widest_first(numbers):
     ]
     assert "1793: PruneSID Table 5" in inside["values"]  # one paper, two tables
     assert not (found["metric"] == "relative_average").any()
+
+
+def test_rows_of_an_unknown_number_of_tokens_are_no_cell(tmp_path):
+    unknown, other = {"budget_tokens": "", "retention_pct": ""}, {"paper": "Q", "value": "80.0"}
+    rows = reported.load_reported(saved(tmp_path, {}, unknown, unknown | other))
+    assert rows["budget"].tolist() == ["64", "unknown", "unknown"]
+    assert reported.contradictions(rows).empty
+    rows = reported.load_reported(saved(tmp_path, {}, other))
+    assert len(reported.contradictions(rows)) == 1
 
 
 def test_averages_that_do_not_follow_from_the_printed_scores(numbers):

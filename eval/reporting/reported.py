@@ -43,6 +43,7 @@ OTHER_COLUMNS = {
     "mmbench_en": "MMBench",
     "mmvet": "MM-Vet",
     "ocrbench": "OCRBench",
+    "okvqa": "OK-VQA",
     "seedbench": "SEED",
     "seedbench_image": "SEED-I",
     "textvqa": "TextVQA",
@@ -214,7 +215,9 @@ def _read(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     tokens = rows["budget_tokens"].astype("string")
     retention = rows["retention_pct"].map("{:g}%".format, na_action="ignore").astype("string")
     rows["budget"] = (
-        tokens.fillna(retention).fillna("unknown").mask(rows["retention_pct"] == 100, "full")
+        tokens.fillna(retention)
+        .fillna("unknown")
+        .mask((rows["retention_pct"] == 100).fillna(False), "full")
     )
     return rows
 
@@ -231,11 +234,11 @@ def _refuse(path: Path, rows: pd.DataFrame, bad: pd.Series, column: str, what: s
 def _by_cell(reported: pd.DataFrame) -> pd.DataFrame:
     """One row per cell and value, with the tables that print it.
 
-    Averages are left out: every paper averages over tasks of its own.
+    Left out are averages, since every paper averages over tasks of its own, and rows whose number
+    of tokens is not known.
     """
-    rows = reported[reported["metric"] != "relative_average"].assign(
-        where=reported["paper"] + " " + reported["table"]
-    )
+    cells = (reported["metric"] != "relative_average") & (reported["budget"] != "unknown")
+    rows = reported[cells].assign(where=reported["paper"] + " " + reported["table"])
     grouped = rows.groupby([*_CELL, "value"], as_index=False)
     return grouped.agg(
         papers=("paper", "nunique"),
