@@ -16,7 +16,7 @@ WHOLE = $(if $(REST),$(error make takes no value with a space ("$(REST)"); \
 
 .DEFAULT_GOAL := help
 .PHONY: help sweep tables report bench bench-gpu flops test test-faults test-thorough test-matrix \
-	test-newest bench-sweep lint golden bench-select methods readme train-shapes clean lock checked
+	test-newest bench-sweep lint golden bench-select coverage methods readme train-shapes clean lock checked
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -67,6 +67,9 @@ test-thorough: $(READY)  ## run the property tests on three times as many genera
 
 tables: $(READY)  ## print published numbers beside those of the records in OUT (default: results)
 	$(PYTHON) scripts/tables.py --results $(or $(OUT),results)
+
+coverage: $(READY)  ## count the papers' numbers that one command recomputes; write the page
+	$(PYTHON) scripts/coverage.py
 
 report: $(READY)  ## write an HTML page and a summary from the records in OUT (default: results)
 	$(PYTHON) scripts/report.py --results $(or $(OUT),results)

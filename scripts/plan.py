@@ -11,40 +11,16 @@ the sum for the whole grid.
 """
 
 import argparse
-from itertools import product
 from pathlib import Path
 
 import pandas as pd
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from secateur.job import Job
-from secateur.paths import CONFIGS, ROOT
+from secateur.experiments import jobs, of_papers
+from secateur.paths import ROOT
 from secateur.store import read
 from secateur.tasks import TASKS
 
 DEVICES = (1, 8, 64)
-
-
-def jobs(experiment: str, results: Path) -> list[Job]:
-    """The Hydra jobs of an experiment."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose(
-            "sweep", [f"experiment={experiment}", f"results={results}"], return_hydra_config=True
-        )
-        lines = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
-        choices = []
-        for override in OverridesParser.create().parse_overrides(lines):
-            values = (
-                override.sweep_string_iterator()
-                if override.is_sweep_override()
-                else [override.value()]
-            )
-            choices.append([f"{override.key_or_group}={value}" for value in values])
-        return [
-            Job.of(compose("sweep", [f"experiment={experiment}", f"results={results}", *values]))
-            for values in product(*choices)
-        ]
 
 
 def rates(results: Path) -> dict[str, float]:
@@ -90,11 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    every = sorted(
-        path.stem
-        for path in (CONFIGS / "experiment").glob("*.yaml")
-        if not path.stem.startswith("shapes")
-    )
+    every = of_papers()
     parser.add_argument(
         "experiments", nargs="*", default=every, metavar="experiment", help="default: all of papers"
     )

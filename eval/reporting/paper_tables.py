@@ -177,7 +177,8 @@ def _place(
             layout.model,
         ) or cell.task not in layout.tasks:
             continue
-        changed = choices(cell, model)
+        usual = model.get("pruner_fields", {}).get(cell.name)
+        changed = choices(identity.pruner, usual)
         named = [row for row in rows if method_of(row.method) == cell.name]
         placed_in = [row for row in named if variant(row.method, cell.task).fields == changed]
         fitting += [(row, cell) for row in placed_in if cell.budget in row.texts]

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from secateur.budget import Budget
 from secateur.pruners import REGISTRY, InLLMPruner
+from secateur.records import MethodIdentity
 from secateur.reporting.comparison import TOKENS, Cell
 from secateur.reporting.stats import LEVEL, Signs, sign_test
 
@@ -157,10 +158,9 @@ def _sign_text(one: Signs) -> str:
     return f"{one.below}:{one.above} ({test})"
 
 
-def choices(cell: Cell, model: dict[str, Any]) -> tuple[str, ...]:
-    """Fields of a cell's method that are neither the defaults nor what the model's config sets."""
-    expected = model.get("pruner_fields", {}).get(cell.name, {})
-    changed = cell.record.identity.pruner.changed(expected)
+def choices(method: MethodIdentity, usual: dict[str, Any] | None) -> tuple[str, ...]:
+    """Fields of a method that are neither the defaults nor `usual`, those of the model's config."""
+    changed = method.changed(usual)
     return tuple(f"{name}={value}" for name, value in changed.items() if name not in MEASURED)
 
 
