@@ -1,4 +1,4 @@
-"""Every experiment composes into jobs; every result of the papers has one, or a reason why not."""
+"""Every experiment composes into the jobs of its paper's tables."""
 
 import re
 from functools import cache
@@ -61,33 +61,15 @@ FIELDS = [  # of a model, in the order of its config
     *("max_new_tokens", "generation", "clip", "positions", "budgets"),
 ]
 
-PAPERS = ("SCOPE", "PromPrune", "PruneSID")  # no table of ZSPAPrune and SPpruner is public
 # experiments of tables whose unpruned row is another table's
 BORROWED = {layout.experiment for layout in layouts() if layout.unpruned}
 # PromPrune Table 4: mean number of salient tokens
 SALIENT = {"pope": 12, "scienceqa_img": 40, "gqa": 13}
-# a model, a method, or (model, method, budget) -> why no experiment runs it
-LEFT_OUT: dict[str | tuple[str, str, str], str] = {
-    "mini_gemini_7b": "not among the models of this project, and not in transformers",
-    "mustdrop": "not implemented",
-    "pact": "not implemented",
-    "tome": "not implemented",
-    "visionzip_dyn": "not implemented",
-    "prunesid_dyn": "needs the mean phi of a first pass for every task; "
-    "the header of prunesid_table1 has the commands",
-    (
-        "llava_1_5_7b",
-        "fastv",
-        "32",
-    ): "the layers before the cut alone average 36 tokens: pruner.budget=after takes 32",
-    ("llava_1_5_7b", "sparsevlm", "32"): "the release has no counts for this share",
-    ("llava_next_7b", "sparsevlm", "160"): "the release has no counts for this share",
-    (
-        "llava_next_7b",
-        "pyramiddrop",
-        "160",
-    ): "POPE beside an efficiency table: scope_next with pruner=pyramiddrop budget=160",
-}
+# a method at a budget of a model that no experiment runs
+LEFT_OUT = [
+    (cell["model"], cell["method"], cell["budget"])
+    for cell in OmegaConf.load(ROOT / "results" / "reported" / "reasons.yaml").cells
+]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -253,32 +235,6 @@ def test_an_experiment_is_what_its_tables_hold(experiment):
     assert set(grid(experiment)["budget"]) <= {budget for _, budget in printed}
 
 
-def test_every_result_of_the_papers_has_an_experiment_or_a_reason():
-    rows = reported()
-    rows = rows[rows["paper"].isin(PAPERS)]
-    covered = {
-        (written(name).reported.paper, model_of(name), *cell)
-        for name in EXPERIMENTS
-        if "reported" in written(name)
-        for cell in cells(name)
-    }
-    keys = (
-        rows[["paper", "model", "method", "budget", "task", "choice"]]
-        .drop_duplicates()
-        .itertuples(index=False, name=None)
-    )
-    missing = [
-        (paper, model, method, budget, task)
-        for paper, model, method, budget, task, own in keys
-        if (paper, model, own, budget, task) not in covered
-    ]
-    reasons = {
-        key: [name for name in (key[1], key[2], key[1:4]) if name in LEFT_OUT] for key in missing
-    }
-    assert [key for key in missing if not reasons[key]] == []
-    assert {names[0] for names in reasons.values()} == set(LEFT_OUT)  # no reason outlives its gap
-
-
 def test_every_variant_is_printed():
     methods = set(pd.read_csv(ROOT / "results" / "reported" / "accuracy.csv")["method"])
     assert set(variants()) <= methods
@@ -299,9 +255,7 @@ def test_a_fixed_split_is_that_of_its_task():
         variant("promprune_fixed_allocation", "mme")
 
 
-@pytest.mark.parametrize(
-    ("model", "method", "budget"), [name for name in LEFT_OUT if name[1] in ("fastv", "sparsevlm")]
-)
+@pytest.mark.parametrize(("model", "method", "budget"), LEFT_OUT)
 def test_cells_left_out_for_their_budget_cannot_run(model, method, budget):
     tokens, layers = SIZES[model]
     with pytest.raises(PrunerError):
