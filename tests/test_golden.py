@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference.golden import GoldenError, check, files
+from reference.golden import GoldenError, Report, check, files
 from reference.golden_adapters import METHODS, Comparison
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +18,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def test_cases_are_exact(path: Path) -> None:
     report = check(path)
     assert not report.mismatches
+    assert not report.ties
     assert report.exact == report.cases == len(json.loads(path.read_text())["cases"])
 
 
@@ -57,6 +58,54 @@ def test_a_wrong_answer_is_a_mismatch(
     monkeypatch.setattr("sys.argv", ["check_golden.py", str(tmp_path)])
     assert main() == 1
     assert f"mismatch: hiprune {name.split('.')[0]}: sorted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_candidates_that_rounding_decides_between_are_a_tie(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    index = json.loads((GOLDEN / f"{method}.json").read_text())
+    case = index["cases"][0]
+    name = case.get("id") or case["case"]
+    tensors = {
+        key.removeprefix(f"{name}."): t.clone()
+        for key, t in load_file(GOLDEN / f"{method}.safetensors").items()
+        if key.startswith(f"{name}.")
+    }
+    order, kept = {"divprune": ("order", "sorted"), "fastv": ("top", "keep")}[method]
+    first, pick = case.get("image_start", 0), int(tensors[order][-1])
+    twin, other = [
+        at for at in range(first, first + case["N"]) if at not in tensors[order].tolist()
+    ][-2:]
+    if method == "divprune":
+        tensors["features"][twin] = tensors["features"][pick] * (1 + 1e-7)
+    else:
+        attention = tensors["last_query_attention"]
+        attention[:, twin] = attention[:, pick] - 3e-8
+
+    def recorded(last: int) -> Report:
+        """The check of the case whose record has `last` as its last pick."""
+        own = {key: t.clone() for key, t in tensors.items()}
+        own[order][-1] = last
+        own[kept] = own[kept].masked_fill(own[kept] == pick, last).sort().values
+        path = tmp_path / f"{method}.json"
+        path.write_text(json.dumps(index | {"cases": [case], "file": f"{method}.safetensors"}))
+        save_file({f"{name}.{key}": t for key, t in own.items()}, path.with_suffix(".safetensors"))
+        return check(path)
+
+    # which of the two is exact depends on the build of torch
+    exact, tied = sorted(map(recorded, (pick, twin)), key=lambda one: one.exact, reverse=True)
+    assert (exact.exact, exact.ties, exact.mismatches) == (1, [], [])
+    assert (tied.exact, len(tied.ties), tied.mismatches) == (0, 1, [])
+    assert "apart in float64" in tied.ties[0]
+
+    wrong = recorded(other)  # no rounding picks this one
+    assert (wrong.exact, wrong.ties, len(wrong.mismatches)) == (0, [], 1)
+
+    recorded(twin if recorded(pick).exact else pick)
+    monkeypatch.setattr("sys.argv", ["check_golden.py", str(tmp_path)])
+    assert main() == 0
+    assert "0 of 1 cases exact, 1 ties" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("above", [0, 7])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reference.golden_adapters import METHODS, Tensors
+from reference.ties import tie
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -22,10 +23,11 @@ class Report:
     cases: int = 0
     exact: int = 0
     worst: float = 0.0
+    ties: list[str] = field(default_factory=list)  # neither exact nor a mismatch
     mismatches: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        counts = f"{self.cases:>3} cases  {self.exact:>3} exact"
+        counts = f"{self.cases:>3} cases  {self.exact:>3} exact  {len(self.ties):>3} ties"
         return f"{self.method:<16} {counts}  worst feature error {self.worst:.1e}"
 
 
@@ -46,14 +48,20 @@ def check(path: Path) -> Report:
         except KeyError as error:
             raise GoldenError(f"{path}: case {name} lacks {error}") from error
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            wrong = [f"{type(error).__name__}: {error}"]
+            wrong, known = [f"{type(error).__name__}: {error}"], False
         else:
-            wrong = [c.what for c in results if not c.exact]
+            wrong, known = [c.what for c in results if not c.exact], True
             report.worst = max([report.worst, *(c.error for c in results)])
         report.cases += 1
         report.exact += not wrong
-        if wrong:
-            report.mismatches.append(f"{report.method} {name}: {', '.join(wrong)}")
+        if not wrong:
+            continue
+        what = f"{report.method} {name}: {', '.join(wrong)}"
+        margin = tie(adapter, case, own) if known else None
+        if margin is None:
+            report.mismatches.append(what)
+        else:
+            report.ties.append(f"{what}; candidates {margin:.1e} apart in float64")
     return report
 
 
