@@ -10,8 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from secateur.job import Job
 from secateur.paths import CONFIGS
+from secateur.settings import ModelIdentity
 
 FOLDER = CONFIGS / "experiment"
+# fields of a model that say which checkpoint it is, or have no say in the other models
+_CHECKPOINT = {"name", "family", "pretrained", "revision", "weights", "clip"}
 
 
 def of_papers() -> list[str]:
@@ -36,6 +39,74 @@ def grid(experiment: str) -> dict[str, list[Any]]:
         else [one.value()]
         for one in OverridesParser.create().parse_overrides(lines)
     }
+
+
+def settings(experiment: str) -> dict[str, Any]:
+    """The settings of an experiment that decide its numbers, by their names on the command line.
+
+    These are its model and the fields of the model that have a value, the tasks, the limit and what
+    it sweeps.
+    """
+    config = written(experiment)
+    (model,) = (one["override /model"] for one in config.defaults if "override /model" in one)
+    fields: dict[str, Any] = {}
+    for own in (_plain("_base"), _plain(model), OmegaConf.to_container(config.model)):
+        assert isinstance(own, dict)
+        fields |= own
+    chosen = {
+        f"model.{name}": fields[name]
+        for name in ModelIdentity.model_fields
+        if name not in _CHECKPOINT and fields[name] is not None
+    }
+    swept = {name: ",".join(map(str, values)) for name, values in grid(experiment).items()}
+    tasks = ",".join(config.tasks)
+    return {"model": model} | chosen | {"tasks": tasks, "limit": config.limit} | swept
+
+
+def _plain(model: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / f"{model}.yaml"))
+
+
+def stated(experiment: str) -> dict[str, str]:
+    """Which of `settings` the source states: name -> where. All others are our choice.
+
+    The tables that an experiment reproduces state its model, its tasks and what it sweeps. What
+    else the source states is in the file's `reported.stated`.
+
+    Raises:
+        ValueError: `reported.stated` names no setting of the experiment, or one without a place.
+    """
+    source = written(experiment).get("reported")
+    if source is None:
+        return {}
+    found = dict.fromkeys(["model", "tasks", *grid(experiment)], ", ".join(source.tables))
+    for name, place in source.get("stated", {}).items():
+        if name not in settings(experiment):
+            raise ValueError(
+                f"{experiment}: reported.stated names {name!r}, which is no setting of the "
+                f"experiment; they are {', '.join(settings(experiment))}"
+            )
+        if not isinstance(place, str) or not place:
+            raise ValueError(
+                f"{experiment}: reported.stated.{name} is {place!r}; write where the source says "
+                "so, as paper, Section 4.1"
+            )
+        found[name] = place
+    return found
+
+
+def origins(experiment: str) -> list[str]:
+    """Two sentences: the settings that the source states, by place, and those that we chose."""
+    own, places = settings(experiment), stated(experiment)
+    groups: dict[str, list[str]] = {}
+    for name, place in places.items():
+        text = f"{name}={own[name]}" if name.startswith("model.") else name
+        groups.setdefault(place, []).append(text)
+    ours = [
+        f"{name}={'null' if own[name] is None else own[name]}" for name in own if name not in places
+    ]
+    listed = "; ".join(f"{', '.join(texts)} ({place})" for place, texts in groups.items())
+    return [f"The source states: {listed or 'nothing'}.", f"Chosen by us: {', '.join(ours)}."]
 
 
 def jobs(experiment: str, results: Path) -> list[Job]:

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from secateur import experiments
 from secateur.budget import Budget
 from secateur.job import Job
 from secateur.pruners import InLLMPruner, PrunerError, build
@@ -204,6 +205,32 @@ def test_the_input_is_that_of_the_papers(experiment):
         key: stated[key] for key in expected
     } == expected  # in the experiment itself, whatever the model's file says
     assert set(stated) <= set(model)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_setting_is_stated_by_the_source_or_chosen_by_us(experiment):
+    own, places = experiments.settings(experiment), experiments.stated(experiment)
+    assert set(places) <= set(own)
+    assert {f"model.{name}" for name in written(experiment).model} <= set(own)
+    states, chosen = experiments.origins(experiment)
+    for name in own:
+        named = re.search(rf"[ ,]{re.escape(name)}[=, ]", states if name in places else chosen)
+        assert named, name
+        assert not re.search(rf"[ ,]{re.escape(name)}=", chosen if name in places else states)
+    assert ("model" in places) == ("reported" in written(experiment))
+
+
+def test_a_wrong_name_of_a_stated_setting_is_told(tmp_path, monkeypatch):
+    file = text("scope_llava")
+    monkeypatch.setattr(experiments, "FOLDER", tmp_path)
+    for right, wrong, told in (
+        ("model.dtype: released", "model.dtyp: released", "'model.dtyp', which is no setting"),
+        ("model.dtype: released code", "model.dtype:", "model.dtype is None; write where"),
+    ):
+        assert file.count(right) == 1
+        (tmp_path / "scope_llava.yaml").write_text(file.replace(right, wrong))
+        with pytest.raises(ValueError, match=told):
+            experiments.stated("scope_llava")
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

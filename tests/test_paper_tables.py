@@ -107,6 +107,18 @@ def test_rows_and_columns_stand_in_the_order_of_the_paper():
     assert {entry.verdict for entry in first} == {"not run"}
 
 
+def test_a_table_tells_which_settings_its_source_states():
+    text = render.sheet(paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, []))
+    states = next(note for note in text.notes if note.startswith("The source states"))
+    assert "model, tasks, pruner, budget (Table 1)" in states
+    assert "model.dtype=float16" in states
+    chosen = next(note for note in text.notes if note.startswith("Chosen by us"))
+    assert "model.prompt=vicuna_v1" in chosen
+    assert "limit=null" in chosen
+    for page in (render.markdown(text), render.page(text)):
+        assert "Chosen by us: model." in page
+
+
 def test_known_effects_get_their_verdicts():
     effects = {
         ("scope", "64"): 0.3,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from secateur.experiments import origins
 from secateur.paths import CONFIGS
 from secateur.reporting import stats
 from secateur.reporting.comparison import (
@@ -112,6 +113,7 @@ def build(
             f"{layout.average}: plain mean of score / unpruned score; "
             "a printed average that is another mean is not comparable."
         )
+    notes += origins(layout.experiment)
     if placed:
         notes += _qualified(placed)
         notes += _counted(placed)
