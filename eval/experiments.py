@@ -49,10 +49,7 @@ def settings(experiment: str) -> dict[str, Any]:
     """
     config = written(experiment)
     (model,) = (one["override /model"] for one in config.defaults if "override /model" in one)
-    fields: dict[str, Any] = {}
-    for own in (_plain("_base"), _plain(model), OmegaConf.to_container(config.model)):
-        assert isinstance(own, dict)
-        fields |= own
+    fields = _plain("_base") | _plain(model) | dict(config.model)
     chosen = {
         f"model.{name}": fields[name]
         for name in ModelIdentity.model_fields
@@ -63,8 +60,9 @@ def settings(experiment: str) -> dict[str, Any]:
     return {"model": model} | chosen | {"tasks": tasks, "limit": config.limit} | swept
 
 
-def _plain(model: str) -> Any:
-    return OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / f"{model}.yaml"))
+def _plain(model: str) -> dict[str, Any]:
+    file: Any = OmegaConf.load(CONFIGS / "model" / f"{model}.yaml")
+    return {name: None if OmegaConf.is_missing(file, name) else file[name] for name in file}
 
 
 def stated(experiment: str) -> dict[str, str]:
