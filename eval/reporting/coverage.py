@@ -26,7 +26,7 @@ from secateur.reporting.verdicts import READINGS, choices
 from secateur.tasks import TASKS
 
 PAPERS = ("PromPrune", "PruneSID", "SCOPE")  # no table of ZSPAPrune and SPpruner is public
-IN_NONE = "in no experiment"  # the reason of a number that could have a cell
+IN_NONE = "in no experiment"  # of a number that could have a cell; its task follows
 _ROW = ["paper", "table", "model", "method", "budget"]
 
 
@@ -147,7 +147,7 @@ def _no_cell(row: Mapping[Any, Any], reasons: dict[str, Any]) -> str:
         if all(row[name] == cell[name] for name in ("model", "method", "budget")):
             return f"{row['method']} at {row['budget']}: {cell['why']}"
     why = reasons["methods"].get(row["method"])
-    return f"{row['method']}: {why}" if why else IN_NONE
+    return f"{row['method']}: {why}" if why else f"{IN_NONE}: {row['task']}"
 
 
 def _with_averages(numbers: pd.DataFrame) -> pd.DataFrame:
@@ -192,11 +192,23 @@ def page(numbers: pd.DataFrame) -> str:
     head = HEAD.format(
         total=len(numbers), covered=covered, papers=f"{', '.join(papers)} and {last}"
     )
+    head += "".join(f"\n{line}\n" for line in _other_documents(numbers))
     sections = [
         f"## {paper}: {summary(own)}\n\n{_counts(own)}\n{_reasons(own)}"
         for paper, own in numbers.groupby("paper")
     ]
     return "\n".join([head, *sections])
+
+
+def _other_documents(numbers: pd.DataFrame) -> list[str]:
+    """Sentences on the numbers whose cells have other documents than the papers'."""
+    counts = Counter(numbers.loc[numbers["experiment"] != "", "task"])
+    why = {name: getattr(task, "other_documents", "") for name, task in TASKS.items()}
+    return [
+        f"{counts[name]} of them are of other documents than their cells, {name}: {text}."
+        for name, text in why.items()
+        if text and counts[name]
+    ]
 
 
 def _tables(numbers: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
