@@ -56,7 +56,7 @@ def settings(experiment: str) -> dict[str, Any]:
         if name not in _CHECKPOINT and fields[name] is not None
     }
     swept = {name: ",".join(map(str, values)) for name, values in grid(experiment).items()}
-    tasks = ",".join(config.tasks)
+    tasks = swept.pop("tasks", None) or ",".join(config.tasks)
     return {"model": model} | chosen | {"tasks": tasks, "limit": config.limit} | swept
 
 
