@@ -18,6 +18,7 @@ ROW = {
     "model": "llava_1_5_7b",
     "method": "scope",
     "budget": "64",
+    "budget_tokens": 64,
     "retention_pct": 11.1,
     "task": "pope",
     "metric": "pope_f1",
@@ -48,12 +49,19 @@ def covered(row, *cells):
 def test_a_number_has_the_cell_of_its_settings():
     assert covered({}) == ("mine", "")
     assert covered({}, CELL._replace(budget="11.1%")) == ("mine", "")
+    crops = {"model": "llava_next_7b", "budget": "640", "budget_tokens": 640}
+    per_crop = CELL._replace(model="llava_next_7b", budget="128/tile")
+    assert covered(crops, per_crop) == ("mine", "")
     assert covered({"metric": "pope_as_printed"}) == ("mine", "")
     assert covered({"table": "Table 7"}) == ("mine", "")
 
 
 @pytest.mark.parametrize(
-    "row", [{"budget": "32", "retention_pct": 5.6}, {"task": "mme", "metric": "mme_total"}]
+    "row",
+    [
+        {"budget": "32", "budget_tokens": 32, "retention_pct": 5.6},
+        {"task": "mme", "metric": "mme_total"},
+    ],
 )
 def test_another_budget_or_task_is_another_cell(row):
     assert covered(row) == ("", f"{coverage.IN_NONE}: {row.get('task', 'pope')}")

@@ -27,6 +27,7 @@ from secateur.tasks import TASKS
 
 PAPERS = ("PromPrune", "PruneSID", "SCOPE")  # no table of ZSPAPrune and SPpruner is public
 IN_NONE = "in no experiment"  # of a number that could have a cell; its task follows
+CROPS = 5  # of the 2880 tokens in the tables of LLaVA-NeXT
 _ROW = ["paper", "table", "model", "method", "budget"]
 
 
@@ -126,9 +127,11 @@ def _missing(row: Mapping[Any, Any], models: set[str], reasons: dict[str, Any]) 
 
 def _experiment(row: Mapping[Any, Any], cells: list[Composed]) -> str:
     """The first experiment with a row's cell; empty if there is none."""
-    budgets = {row["budget"]}
+    tokens, budgets = row["budget_tokens"], {row["budget"]}
     if not pd.isna(row["retention_pct"]):
         budgets.add(f"{row['retention_pct']:g}%")
+    if row["model"].startswith("llava_next") and not pd.isna(tokens):
+        budgets.add(f"{tokens // CROPS}/tile")  # as PruneSID and VisionZip count
     settings = {cell.inputs for cell in cells if row["table"] in cell.tables}
     for cell in cells:
         if (
