@@ -21,6 +21,7 @@ from secateur.pruners import (
     scope,
     sparsevlm,
     sppruner,
+    tome,
     trim,
     trimtokenator,
     uniform,

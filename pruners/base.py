@@ -43,6 +43,8 @@ class VisualTokens:
     encoder_keys: Tensor | None = None
     last_queries: Tensor | None = None  # [B, 1+N, C] q_proj output of the encoder's last block
     last_keys: Tensor | None = None  # [B, 1+N, C] k_proj output of the encoder's last block
+    # [B, N] place of each patch in the output of an encoder that merges tokens; -1: merged away
+    output_places: Tensor | None = None
     # [B, M, D] question tokens in LLM space, rows padded at the end
     text_embeddings: Tensor | None = None
     text_mask: Tensor | None = None  # [B, M] True for real question tokens; None: all are real
@@ -276,6 +278,8 @@ class ImageShape:
     kept: float  # K; a fraction when several crops share a budget
     width: int  # D, of the LLM
     encoder_width: int  # C, of the image encoder
+    encoder_blocks: int = 0  # up to the one whose output the projector receives
+    encoder_heads: int = 1
 
     @property
     def cls_attention(self) -> int:
@@ -404,6 +408,7 @@ _AXES = {
     "encoder_keys": ("B", "N or 1+N", "E"),
     "last_queries": ("B", "1+N", "F"),
     "last_keys": ("B", "1+N", "F"),
+    "output_places": ("B", "N"),
     "text_embeddings": ("B", "M", "D"),
     "text_mask": ("B", "M"),
     "clip_patches": ("B", "N", "P"),

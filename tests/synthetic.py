@@ -57,8 +57,17 @@ def visual_tokens(
         clip_text=draw(batch, min(text, 2), width),
         relevance=draw(batch, count),
         first_saliency=draw(batch, heads, 1 + count).softmax(2)[..., 1:],
+        output_places=merged_places(batch, count, generator),
         sample_ids=tuple(f"document|{row}" for row in range(batch)),
     )
+
+
+def merged_places(batch: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Output places of an encoder that merged all but a quarter of the patches away."""
+    left = max(1, count // 4)
+    remaining = torch.rand(batch, count, generator=generator).argsort(1)[:, :left]
+    places = torch.arange(float(left)).expand(batch, -1)
+    return torch.full((batch, count), -1.0).scatter(1, remaining, places)
 
 
 def layer_tokens(

@@ -140,6 +140,7 @@ METHODS = {
     "scope": ({}, (8, 8, 8, 8)),
     "hiprune": ({}, (8, 8, 8, 8)),
     "vispruner": ({}, (8, 8, 8, 8)),
+    "tome": ({}, (8, 8, 8, 8)),
     "fastv": ({"layer": 1}, (16, 5, 5, 5)),
     "pyramiddrop": ({"stages": (1, 2, 3)}, (16, 8, 4, 2)),
     "dart": ({"layer": 1}, (16, 4, 4, 4)),
@@ -293,6 +294,8 @@ REMAINDERS = {
     "sparsevlm": -2 * N * (N + T) * D - 2 * T * (N + T) * D - 2 * 11 * 11 * D,
     "sppruner": CLIP_COSINE + 2 * K * 6 * D - CAPTURE,  # 6 tokens are merged
     "trim": CLIP_COSINE,  # as products
+    # the hooks compute similarities, in 3 blocks that merge 12 each, of heads of size C / 2
+    "tome": -2 * (25 * 24 + 19 * 18 + 13 * 12) * C // 2,
     "visionzip": 2 * 2 * 37 * C // 2 - CAPTURE,  # similarity of 2 targets and 37 others
     "vispruner": -CAPTURE,
     "zspaprune": 2 * N * D,  # relevance
@@ -321,7 +324,7 @@ def test_what_a_selection_costs(method):
         flops = pruner.flops(PromptShape((N, pruner.tokens_after(N, K)), T, D, D, D))
     else:
         tokens = image_inputs()
-        flops = pruner.flops(ImageShape(N, K, D, C))
+        flops = pruner.flops(ImageShape(N, K, D, C, encoder_blocks=3, encoder_heads=2))
     assert measured(lambda: pruner.prune(tokens, K)) == flops + REMAINDERS.get(method, 0)
 
 

@@ -298,8 +298,9 @@ REFUSED = {
     "prunesid": ({}, "{} models do not provide cls_token: .*variant=qwen"),
     "visionzip": ({}, "{} models do not provide cls_token: .*keep_cls=false"),
     "cdpruner": ({}, "CLIP"),
-    "hired": ({}, "Qwen2.5-VL models do not provide first_saliency: .* no CLS"),
+    "hired": ({}, "{} models do not provide first_saliency: .* no CLS"),
     "trim": ({}, "CLIP"),
+    "tome": ({}, "inside the image encoder of qwen2.* models: .* without windows"),
 }
 
 

@@ -23,6 +23,7 @@ from secateur.pruners import (
     build,
 )
 from secateur.pruners.base import EXTRA
+from secateur.pruners.tower import TowerPruner
 
 BEFORE, INSIDE = variants(Pruner), variants(InLLMPruner)
 NAMES = sorted(name for name in REGISTRY if not in_llm(name))
@@ -50,7 +51,8 @@ def allowed(pruner: Pruner, tokens: VisualTokens, keep: int) -> int:
     """The budget nearest to `keep` that the pruner can hold."""
     if pruner.name == "none":
         return tokens.shape[1]
-    return tokens.shape[1] // 4 if pruner.name == "pooling" else keep
+    quarter = pruner.name == "pooling" or isinstance(pruner, TowerPruner)
+    return max(1, tokens.shape[1] // 4) if quarter else keep
 
 
 def promise(selection: Selection, batch: int, count: int, passed: int, adaptive: bool) -> None:

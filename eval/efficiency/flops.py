@@ -16,6 +16,7 @@ from secateur.families.base import Family
 from secateur.pruners import InLLMPruner, Pruner
 from secateur.pruners.base import ImageShape
 from secateur.pruners.in_llm import PromptShape
+from secateur.pruners.tower import TowerPruner
 
 # (rows, columns) of tokens after the projector, one entry for each run of the tower
 Crops = Sequence[tuple[int, int]]
@@ -121,8 +122,8 @@ def count(
         ) + head(config)
 
     return Flops(
-        tower=tower(config, crops),
-        projector=projector(config, crops),
+        tower=tower(config, crops, pruner, layer_tokens[0]),
+        projector=projector(config, crops, pruner, layer_tokens[0]),
         pruner=_pruner(config, pruner, layer_tokens, text_tokens, crops),
         layers=prefill(config, layer_tokens, text_tokens),
         head=head(config),
@@ -164,20 +165,58 @@ def count_row(
 # --- phases
 
 
-def tower(config: PreTrainedConfig, crops: Crops) -> Work:
+def tower(
+    config: PreTrainedConfig,
+    crops: Crops,
+    pruner: Pruner | InLLMPruner | None = None,
+    kept: int = 0,
+) -> Work:
     """The image encoder: all blocks, since transformers also runs those after the feature layer.
+
+    Args:
+        pruner: a method that merges inside the encoder makes it cheaper, others do not matter.
+        kept: tokens of all crops together that such a method leaves.
 
     Raises:
         ValueError: an image encoder that is not known.
     """
-    family = _family(config)
-    return sum((Work(*family.tower_flops(config, *crop)) for crop in crops), Work())
+    family, total = _family(config), Work()
+    for rows, columns in crops:
+        merged = _merged(family, config, pruner, rows * columns, _share(crops, kept))
+        total += Work(*family.tower_flops(config, rows, columns, merged))
+    return total
 
 
-def projector(config: PreTrainedConfig, crops: Crops) -> Work:
-    """The projector, over all tokens of the crops."""
-    tokens = sum(rows * columns for rows, columns in crops)
-    return Work(tokens * _family(config).projector_flops(config))
+def projector(
+    config: PreTrainedConfig,
+    crops: Crops,
+    pruner: Pruner | InLLMPruner | None = None,
+    kept: int = 0,
+) -> Work:
+    """The projector, over all tokens that leave the image encoder; arguments as of `tower`."""
+    family, tokens = _family(config), 0
+    for rows, columns in crops:
+        size = rows * columns
+        tokens += size - sum(_merged(family, config, pruner, size, _share(crops, kept)))
+    return Work(tokens * family.projector_flops(config))
+
+
+def _share(crops: Crops, kept: int) -> float:
+    """The share of its tokens that every crop keeps, if all keep an equal one."""
+    return min(1.0, kept / sum(rows * columns for rows, columns in crops)) if crops else 1.0
+
+
+def _merged(
+    family: Family,
+    config: PreTrainedConfig,
+    pruner: Pruner | InLLMPruner | None,
+    size: int,
+    share: float,
+) -> list[int]:
+    """Tokens of a crop of `size` that each block of the encoder merges away."""
+    if not isinstance(pruner, TowerPruner):
+        return []
+    return pruner.merged_per_block(size, family.merging_blocks(config), round(share * size))
 
 
 def _family(config: PreTrainedConfig) -> Family:
@@ -239,9 +278,15 @@ def _pruner(
     sizes, kept = [rows * columns for rows, columns in crops], layer_tokens[0]
     if kept >= sum(sizes):
         return 0
-    tower_width = getattr(config.vision_config, _family(config).VISION_WIDTHS[0])
-    share, widths = kept / sum(sizes), (text.hidden_size, tower_width)
-    costs = [pruner.flops(ImageShape(size, share * size, *widths)) for size in sizes]
+    family, vision, share = _family(config), config.vision_config, kept / sum(sizes)
+    encoder = (
+        getattr(vision, family.VISION_WIDTHS[0]),
+        family.merging_blocks(config),
+        getattr(vision, family.VISION_FIELDS[1]),
+    )
+    costs = [
+        pruner.flops(ImageShape(size, share * size, text.hidden_size, *encoder)) for size in sizes
+    ]
     counted = [cost for cost in costs if cost is not None]
     return sum(counted) if len(counted) == len(costs) else None
 

@@ -47,6 +47,17 @@ class EncodedImage:
         return self.grid[0] * self.grid[1]
 
 
+@dataclass(frozen=True)
+class TowerBlock:
+    """The modules of one block of an image encoder: x + attention(x), then x + mlp(norm(x))."""
+
+    block: nn.Module
+    keys: nn.Module  # its output [B, T, C] holds the heads side by side
+    norm: nn.Module
+    mlp: nn.Module
+    heads: int
+
+
 class Adapter:
     """The modules of a loaded model; this class knows the decoder, which is alike in all families.
 
@@ -74,6 +85,7 @@ class Adapter:
     IMAGE_ARGUMENTS: ClassVar[tuple[str, ...]] = ("pixel_values",)
     # position policies; the first is the default
     POSITIONS: ClassVar[tuple[str, ...]] = ("compact", "original")
+    projector: nn.Module  # of families with `tower_blocks`
     keeps_newlines: bool = True  # False: the embeddings that end rows of tiles are removed
     # True: every crop gets the same share of a budget, rounded down; else the first get one more
     equal_shares: bool = False
@@ -119,6 +131,18 @@ class Adapter:
     def project(self, features: Tensor) -> Tensor:
         """Encoder features [..., C] -> LLM width [..., D], in the model's dtype."""
         raise NotImplementedError
+
+    def tower_blocks(self) -> list[TowerBlock]:
+        """The image encoder's blocks up to the one whose output the projector receives.
+
+        Raises:
+            ValueError: tokens cannot be merged inside this encoder.
+        """
+        raise ValueError(
+            f"tokens cannot be merged inside the image encoder of {self.model.config.model_type} "
+            "models: this needs an encoder with CLS and without windows, as that of LLaVA-1.5 and "
+            "LLaVA-NeXT; take another pruner"
+        )
 
     def check_known(self, needs: frozenset[str]) -> None:
         """Raise ValueError for captures that this family does not provide."""
@@ -341,11 +365,18 @@ class Family:
 
     # --- FLOPs
 
-    def tower_flops(self, config: Any, rows: int, columns: int) -> tuple[float, float]:
+    def merging_blocks(self, config: Any) -> int:
+        """How many blocks `Adapter.tower_blocks` has; 0: tokens cannot be merged there."""
+        return 0
+
+    def tower_flops(
+        self, config: Any, rows: int, columns: int, merged: Sequence[int] = ()
+    ) -> tuple[float, float]:
         """Of one crop in the image encoder: products with weights, and products of attention.
 
         Args:
-            rows, columns: tokens of the crop after the projector.
+            rows, columns: tokens of the crop after the projector, without merging.
+            merged: tokens that each of the first blocks merges away between attention and MLP.
 
         Raises:
             ValueError: an image encoder that is not known.

@@ -1,6 +1,6 @@
 """LLaVA-1.5: a CLIP tower with CLS, a projector, a Llama."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +19,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from secateur.families.base import Adapter, EncodedImage, Family, language_fields
+from secateur.families.base import Adapter, EncodedImage, Family, TowerBlock, language_fields
 from secateur.families.contract import ContractError, require
 from secateur.prompts import LLAVA
 
@@ -52,6 +52,7 @@ class LlavaAdapter(Adapter):
         "encoder_keys": ("keys",),
         "last_queries": ("last_queries",),
         "last_keys": ("last_keys",),
+        "output_places": (),  # of the hooks that merge
         "grid": (),
     }
     PARTS: ClassVar[tuple[str, ...]] = (
@@ -77,6 +78,7 @@ class LlavaAdapter(Adapter):
         # hidden_states has one entry more than there are blocks: entry k leaves block k - 1
         self.block: Any = blocks[layer if layer < 0 else layer - 1]
         self.first_block: Any = blocks[0]
+        self.until = layer % (len(blocks) + 1)  # how many blocks make the features
         self.last_block: Any = blocks[-1]
         # HiPrune's object layer: the 9th of CLIP-L's 24, in other towers at the same relative depth
         self.object_block: Any = blocks[max(round(len(blocks) * 9 / 24), 1) - 1]
@@ -87,6 +89,26 @@ class LlavaAdapter(Adapter):
             if name.endswith("encoder.layers"):
                 return module
         raise ContractError(f"{type(self.core.vision_tower).__name__} has no `encoder.layers`")
+
+    def tower_blocks(self) -> list[TowerBlock]:
+        kernel = self.core.vision_tower.config._attn_implementation
+        if kernel not in ("sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation={kernel!r}: merging inside the image encoder weights its "
+                "attention, for which it needs sdpa or eager"
+            )
+        blocks: list[Any] = list(self._blocks())[: self.until]
+        require(blocks[0], "self_attn.k_proj", "layer_norm2", "mlp")
+        return [
+            TowerBlock(
+                block,
+                block.self_attn.k_proj,
+                block.layer_norm2,
+                block.mlp,
+                block.self_attn.num_heads,
+            )
+            for block in blocks
+        ]
 
     def hooks(self, needs: frozenset[str], into: dict[str, Tensor]) -> Iterator[RemovableHandle]:
         self.check_known(needs)
@@ -226,7 +248,13 @@ class Llava(Family):
         attentions = model.model.vision_tower(pixels, output_attentions=True).attentions
         return attentions[model.config.vision_feature_layer][:, :, 0, 1:]
 
-    def tower_flops(self, config: Any, rows: int, columns: int) -> tuple[float, float]:
+    def merging_blocks(self, config: Any) -> int:
+        layers: int = config.vision_config.num_hidden_layers
+        return config.vision_feature_layer % (layers + 1)
+
+    def tower_flops(
+        self, config: Any, rows: int, columns: int, merged: Sequence[int] = ()
+    ) -> tuple[float, float]:
         vision = config.vision_config
         if vision.model_type != "clip_vision_model":
             raise ValueError(
@@ -236,9 +264,13 @@ class Llava(Family):
         d, patches = vision.hidden_size, rows * columns
         positions = patches + 1  # CLS
         embedding = 2 * patches * 3 * vision.patch_size**2 * d
-        linear = 2 * positions * (4 * d * d + 2 * d * vision.intermediate_size)
-        layers = vision.num_hidden_layers
-        return embedding + layers * linear, layers * 4 * positions**2 * d
+        linear, attention = embedding, 0
+        for layer in range(vision.num_hidden_layers):
+            linear += 2 * positions * 4 * d * d
+            attention += 4 * positions**2 * d
+            positions -= merged[layer] if layer < len(merged) else 0
+            linear += 2 * positions * 2 * d * vision.intermediate_size
+        return linear, attention
 
     def projector_flops(self, config: Any) -> int:
         width = config.get_text_config().hidden_size

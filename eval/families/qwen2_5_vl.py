@@ -1,6 +1,6 @@
 """Qwen2.5-VL: a tower without CLS that works in windows, M-RoPE, grouped queries."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -436,7 +436,9 @@ class Qwen25VL(Family):
         parts = [torch.arange(start).expand(3, -1), image, after.expand(3, -1)]
         return torch.cat(parts, 1)[:, None]
 
-    def tower_flops(self, config: Any, rows: int, columns: int) -> tuple[float, float]:
+    def tower_flops(
+        self, config: Any, rows: int, columns: int, merged: Sequence[int] = ()
+    ) -> tuple[float, float]:
         vision = config.vision_config
         d, merged = vision.hidden_size, vision.spatial_merge_size
         patches = rows * columns * merged**2

@@ -15,7 +15,9 @@ from secateur.injection.audit import ImageAudit, Sample, Trace, audit_before_llm
 from secateur.injection.encoder import ImageCache
 from secateur.injection.hooks import Hooks, real_positions
 from secateur.injection.prompt import Edit, PlacedImage, PrunedPrompt, prune_prompt
+from secateur.injection.tower import TowerMerging
 from secateur.pruners import EXTRA, Pruner, PrunerError, Selection, VisualTokens
+from secateur.pruners.tower import TowerPruner
 
 if TYPE_CHECKING:  # few methods need CLIP beside the model
     from secateur.injection.clip import ClipRelevance
@@ -68,6 +70,11 @@ class BeforeLLM(Hooks):
     def _encoded(self) -> frozenset[str]:
         needs = self.pruner.needs - _TEXT
         return (needs - _CLIP) | {"encoder_features"} if needs & _CLIP else needs
+
+    def _merging(self) -> TowerMerging | None:
+        if not isinstance(self.pruner, TowerPruner):
+            return None
+        return TowerMerging(self.adapter, self.pruner, self.budget)
 
     def _prompt(self, kwargs: Keywords, visual: Tensor, images: list[PlacedImage]) -> Keywords:
         samples = self.trace.take(len(visual))

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from secateur.cache import EncodeCache, image_key
 from secateur.families.base import Adapter, EncodedImage
 from secateur.families.contract import Arguments
+from secateur.injection.tower import TowerMerging
 
 _CAPTURE = "capture "  # prefix of the captures' names in the cache
 
@@ -46,7 +47,8 @@ class ImageCache:
 class Encoder:
     """Wraps `get_image_features`: records captures, caches results.
 
-    `images` holds the images of the last call.
+    `images` holds the images of the last call. With `merging` every image is encoded alone, and
+    the cache is left out: an image's features depend on method and budget.
     """
 
     def __init__(
@@ -55,13 +57,20 @@ class Encoder:
         needs: frozenset[str],
         cache: ImageCache | None,
         encode: Callable[..., Any],
+        merging: TowerMerging | None = None,
     ) -> None:
         self.adapter, self.needs, self.cache, self.encode = adapter, needs, cache, encode
+        self.merging = merging
         self.arguments = Arguments(encode, *adapter.IMAGE_ARGUMENTS)
         self.images: list[EncodedImage] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.arguments.read(args, kwargs)
+        if self.merging is not None:
+            alone = [self._run(mine, self.needs) for mine in self.adapter.one_by_one(arguments)]
+            self.images = [image for _, (image,) in alone]
+            together: Any = [output.pooler_output[0] for output, _ in alone]
+            return BaseModelOutputWithPooling(pooler_output=together)
         if self.cache is None:
             output, self.images = self._run(arguments, self.needs)
             return output
@@ -76,6 +85,8 @@ class Encoder:
     ) -> tuple[Any, list[EncodedImage]]:
         raw: dict[str, Tensor] = {}
         with contextlib.ExitStack() as stack:
+            if self.merging is not None:
+                stack.enter_context(self.merging.attached(raw))
             for handle in self.adapter.hooks(needs, raw):
                 stack.callback(handle.remove)
             output = self.encode(**arguments)

@@ -15,6 +15,7 @@ from secateur.families.contract import Arguments, Keywords
 from secateur.injection.audit import Trace
 from secateur.injection.encoder import Encoder, ImageCache
 from secateur.injection.prompt import PlacedImage, place
+from secateur.injection.tower import TowerMerging
 
 _INJECTED: WeakSet[nn.Module] = WeakSet()  # cores with a block open
 
@@ -32,7 +33,9 @@ class Hooks:
         self, adapter: Adapter, budget: Budget, trace: Trace, cache: ImageCache | None
     ) -> None:
         self.adapter, self.budget, self.trace = adapter, budget, trace
-        self.encoder = Encoder(adapter, self._encoded(), cache, adapter.core.get_image_features)
+        self.encoder = Encoder(
+            adapter, self._encoded(), cache, adapter.core.get_image_features, self._merging()
+        )
         self.core_arguments = Arguments(adapter.core.forward, "input_ids")
         self.arguments = Arguments(
             adapter.language_model.forward,
@@ -73,6 +76,10 @@ class Hooks:
     def _encoded(self) -> frozenset[str]:
         """Captures that the image encoder must provide."""
         return frozenset()
+
+    def _merging(self) -> TowerMerging | None:
+        """What merges tokens inside the image encoder; None: nothing does."""
+        return None
 
     def _prompt(self, kwargs: Keywords, visual: Tensor, images: list[PlacedImage]) -> Keywords:
         raise NotImplementedError
