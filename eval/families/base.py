@@ -370,13 +370,13 @@ class Family:
         return 0
 
     def tower_flops(
-        self, config: Any, rows: int, columns: int, merged: Sequence[int] = ()
+        self, config: Any, rows: int, columns: int, merged_away: Sequence[int] = ()
     ) -> tuple[float, float]:
         """Of one crop in the image encoder: products with weights, and products of attention.
 
         Args:
             rows, columns: tokens of the crop after the projector, without merging.
-            merged: tokens that each of the first blocks merges away between attention and MLP.
+            merged_away: tokens that each of the first blocks merges away between attention and MLP.
 
         Raises:
             ValueError: an image encoder that is not known.

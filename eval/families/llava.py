@@ -253,7 +253,7 @@ class Llava(Family):
         return config.vision_feature_layer % (layers + 1)
 
     def tower_flops(
-        self, config: Any, rows: int, columns: int, merged: Sequence[int] = ()
+        self, config: Any, rows: int, columns: int, merged_away: Sequence[int] = ()
     ) -> tuple[float, float]:
         vision = config.vision_config
         if vision.model_type != "clip_vision_model":
@@ -268,7 +268,7 @@ class Llava(Family):
         for layer in range(vision.num_hidden_layers):
             linear += 2 * positions * 4 * d * d
             attention += 4 * positions**2 * d
-            positions -= merged[layer] if layer < len(merged) else 0
+            positions -= merged_away[layer] if layer < len(merged_away) else 0
             linear += 2 * positions * 2 * d * vision.intermediate_size
         return linear, attention
 

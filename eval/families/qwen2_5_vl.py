@@ -437,7 +437,7 @@ class Qwen25VL(Family):
         return torch.cat(parts, 1)[:, None]
 
     def tower_flops(
-        self, config: Any, rows: int, columns: int, merged: Sequence[int] = ()
+        self, config: Any, rows: int, columns: int, merged_away: Sequence[int] = ()
     ) -> tuple[float, float]:
         vision = config.vision_config
         d, merged = vision.hidden_size, vision.spatial_merge_size

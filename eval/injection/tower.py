@@ -138,6 +138,7 @@ class TowerMerging:
         states = output[0] if isinstance(output, tuple) else output
         if self.now.plan[number]:
             assert self.now.merged is not None
+            assert self.now.added is not None
             states = self.now.merged + self.now.added
         if number == len(self.blocks) - 1 and self.now.sizes is not None:
             self.now.output = states
