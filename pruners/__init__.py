@@ -11,6 +11,7 @@ from secateur.pruners import (
     hired,
     holov,
     none,
+    pact,
     pooling,
     promprune,
     prumerge,

@@ -92,6 +92,7 @@ class Selection:
     (index 0). `unplaced` of a row's tokens, the last ones, stand for no place of the image, such as
     means of clusters: among the crops of an image they are not sorted into the raster but come
     last, and padding does not remove them. Their index names the token they are centred on.
+    `sizes` tells how many tokens each one stands for, for later layers that weigh it by that.
     """
 
     indices: Tensor  # [B, K] long, positions in 0..N-1 or EXTRA
@@ -101,6 +102,7 @@ class Selection:
     custom_order: bool = False  # True: the method's own order; False: ascending
     diagnostics: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # name -> [B]
     unplaced: int = 0
+    sizes: Tensor | None = None  # [B, K], at least 1
 
     @classmethod
     def ordered(cls, picks: Tensor, custom_order: bool, **rest: Any) -> "Selection":
@@ -157,6 +159,8 @@ class Selection:
                 f"features of shape {tuple(self.features.shape)} "
                 f"for indices of shape {tuple(index.shape)}"
             )
+        if self.sizes is not None and self.sizes.shape != index.shape:
+            wrong(f"sizes of shape {tuple(self.sizes.shape)}, expected those of indices")
 
         places, low = torch.arange(width, device=index.device), EXTRA
         real = torch.ones_like(index, dtype=torch.bool)
@@ -170,6 +174,8 @@ class Selection:
                     lambda: wrong(f"counts {counts.tolist()} outside 1..{width}"),
                 )
             )
+        if self.sizes is not None:
+            found.append(((self.sizes >= 1).all(), lambda: wrong("sizes below 1")))
         if self.features is None:
             low = 0
         inside = (index >= low) & (index < tokens)

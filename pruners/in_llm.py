@@ -27,6 +27,10 @@ class LayerTokens:
     query_mask: Tensor | None = None  # [B, Q] True at real rows of `attention`; None: all
     # [B, H, L, d] keys of the previous layer, after the rotary embedding
     keys: Tensor | None = None
+    # [B, H, L, d] queries and keys of the next layer, before the rotary embedding
+    next_queries: Tensor | None = None
+    next_keys: Tensor | None = None
+    next_rotated_keys: Tensor | None = None  # [B, H, L, d] these keys after it
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,7 +83,8 @@ class InLLMPruner(Method):
 
     The harness calls `schedule` once, `queries` once before layer 0, and `prune` before every layer
     of the schedule. Subclasses write `schedule`, `select` and `flops`. The indices of `select`
-    count visual tokens (0..n-1); EXTRA rows with features follow them.
+    count visual tokens (0..n-1); EXTRA rows with features follow them. An `adaptive` method gives
+    `counts`; `schedule` and `tokens_after` then tell the most tokens that can pass.
     """
 
     # the layer whose rows `attention` holds
@@ -90,6 +95,11 @@ class InLLMPruner(Method):
     def positions(self) -> Literal["original", "reindex"]:
         """Whether survivors keep their position ids; some methods make it a field."""
         return "original"
+
+    @property
+    def weighs_attention(self) -> bool:
+        """Whether later layers add the logarithm of `sizes` to the scores of the tokens' keys."""
+        return False
 
     def schedule(self, tokens: int, layers: int, keep: int) -> dict[int, int]:
         """0-based layer -> `keep` of the `prune` before it.
@@ -180,4 +190,7 @@ _AXES = {
     "attention": ("B", "H", "Q", "L"),
     "query_mask": ("B", "Q"),
     "keys": ("B", "G", "L", "d"),
+    "next_queries": ("B", "H", "L", "d"),
+    "next_keys": ("B", "G", "L", "d"),
+    "next_rotated_keys": ("B", "G", "L", "d"),
 }

@@ -79,6 +79,8 @@ def layer_tokens(
     """
     states = visual_tokens(batch, (1, count + 9), seed=seed, width=width, kind=kind)
     length, heads = count + 9, 2
+    assert states.encoder_features is not None
+    rotated = states.encoder_features.unflatten(2, (heads, -1)).transpose(1, 2)
     generator = torch.Generator().manual_seed(seed)
     attention = torch.randn(batch, heads, 2, length, generator=generator).softmax(3)
     keys = torch.randn(batch, heads, length, width // 2, generator=generator)
@@ -89,6 +91,9 @@ def layer_tokens(
         attention=torch.zeros_like(attention) if kind == "no_saliency" else attention,
         query_mask=torch.tensor([[True, False]]).repeat(batch, 1),
         keys=torch.zeros_like(keys) if kind == "zero" else keys,
+        next_queries=torch.randn(batch, heads, length, width // 2, generator=generator),
+        next_keys=torch.zeros_like(keys) if kind == "zero" else keys + 1,
+        next_rotated_keys=rotated.contiguous(),
     )
 
 

@@ -36,6 +36,7 @@ OPTIONS = {
     "sppruner": {"relevance_space": "llm_embed"},
     "fsr": {"relevance_space": "none"},
     "fastv": {"layer": 1},
+    "pact": {"layer": 1},
     "dart": {"layer": 1, "image_pivots": 2, "text_pivots": 2},
     "pyramiddrop": {"stages": (1, 2, 3)},
     "sparsevlm": {"stages": (1, 2, 3), "kept": (9, 5, 3)},

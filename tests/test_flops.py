@@ -280,6 +280,8 @@ REMAINDERS = {
     "hired": -2 * CAPTURE,
     "hiprune": -2 * 2 * (N + 1) ** 2 * C,  # the hooks compute both attention maps
     "holov": -CAPTURE,
+    # the hooks compute queries and keys; the test keeps 12 tokens, not 55%; a round of suppression
+    "pact": -2 * (N + T) * D * 2 * D - 2 * (26**2 - K**2) * D + 2 * K * K,
     # with fewer channels than tokens, the entropy has a D x D Gram matrix of its own
     "promprune": 2 * D * D * N + CHOLESKY - CAPTURE,
     "prumerge": 2 * (K - 1) * N * C,  # merging

@@ -453,6 +453,7 @@ def test_positions_are_declared_by_every_method_in_the_llm() -> None:
     assert {name: build(name).positions for name in INSIDE_NAMES} == {
         "dart": "original",
         "fastv": "original",
+        "pact": "original",
         "pyramiddrop": "reindex",
         "sparsevlm": "reindex",
     }

@@ -1,7 +1,7 @@
 """Methods inside the language model: they remove visual tokens between two of its layers."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,8 @@ class Frame:
     real: Tensor  # [B, L] False at padding
     text: Tensor  # [B, L] True at real positions after the last image
     asked: Tensor  # [B, L] True at the positions whose attention the pruner reads
+    # [B, L] what layers add to the scores of a position's key; None: nothing
+    bias: Tensor | None = None
 
     @property
     def counted(self) -> Tensor:
@@ -135,6 +137,7 @@ class LayerCaptures:
             )
         if "keys" in needs:
             keys = self.adapter.heads(number - 1, self.projected["keys", number - 1], rotary)
+        following = self._following(number, hidden, rotary) if "next_keys" in needs else {}
         if "hidden" in needs:
             states = self.adapter.normed(hidden) if self.pruner.apply_final_norm else hidden
         self.projected.clear()
@@ -150,7 +153,28 @@ class LayerCaptures:
             else gather_rows(attention.transpose(1, 3), front).transpose(1, 3),
             query_mask=asked,
             keys=None if keys is None else gather_rows(keys.transpose(1, 2), front).transpose(1, 2),
+            **{
+                name: gather_rows(x.transpose(1, 2), front).transpose(1, 2)
+                for name, x in following.items()
+            },
         )
+
+    def _following(self, number: int, hidden: Tensor, rotary: Rotary) -> dict[str, Tensor]:
+        """Queries and keys [B, H, L, d] of layer `number`, which `hidden` is about to enter."""
+        adapter = self.adapter
+        to_queries, to_keys = adapter.projections(number)
+        entering = adapter.before_attention(number, hidden)
+        keys = to_keys(entering)
+        rotated = adapter.heads(number, keys, rotary)
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (-1, rotated.shape[-1])).transpose(1, 2)
+
+        return {
+            "next_queries": heads(to_queries(entering)),
+            "next_keys": heads(keys),
+            "next_rotated_keys": rotated,
+        }
 
     def _attention(
         self, number: int, frame: Frame, hidden: Tensor, rotary: Rotary, places: Tensor
@@ -198,6 +222,12 @@ class InLLM(Hooks):
     ) -> None:
         super().__init__(adapter, budget, trace, cache)
         require(adapter.language_model, *adapter.LANGUAGE_PARTS)
+        kernel = adapter.language_model.config._attn_implementation
+        if pruner.weighs_attention and kernel not in ("sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation={kernel!r}: pruner {pruner.name!r} weights the attention of "
+                "later layers, for which it needs sdpa or eager"
+            )
         self.pruner = pruner
         self.captures = LayerCaptures(adapter, pruner)
         self.layer_arguments = Arguments(
@@ -267,6 +297,12 @@ class InLLM(Hooks):
                 f"visual tokens in the prompts of a batch: pruner {self.pruner.name!r} acts inside "
                 "the language model, where all must be equal; use batch size 1"
             )
+        if batch > 1 and self.pruner.adaptive:
+            raise ValueError(
+                f"{batch} prompts in a batch: pruner {self.pruner.name!r} decides by the image how "
+                "many tokens stay, inside the language model, where all must be equal; use batch "
+                "size 1"
+            )
         layers = len(self.adapter.layers)
         self.now.plan = self.pruner.schedule(counts[0], layers, budgets[0])
         if not all(0 < number < layers for number in self.now.plan):
@@ -314,7 +350,12 @@ class InLLM(Hooks):
             tokens.shape[1],
             self.pruner.tokens_after(tokens.shape[1], keep),
         )
-        if selection.counts is not None or index.shape[1] != passed:
+        wrong = (
+            index.shape[1] > passed
+            if self.pruner.adaptive
+            else selection.counts is not None or index.shape[1] != passed
+        )
+        if wrong:
             self.pruner.fail(
                 f"let {index.shape[1]} of {count} tokens pass before layer {number}; its schedule "
                 f"says {passed}"
@@ -333,6 +374,11 @@ class InLLM(Hooks):
         if selection.features is not None:
             places = self.now.frames[number].visual[..., None].expand(-1, -1, hidden.shape[2])
             hidden = hidden.scatter(1, places, selection.features.to(hidden.dtype))
+        if selection.sizes is not None and self.pruner.weighs_attention:
+            after = self.now.frames[number]
+            bias = torch.zeros_like(after.places, dtype=torch.float32)
+            after = replace(after, bias=bias.scatter(1, after.visual, selection.sizes.log()))
+            self.now.frames[number] = after
         return hidden
 
     def _fit(self, frame: Frame, hidden: Tensor, kwargs: Keywords) -> Keywords:
@@ -352,6 +398,10 @@ class InLLM(Hooks):
         fitting: Keywords = {"position_ids": positions}
         if kwargs.get("attention_mask") is not None:
             fitting["attention_mask"] = self._mask(kwargs["attention_mask"], columns, width)
+        if frame.bias is not None:
+            fitting["attention_mask"] = _biased(
+                fitting.get("attention_mask"), frame.bias, length, columns.shape[1], hidden.dtype
+            )
         if self.pruner.positions == "reindex":
             fitting["position_embeddings"] = self.adapter.rotary(hidden, positions)
         elif not self.past:
@@ -406,3 +456,20 @@ class InLLM(Hooks):
                 ],
             )
             self.trace.audits.append(audit)
+
+
+def _biased(
+    mask: Tensor | None, bias: Tensor, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """The mask [B, 1, rows, columns] with `bias` [B, P] added to its first P columns.
+
+    Args:
+        mask: [B, 1, rows, columns], True or 0 where a row sees a column; None: it is causal.
+    """
+    added = nn.functional.pad(bias.to(dtype), (0, columns - bias.shape[1]))[:, None, None]
+    if mask is None:
+        places = torch.arange(columns, device=bias.device)
+        mask = places <= places[columns - rows :, None]
+    if mask.dtype == torch.bool:
+        return torch.where(mask, added, torch.finfo(dtype).min)
+    return mask + added
