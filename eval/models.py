@@ -299,19 +299,22 @@ class PrunedModel(lmms):
     def _batches(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
         """Batches of requests with the same limit of new tokens, within `batch_tokens` positions.
 
-        Methods inside the language model need equal numbers of visual tokens in a batch. Requests
-        with a common prefix stay together, even if they alone are too many: `_generate_shared`
-        answers them in pieces.
+        Methods inside the language model need equal numbers of visual tokens in a batch; where the
+        image decides the number, every request is a batch of its own. Requests with a common prefix
+        stay together, even if they alone are too many: `_generate_shared` answers them in pieces.
         """
+        inside = isinstance(self.method, InLLMPruner)
+        alone = inside and self.method.adaptive
         waiting: dict[tuple[int, int, bool], list[Request]] = {}
         for _, group in itertools.groupby(requests, lambda one: self._prefix(one) or one.name):
             together = list(group)
             request = together[0]
             visual = int((request.inputs["input_ids"] == self.inputs.placeholder).sum())
-            equal = visual if isinstance(self.method, InLLMPruner) else 0
+            equal = visual if inside else 0
             kind = (request.new_tokens, equal, self._prefix(request) is not None)
             batch = waiting.setdefault(kind, [])
-            if batch and self._room([*batch, *together]) < len(batch) + len(together):
+            full = self._room([*batch, *together]) < len(batch) + len(together)
+            if batch and (alone or full):
                 yield waiting.pop(kind)
                 batch = waiting.setdefault(kind, [])
             batch += together

@@ -482,9 +482,9 @@ class TestBatches:
         audits = {key: answer.audit for key, answer in model.answers.items()}
         return given, audits, {key: answer.new_tokens for key, answer in model.answers.items()}
 
-    @pytest.mark.parametrize("method", ["none", "scope", "random", "zspaprune", "fastv"])
+    @pytest.mark.parametrize("method", ["none", "scope", "random", "zspaprune", "fastv", "pact"])
     def test_they_equal_one_prompt_at_a_time(self, plain, quick, tasks, method):
-        options = {"layer": 1} if method == "fastv" else {}
+        options = OPTIONS.get(method, {})
         assert self.answers(plain, tasks, method, **options) == self.answers(
             quick, tasks, method, **options
         )
