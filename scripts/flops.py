@@ -76,16 +76,15 @@ def pruner_costs(text_tokens: int) -> pd.DataFrame:
         for model, crops in CROPS.items():
             keep = budgets(model)[1].resolve(visual_tokens(model))
             try:
-                tokens = layer_tokens(method, model, keep)
-            except PrunerError:
+                flops = count(
+                    model_config(model),
+                    layer_tokens=layer_tokens(method, model, keep),
+                    text_tokens=text_tokens,
+                    crops=crops,
+                    pruner=build(method),
+                ).pruner
+            except PrunerError:  # no schedule for this budget, or not for this model
                 continue
-            flops = count(
-                model_config(model),
-                layer_tokens=tokens,
-                text_tokens=text_tokens,
-                crops=crops,
-                pruner=build(method),
-            ).pruner
             row[f"{model} {keep}"] = None if flops is None else flops / 1e9
         rows.append(row)
     return pd.DataFrame(rows)
