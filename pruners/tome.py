@@ -93,9 +93,12 @@ class ToMe(TowerPruner):
         return Matching(kept, into)
 
     def flops(self, shape: ImageShape) -> float:
-        """The similarities of the two sets in every block that merges."""
-        positions, products = shape.tokens + 1, 0
+        """The similarities of the two sets and the means, in every block that merges."""
+        total, positions, width = 0.0, shape.tokens + 1, shape.encoder_width
         for merged in self.merged_per_block(shape.tokens, shape.encoder_blocks, round(shape.kept)):
-            products += (merged > 0) * -(-positions // 2) * (positions // 2)
-            positions -= merged
-        return 2 * products * shape.encoder_width / shape.encoder_heads
+            if merged:
+                pairs = -(-positions // 2) * (positions // 2)
+                positions -= merged
+                total += 2 * pairs * width / shape.encoder_heads
+                total += 2 * positions * merged * (width + 1)
+        return total

@@ -296,8 +296,9 @@ REMAINDERS = {
     "sparsevlm": -2 * N * (N + T) * D - 2 * T * (N + T) * D - 2 * 11 * 11 * D,
     "sppruner": CLIP_COSINE + 2 * K * 6 * D - CAPTURE,  # 6 tokens are merged
     "trim": CLIP_COSINE,  # as products
-    # the hooks compute similarities, in 3 blocks that merge 12 each, of heads of size C / 2
-    "tome": -2 * (25 * 24 + 19 * 18 + 13 * 12) * C // 2,
+    # the hooks compute similarities of keys of size C / 2, and means with their sizes, in 3 blocks
+    # that merge 12 tokens each
+    "tome": -2 * (25 * 24 + 19 * 18 + 13 * 12) * C // 2 - 2 * 12 * (37 + 25 + 13) * (C + 1),
     "visionzip": 2 * 2 * 37 * C // 2 - CAPTURE,  # similarity of 2 targets and 37 others
     "vispruner": -CAPTURE,
     "zspaprune": 2 * N * D,  # relevance

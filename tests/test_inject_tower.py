@@ -1,5 +1,6 @@
 """Merging inside the image encoder: the hooks against a literal reading, and what is refused."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from conftest import picture, tiny_model
 
 from secateur.cache import EncodeCache
+from secateur.families.contract import ContractError
 from secateur.geometry import random_processor, tiny
 from secateur.injection import inject
 from secateur.injection.encoder import ImageCache
@@ -164,6 +166,23 @@ def test_a_kernel_without_weights_is_refused(monkeypatch):
         inject(model, build("tome"), 4),
     ):
         pass
+
+
+def test_a_block_of_another_form_is_refused(inputs, monkeypatch):
+    """As in a release whose blocks scale what the MLP gets and what it is added to."""
+    model = tiny_model("llava", "sdpa")
+    blocks = [block for block in model.modules() if type(block).__name__ == "CLIPEncoderLayer"]
+    forward = type(blocks[0]).forward
+
+    @functools.wraps(forward)
+    def scaled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        return (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
+
+    monkeypatch.setattr(type(blocks[0]), "forward", scaled)
+    message = r"CLIPEncoderLayer has no form x \+ mlp\(norm\(x\)\) after its attention"
+    with pytest.raises(ContractError, match=message), inject(model, build("tome"), 4):
+        model.generate(**inputs, max_new_tokens=1)
 
 
 def test_a_matching_by_hand():

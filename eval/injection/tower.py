@@ -12,8 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from secateur.budget import Budget
 from secateur.families.base import Adapter
-from secateur.families.contract import Arguments, Keywords
-from secateur.pruners.tower import TowerPruner
+from secateur.families.contract import Arguments, ContractError, Keywords
+from secateur.pruners.linalg import complement, gather_rows
+from secateur.pruners.tower import Matching, TowerPruner
 
 
 @dataclass
@@ -25,7 +26,7 @@ class _Image:
     sizes: Tensor | None = None  # [R, T] patches that a token stands for; None: all 1
     places: Tensor | None = None  # [R, T] place of a token among CLS and all patches
     keys: Tensor | None = None  # [R, T, C] of the block that runs now
-    unmerged: torch.Size | None = None  # shape of the states between its attention and its MLP
+    states: Tensor | None = None  # [R, T, C] between its attention and its MLP
     merged: Tensor | None = None  # [R, T', C] these states after merging
     added: Tensor | None = None  # [R, T', C] what the MLP adds to them
     output: Tensor | None = None  # [R, T', C] of the last block, if anything merged
@@ -44,6 +45,7 @@ class TowerMerging:
         self.blocks, self.projector = adapter.tower_blocks(), adapter.projector
         self.arguments = Arguments(self.blocks[0].block.forward, "hidden_states", "attention_mask")
         self.now = _Image()
+        self.checked = False  # whether an image has shown that the blocks are what hooks expect
 
     @contextlib.contextmanager
     def attached(self, into: dict[str, Tensor]) -> Iterator[None]:
@@ -114,32 +116,35 @@ class TowerMerging:
         with torch.no_grad():
             keys = now.keys.unflatten(-1, (heads, -1)).mean(2).float()
             matching = self.pruner.match(keys, now.plan[number])
-        sizes = torch.ones_like(keys[..., 0]) if now.sizes is None else now.sizes
-        crops, remaining = matching.kept.shape
-        weighted = states.float() * sizes[..., None]
-        sums = weighted.new_zeros(crops, remaining, states.shape[2]).scatter_add(
-            1, matching.into[..., None].expand_as(weighted), weighted
-        )
-        now.sizes = sizes.new_zeros(crops, remaining).scatter_add(1, matching.into, sizes)
+        sizes = torch.ones_like(keys[..., :1]) if now.sizes is None else now.sizes[..., None]
+        sums = _summed(torch.cat([states.float() * sizes, sizes], 2), matching)
+        now.sizes = sums[..., -1]
         now.places = now.places.gather(1, matching.kept)
-        now.unmerged = states.shape
-        now.merged = (sums / now.sizes[..., None]).to(states.dtype)
+        now.states = states
+        now.merged = (sums[..., :-1] / sums[..., -1:]).to(states.dtype)
         return (now.merged,)
 
     def _hold(self, number: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         if not self.now.plan[number]:
             return None
-        assert self.now.unmerged is not None
+        assert self.now.states is not None
         self.now.added = output
         # the block adds this to its unmerged states; `_leave` replaces the sum
-        return output.new_zeros(()).expand(self.now.unmerged)
+        return output.new_zeros(()).expand(self.now.states.shape)
 
-    def _leave(self, number: int, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def _leave(self, number: int, module: nn.Module, _args: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
         if self.now.plan[number]:
-            assert self.now.merged is not None
-            assert self.now.added is not None
-            states = self.now.merged + self.now.added
+            now = self.now
+            unmerged, merged, added = now.states, now.merged, now.added
+            now.states = now.merged = now.added = None
+            if unmerged is None or merged is None or added is None:
+                raise ContractError(f"{type(module).__name__} calls no norm before its MLP")
+            if not self.checked and not torch.equal(states, unmerged):
+                raise ContractError(
+                    f"{type(module).__name__} has no form x + mlp(norm(x)) after its attention"
+                )
+            states = merged + added
         if number == len(self.blocks) - 1 and self.now.sizes is not None:
             self.now.output = states
         return (states, *output[1:]) if isinstance(output, tuple) else states
@@ -152,9 +157,22 @@ class TowerMerging:
         self, into: dict[str, Tensor], _module: nn.Module, _args: Any, output: Tensor
     ) -> Tensor:
         assert self.now.places is not None
+        self.checked |= any(self.now.plan)
         places = self.now.places[:, 1:] - 1  # without CLS
         numbers = torch.arange(places.shape[1], device=places.device).expand_as(places)
         absent = torch.full((len(places), self.now.patches), -1.0, device=places.device)
         into["output_places"] = absent.scatter(1, places, numbers.float())
         spread = output.new_zeros(len(output), self.now.patches, output.shape[2])
         return spread.scatter(1, places[..., None].expand_as(output), output)
+
+
+def _summed(x: Tensor, matching: Matching) -> Tensor:
+    """[R, T, ...] -> [R, T', ...]: tokens plus those that merge into them.
+
+    A product, because sums by index have no fixed order on a GPU.
+    """
+    remaining = gather_rows(x, matching.kept)
+    sources = complement(matching.kept, x.shape[1])
+    targets = matching.into.gather(1, sources)
+    member = nn.functional.one_hot(targets, remaining.shape[1]).to(x.dtype)
+    return remaining + member.transpose(1, 2) @ gather_rows(x, sources)
