@@ -29,6 +29,7 @@ from rich.progress import track
 from secateur.efficiency.hardware import describe
 from secateur.pruners import REGISTRY, InLLMPruner, LayerTokens, VisualTokens, build
 from secateur.pruners.linalg import cosine_gram
+from secateur.pruners.tower import TowerPruner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reference.literal import METHODS as LITERAL
@@ -141,6 +142,11 @@ def layer_tokens(
         hidden=hidden,
         attention=(2.5 * draw(images, HEADS, asked, length)).softmax(-1),
         keys=draw(images, HEADS, length, head),
+        **{
+            name: draw(images, HEADS, length, head)
+            for name in ("next_queries", "next_keys", "next_rotated_keys")
+            if name in pruner.needs
+        },
     )
 
 
@@ -271,7 +277,9 @@ def markdown(rows: list[Row], where: str) -> str:
 
 def main() -> None:
     """Measure and write."""
-    names = sorted(set(REGISTRY) - {"none"})
+    # what merges in the encoder has no selection of its own
+    inside = {name for name, method in REGISTRY.items() if issubclass(method, TowerPruner)}
+    names = sorted(set(REGISTRY) - {"none"} - inside)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
