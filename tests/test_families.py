@@ -54,7 +54,7 @@ REFUSED = {
     "prumerge": "do not provide",
     "prumerge_plus": "do not provide",
     "pooling": "sides have to be even",
-    "tome": "tokens cannot be merged inside the image encoder of qwen2_5_vl models",
+    "tome": "tokens cannot be merged inside the image encoder of qwen2.* models",
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import picture
 from datasets import Dataset
-from test_families import OPTIONS, REFUSED, WITHOUT_CLS
+from test_families import OPTIONS, QWEN, REFUSED, WITHOUT_CLIP, WITHOUT_CLS
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from secateur import prefixes
@@ -26,6 +26,7 @@ SETTINGS = {  # name -> family, fields
     "anyres": ("llava_next", {"layout": "anyres"}),
     "crops": ("llava_next", {"layout": "crops", "unpruned_layout": "anyres"}),
     "fixed2880": ("llava_next", {"layout": "fixed2880"}),
+    "qwen2_vl": ("qwen2_vl", {}),
     "qwen2_5_vl": ("qwen2_5_vl", {}),
 }
 SIZES = [(112, 112), (70, 120), (140, 84)]
@@ -95,16 +96,16 @@ def answered(model, requests, method, batch_tokens, budget="50%", **options):
 AGNOSTIC = [
     name
     for name, method in sorted(REGISTRY.items())
-    if issubclass(method, Pruner) and name != "prunesid_dyn"
+    if issubclass(method, Pruner) and name != "prunesid_dyn" and name not in WITHOUT_CLIP
 ]
 
 
 @pytest.mark.parametrize("method", AGNOSTIC)
 def test_shared_answers_and_audits_are_those_of_every_prompt_alone(model, method):
-    if model.family == "qwen2_5_vl" and method in REFUSED:
+    if model.family in QWEN and method in REFUSED:
         pytest.skip("the family does not have what the method reads")
     options = OPTIONS.get(method, {}) | (
-        WITHOUT_CLS.get(method, {}) if model.family == "qwen2_5_vl" else {}
+        WITHOUT_CLS.get(method, {}) if model.family in QWEN else {}
     )
     budget = "25%" if method == "pooling" else "50%"
     requests = requests_of(model)

@@ -1,5 +1,6 @@
 """Qwen2-VL: Qwen2.5-VL without windows; its tower has another MLP and other names of its widths."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -54,7 +55,9 @@ class Qwen2VL(Qwen25VL):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
         config.vision_config.hidden_size = text.hidden_size
 
-    def tower_flops(self, config: Any, rows: int, columns: int) -> tuple[float, float]:
+    def tower_flops(
+        self, config: Any, rows: int, columns: int, merged_away: Sequence[int] = ()
+    ) -> tuple[float, float]:
         vision = config.vision_config
         d, patches = vision.embed_dim, rows * columns * vision.spatial_merge_size**2
         embedding = 2 * patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * d
