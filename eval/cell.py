@@ -4,7 +4,9 @@ import contextlib
 import io
 import os
 import platform
+import tempfile
 import time
+from argparse import Namespace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +16,9 @@ from secateur import lock, source
 from secateur.budget import Budget
 from secateur.checkpoints import commit_on_hub, fingerprint, locate
 from secateur.pruners import InLLMPruner, Pruner
-from secateur.records import Environment, Identity, MethodIdentity, Results
+from secateur.records import Environment, Identity, MethodIdentity, Results, Unlisted
 from secateur.settings import ModelSettings, SuiteSettings
-from secateur.tasks import TASKS, find_task
+from secateur.tasks import Task as Entry
 
 # These imports take seconds, and a sweep with nothing to do does not need them.
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ def identity(
     The unpruned model has no budget. Two digests of the code make edited code run again: that of
     the method, and that of all other code that decides answers.
     """
+    entry = suite.find(task)
+    defined = {"definition": entry.definition} if entry.definition else {}
     return Identity(
         model=model.identity(fingerprint(model.pretrained, model.revision)),
         pruner=MethodIdentity.of(pruner, pruner.code),
@@ -58,7 +62,8 @@ def identity(
         versions=_versions(),
         code=source.code(),
         clip=_clip(model, pruner),
-        data=suite.data_commit(find_task(task).dataset) or "",
+        data=suite.data_commit(entry.dataset) or "",
+        **defined,
     )
 
 
@@ -100,44 +105,59 @@ def sources(model: ModelSettings, task: "Task") -> dict[str, str | None]:
 
 
 def run(
-    model: "PrunedModel", task: "Task", name: str, limit: int | None, seed: int
+    model: "PrunedModel",
+    task: "Task",
+    entry: Entry,
+    limit: int | None,
+    seed: int,
+    files: Path | None = None,
 ) -> "tuple[Results, pd.DataFrame]":
     """Answer and score the first `limit` documents of a task with the method `model` is set to.
+
+    Args:
+        files: folder for files that the task writes, such as one for a submission server. None:
+            they are deleted.
 
     Returns:
         The results for the cell's record, and a table with one row per document.
 
     Raises:
-        ValueError: the limit is below 1, or odd for MME, which scores pairs.
+        ValueError: the limit is below 1, or the task does not allow it.
         EmptyAnswers: every answer is empty.
-        RuntimeError: a metric is NaN.
+        RuntimeError: a metric is NaN, or is not what the documents' scores give.
         Unanswered: the model runs one shard, and other documents have no answer yet.
     """
     import pandas as pd
     from lmms_eval.evaluator import simple_evaluate
 
-    from secateur.tasks.load import task_manager
+    from secateur.tasks.load import manager_of
 
-    find_task(name).check_limit(limit)
-    started = time.time()
+    entry.check_limit(limit)
+    name, started = entry.name, time.time()
     printed = io.StringIO()  # some tasks print tables and progress bars
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         results = simple_evaluate(
             model=model,
             tasks=[task],
             limit=limit,
-            task_manager=task_manager(),
+            task_manager=manager_of(entry),
             bootstrap_iters=0,
+            # without these, samples keep decoded images, and files go to the working directory
+            cli_args=Namespace(output_path=str(files or scratch), process_with_media=False),
             # MMMU guesses at random for unparsable answers: only serial scoring is repeatable
             process_docs_parallel=1,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
         )
-    metrics = TASKS[name].named_metrics(results["results"][name])
-    rows = pd.DataFrame(
-        [_row(name, sample, model) for sample in results["samples"][name]]
-    ).sort_values("doc_id", ignore_index=True)
+    metrics = entry.named_metrics(results["results"][name])
+    rows = pd.DataFrame([_row(entry, sample, model) for sample in results["samples"][name]])
+    # a task with several filters has a sample for each; the first gives the headline
+    rows = rows.drop_duplicates("doc_id").sort_values("doc_id", ignore_index=True)
     if not rows["answer"].str.strip().any():
         raise EmptyAnswers(
             f"all {len(rows)} answers of task {name} are empty: the model generates nothing "
@@ -146,6 +166,9 @@ def run(
     wrong = [metric for metric, value in metrics.items() if value != value]
     if wrong:
         raise RuntimeError(f"task {name} scored NaN for {', '.join(wrong)}")
+    unlisted = {} if entry.listed else {"unlisted": _unlisted(entry, metrics, rows)}
+    if entry.listed:
+        check_metrics(entry, metrics, rows)
     found = Results(
         metrics=metrics,
         documents=len(rows),
@@ -161,8 +184,45 @@ def run(
         generation_defaults=model.generation_defaults(),
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         seconds=float(rows["seconds"].sum()),
+        **unlisted,
     )
     return found, rows
+
+
+def check_metrics(entry: Entry, metrics: dict[str, float], rows: "pd.DataFrame") -> None:
+    """Check that the documents' scores give the metrics that lmms-eval aggregated.
+
+    Raises:
+        RuntimeError: they do not, or the headline is missing.
+    """
+    if entry.metrics and entry.metrics[entry.headline].stored not in metrics:
+        raise RuntimeError(
+            f"task {entry.name} has no metric {entry.metrics[entry.headline].stored}; "
+            f"lmms-eval gave {', '.join(metrics) or 'none'}"
+        )
+    for metric in entry.metrics.values():
+        if metric.stored in metrics:  # one of a category without documents is missing
+            try:
+                metric.check(metrics[metric.stored], rows)
+            except ValueError as error:
+                raise RuntimeError(f"task {entry.name}: {error}") from error
+
+
+def _unlisted(entry: Entry, metrics: dict[str, float], rows: "pd.DataFrame") -> Unlisted:
+    """What reports need to know of the task. Scores of which no mean is the metric are deleted."""
+    if not entry.metrics:
+        return Unlisted(metric=None, mean=False)
+    metric = entry.metrics[entry.headline]
+    try:
+        check_metrics(entry, metrics, rows)
+        mean = bool(rows["score"].between(0, 1).all())
+    except RuntimeError:
+        if metric.stored not in metrics:
+            raise
+        mean = False
+    if not mean:
+        rows["score"] = float("nan")
+    return Unlisted(metric=metric.stored, mean=mean)
 
 
 def _flops(model: "PrunedModel", rows: "pd.DataFrame") -> dict[str, float | None]:
@@ -186,18 +246,20 @@ def _flops(model: "PrunedModel", rows: "pd.DataFrame") -> dict[str, float | None
     return {str(name): None if value != value else value for name, value in means.items()}
 
 
-def _row(task: str, sample: dict[str, Any], model: "PrunedModel") -> dict[str, Any]:
+def _row(entry: Entry, sample: dict[str, Any], model: "PrunedModel") -> dict[str, Any]:
     """The row of one document: answer, score, tokens and diagnostics.
 
     No file holds a lone surrogate: it is written as its escape in Python.
     """
-    entry, answer = TASKS[task], model.answers[task, sample["doc_id"]]
+    answer = model.answers[entry.name, sample["doc_id"]]
+    unit = {"unit": entry.unit(sample)} if entry.unit else {}
     return {
         "doc_id": sample["doc_id"],
-        "image_id": _writable(entry.image_id(sample)),
+        "image_id": answer.images if entry.image_hash else _writable(entry.image_id(sample)),
         "category": _writable(entry.category(sample)),
+        **unit,
         "prompt": _writable(answer.prompt),
-        "target": _writable(str(sample["target"])),
+        "target": _writable(entry.target(sample)),
         "answer": _writable(answer.text),
         "score": entry.score(sample),
         "unusable": not entry.is_usable(sample),

@@ -6,14 +6,21 @@ from functools import cached_property
 from typing import Annotated, Any, Self
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    model_validator,
+)
 
 from secateur import cell
 from secateur.budget import Budget
 from secateur.pruners import InLLMPruner, Pruner, build
 from secateur.settings import Count, EngineSettings, ModelSettings, SuiteSettings
 from secateur.store import Store, StoredCell
-from secateur.tasks import find_task
+from secateur.tasks import canonical
 
 
 def _parse_shard(text: Any) -> tuple[int, int]:
@@ -40,6 +47,7 @@ class Job(EngineSettings):
     tasks: Annotated[
         list[str],
         BeforeValidator(lambda tasks: [tasks] if isinstance(tasks, str) else tasks or []),
+        AfterValidator(lambda tasks: [canonical(name) for name in tasks]),
     ]
     limit: Count | None
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -72,13 +80,16 @@ class Job(EngineSettings):
         suite, known = self.suite.name, ", ".join(self.suite.tasks)
         if not self.tasks:
             raise ValueError(f"tasks={self.tasks} names no task; suite {suite!r} has {known}")
-        if unknown := sorted(set(self.tasks) - set(self.suite.tasks)):
-            raise ValueError(
-                f"tasks={self.tasks}: {', '.join(unknown)} is not in suite {suite!r}; "
-                f"it has {known}"
-            )
         for task in self.tasks:
-            find_task(task).check_limit(self.limit)
+            if self.tasks.count(task) > 1:
+                raise ValueError(f"tasks={self.tasks} names {task} twice; name it once")
+            entry = self.suite.find(task)
+            if self.suite.generated and entry.listed and task not in self.suite.tasks:
+                raise ValueError(
+                    f"tasks={self.tasks}: {task} is not in suite {suite!r}, whose data are "
+                    f"generated; it has {known}. Set suite=hub for the real data"
+                )
+            entry.check_limit(self.limit)
         return self
 
     @cached_property

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from secateur import source
 from secateur.settings import EngineSettings, ModelSettings, SuiteSettings
-from secateur.tasks import find_task
 
 if TYPE_CHECKING:  # these imports take seconds, which a sweep with nothing to do saves
     from lmms_eval.api.task import Task
@@ -46,17 +45,24 @@ class ModelPool:
 
 def load_task(name: str, suite: SuiteSettings) -> "Task":
     """A task of a suite; the data of the embedded suite is generated on first use."""
-    return _load_task(name, suite.name, suite.data_root, suite.data_commit(find_task(name).dataset))
+    commit = suite.data_commit(suite.find(name).dataset)
+    return _load_task(name, suite.generated, suite.data_root, commit, suite.include_path)
 
 
 @lru_cache
-def _load_task(name: str, suite: str, data_root: str | None, revision: str | None) -> "Task":
+def _load_task(
+    name: str,
+    generated: bool,
+    data_root: str | None,
+    revision: str | None,
+    include_path: str | None,
+) -> "Task":
     from secateur.tasks.load import load_tasks
 
     root = Path(data_root) if data_root else None
-    if suite == "shapes":
+    if generated:
         from secateur.shapes.datasets import build
 
         assert root is not None
         build(root)
-    return load_tasks([name], root, revision)[name]
+    return load_tasks([name], root, revision, Path(include_path) if include_path else None)[name]

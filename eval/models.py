@@ -53,6 +53,7 @@ class Answer:
     cut_off: bool  # ended by the limit of new tokens, not by an end token
     audit: PromptAudit
     shared: bool = False  # its prefix was prefilled together with that of other questions
+    images: str = ""  # digest of the prompt's images; old files of answers have none
 
 
 class _FiniteCheck:
@@ -469,9 +470,17 @@ class PrunedModel(lmms):
             ends = (row == self.tokenizer.eos_token_id).nonzero()
             new = row[: int(ends[0]) + 1] if len(ends) else row  # the rest is padding
             text = self.tokenizer.decode(new, skip_special_tokens=True)
-            share = seconds / len(batch)
             answers.append(
-                Answer(text, request.text, share, len(new), not len(ends), audit, shared)
+                Answer(
+                    text,
+                    request.text,
+                    seconds / len(batch),
+                    len(new),
+                    not len(ends),
+                    audit,
+                    shared,
+                    request.image_key[:16],
+                )
             )
         return answers
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict
 
 from secateur.settings import ModelIdentity, SuiteIdentity
+from secateur.tasks import Task, entry
 
 VERSION = 1  # of record.json; raised when a file of today could be misread
 
@@ -96,6 +97,7 @@ class Identity(_Data):
     seed: int
     versions: dict[str, str]
     clip: str = ""  # the weights of CLIP, for a method that compares with the question in it
+    definition: str = ""  # digest of a task that is not in the table of tasks
     data: str = ""  # commit of the data set on the hub; empty for a folder, and in old records
     code: str = ""  # digest of the code of secateur that decides answers; empty in old records
 
@@ -162,6 +164,13 @@ class Environment(_Data):
     batch_tokens: int | None = None  # the smallest of the run: a lack of memory lowers it
 
 
+class Unlisted(_Data):
+    """What reports need to know of a task that is not in the table of tasks."""
+
+    metric: str | None  # which of the record's metrics they show; None: the task has no score
+    mean: bool  # whether it is the mean of the documents' scores; else there are no such scores
+
+
 class Results(_Data):
     """The results of a cell.
 
@@ -182,6 +191,7 @@ class Results(_Data):
     cut_off_answers: int = 0  # ended by the limit of new tokens
     generation_defaults: dict[str, Any] | None = None  # in use, that can change a greedy answer
     rewritten_prompts: int = 0  # documents whose prompt lmms-eval rewrites wrongly
+    unlisted: Unlisted | None = None  # of a task that is not in the table of tasks
     started: str  # UTC
     seconds: float  # of all answers; in old records of the last process, with its pauses
 
@@ -194,6 +204,13 @@ class Record(Results):
     identity: Identity
     samples_sha256: str  # of samples.parquet
     seal: str  # digest of all other fields
+
+    @property
+    def entry(self) -> Task:
+        """The entry of the task."""
+        if self.unlisted is None:
+            return entry(self.identity.task)
+        return entry(self.identity.task, self.unlisted.metric, self.unlisted.mean)
 
 
 class Failure(_Data):

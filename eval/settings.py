@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from secateur.checkpoints import commit_on_hub
+from secateur.tasks import Task, find_task
 
 if TYPE_CHECKING:
     from secateur.cache import EncodeCache
@@ -114,6 +115,20 @@ class SuiteSettings(SuiteIdentity):
     data_root: str | None  # folder of the data sets; None: the Hugging Face hub
     tasks: list[str]
     limit: Count | None
+    include_path: str | None = None  # folder with YAML files of other tasks
+
+    @property
+    def generated(self) -> bool:
+        """Whether the data sets are generated, so that only the suite's tasks have any."""
+        return self.name == "shapes"
+
+    def find(self, task: str) -> Task:
+        """The entry of a task.
+
+        Raises:
+            ValueError: as `find_task`.
+        """
+        return find_task(task, Path(self.include_path) if self.include_path else None)
 
     def data_commit(self, dataset: str) -> str | None:
         """The commit of a data set on the hub; None for data in a folder."""

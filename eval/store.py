@@ -190,8 +190,18 @@ class StoredCell:
             )
         return failure.traceback
 
-    def write(self, results: Results, environment: Environment, samples: "pd.DataFrame") -> None:
-        """Store the finished cell, and delete its earlier failure and its files of answers."""
+    def write(
+        self,
+        results: Results,
+        environment: Environment,
+        samples: "pd.DataFrame",
+        files: Path | None = None,
+    ) -> None:
+        """Store the finished cell, and delete its earlier failure and its files of answers.
+
+        Args:
+            files: folder with files that the task wrote, which are copied beside the record.
+        """
         name, writing = self.identity.digest[:12], self._runs / ".writing"
         for place in (self.folder.parent, writing):
             place.mkdir(parents=True, exist_ok=True)
@@ -199,6 +209,8 @@ class StoredCell:
         scratch = writing / f"{name}.{platform.node()}.{os.getpid()}"
         try:
             scratch.mkdir(exist_ok=True)
+            if files is not None:
+                shutil.copytree(files, scratch, dirs_exist_ok=True)
             samples.to_parquet(scratch / "samples.parquet", index=False)
             content = {
                 "version": VERSION,

@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -173,19 +174,22 @@ class Sweep:
             }
 
         gc.enable()  # see scripts/sweep.py
-        model = self.pool.get(job.model, job.engine)
         try:
             documents = load_task(task, job.suite)
         except (ValueError, OSError) as error:  # of the data, which the other tasks do not need
             self._stop_if_unwritable(error)
             return {"state": "failed", "message": str(error)}
+        model = self.pool.get(job.model, job.engine)
         environment = cell.environment(model.device)
         environment = environment.model_copy(update=cell.sources(job.model, documents))
         try:
-            results, samples = self._answer(job, task, model, documents, stored, part)
-            # read after the run: a lack of memory makes the batches smaller
-            ran = {"batch_tokens": model.batch_tokens}
-            stored.write(results, environment.model_copy(update=ran), samples)
+            with tempfile.TemporaryDirectory() as files:
+                results, samples = self._answer(
+                    job, task, model, documents, stored, part, Path(files)
+                )
+                # read after the run: a lack of memory makes the batches smaller
+                ran = {"batch_tokens": model.batch_tokens}
+                stored.write(results, environment.model_copy(update=ran), samples, Path(files))
         except Unanswered:
             return {"state": "partial"}
         except Exception as error:
@@ -208,6 +212,7 @@ class Sweep:
         loaded: "Task",
         stored: StoredCell,
         part: str,
+        files: Path,
     ) -> "tuple[Results, pd.DataFrame]":
         """Run a cell. Answers in this process's file and in those of others are not asked again."""
         from secateur import cell
@@ -225,7 +230,7 @@ class Sweep:
 
             model.use(job.pruner, job.budget, job.model.positions)
             model.answers, model.shard, model.on_answer = answers, job.shard, on_answer
-            return cell.run(model, loaded, task, job.limit, job.seed)
+            return cell.run(model, loaded, job.suite.find(task), job.limit, job.seed, files)
 
 
 # The only global of a sweep: Hydra calls the summary and the job function by name and hands

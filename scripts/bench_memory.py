@@ -29,6 +29,7 @@ from secateur.models import PrunedModel
 from secateur.paths import ROOT, SHAPES_MODEL
 from secateur.pruners import build
 from secateur.shapes.datasets import build as build_shapes
+from secateur.tasks import TASKS
 from secateur.tasks.load import load_tasks
 
 TASK, WARM_UP = "pope", 500
@@ -99,7 +100,7 @@ def main() -> None:
             records.clear()
             model.use(build(pruner), Budget(tokens=16), None)
             model.on_answer = ledger.watch
-            records.append(cell.run(model, task, TASK, documents, 0))
+            records.append(cell.run(model, task, TASKS[TASK], documents, 0))
 
         answer(WARM_UP, "fastervlm")
         ledger.note(f"{WARM_UP} documents")

@@ -32,7 +32,6 @@ from secateur.reporting.versions import mixtures, newest
 from secateur.store import DamagedRecord, Store, StoredCell, read
 
 _COUNTS = ("new", "already here", "same answers", "refused", "failed", "unfinished")
-_FILES = ("record.json", "samples.parquet")
 # what two runs of a cell must share; their seconds differ
 _ANSWER = ["doc_id", "target", "answer", "score", "kept_indices"]
 
@@ -142,9 +141,7 @@ def _copy(folder: Path, cell: StoredCell, target: Store) -> None:
     scratch = Path(tempfile.mkdtemp(prefix="merge", dir=target.runs / ".writing"))
     try:
         arrived = scratch / cell.identity.folder
-        arrived.mkdir(parents=True)
-        for name in _FILES:
-            shutil.copyfile(folder / name, arrived / name)
+        shutil.copytree(folder, arrived)  # also the files that the task wrote
         read(arrived)  # an error of the copy shows here
         arrived.rename(cell.folder)
     finally:

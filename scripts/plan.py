@@ -18,7 +18,6 @@ import pandas as pd
 from secateur.experiments import jobs, of_papers
 from secateur.paths import ROOT
 from secateur.store import read
-from secateur.tasks import TASKS
 
 DEVICES = (1, 8, 64)
 
@@ -89,7 +88,12 @@ def main() -> None:
             for task in job.tasks:
                 cell = job.cell(task)
                 if not cell.exists():
-                    documents = min(job.limit or TASKS[task].documents, TASKS[task].documents)
+                    known = job.suite.find(task).documents
+                    if known is None and job.limit is None:
+                        raise ValueError(
+                            f"the number of documents of task {task} is not known; set a limit"
+                        )
+                    documents = min(n for n in (job.limit, known) if n is not None)
                     cells[cell.folder] = (job.model.name, documents)
     table = (
         pd.DataFrame(cells.values(), columns=["model", "documents"])

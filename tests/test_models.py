@@ -30,6 +30,7 @@ from secateur.model_pool import ModelPool
 from secateur.models import Answer, DocumentError, PrunedModel
 from secateur.paths import CONFIGS
 from secateur.pruners import build
+from secateur.shapes.datasets import SIZES
 from secateur.shapes.datasets import build as build_shapes
 from secateur.tasks import TASKS
 from secateur.tasks.load import load_tasks, task_manager
@@ -39,7 +40,7 @@ WEIGHTS = Path(__file__).resolve().parents[1] / "eval" / "shapes" / "model"
 
 @pytest.fixture(scope="module")
 def tasks(shapes):
-    return load_tasks(list(TASKS), shapes)
+    return load_tasks(list(SIZES), shapes)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def model():
 
 
 def run(model, tasks, name, limit):
-    return cell.run(model, tasks[name], name, limit, 0)
+    return cell.run(model, tasks[name], TASKS[name], limit, 0)
 
 
 @pytest.mark.lmms_classes

@@ -1,38 +1,44 @@
-"""lmms-eval's own task objects, unmodified; their data come from the hub or a local folder."""
+"""lmms-eval's own task objects; their data come from the hub or a local folder."""
 
 import contextlib
+import copy
 import hashlib
 import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import datasets
-import lmms_eval.tasks
 from huggingface_hub import get_token
+from lmms_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
 from lmms_eval.api.task import Task, _resolve_hf_datasets_cache_dir
+from lmms_eval.protocol import ChatMessages
 from lmms_eval.tasks import TaskManager
+from PIL import Image
 from tenacity import RetryError
 
 from secateur.store import UNWRITABLE
 from secateur.tasks import TASKS, find_task
+from secateur.tasks import Task as Entry
+from secateur.tasks.by_name import definition_folder
 
 _CACHE = "LMMS_EVAL_DATASETS_CACHE"  # where lmms-eval tells datasets to cache
 
 
 @contextlib.contextmanager
-def _inside(folder: Path | None) -> Iterator[None]:
+def _inside(folder: Path | None, dataset: str) -> Iterator[None]:
     """Work in `folder`, so that `load_dataset("org/name")` reads its subfolder of that name.
 
     The cache of `datasets` tells such data sets apart by name alone: it would answer for another
-    folder, or for older files. So every state of a folder gets a cache of its own.
+    folder, or for older files. So every state of a data set's folder gets a cache of its own.
     """
     if folder is None:
         yield
         return
     files = sorted(
         (str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns)
-        for f in folder.rglob("*")
+        for f in (folder / dataset).rglob("*")
         if f.is_file()
     )
     state = hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()[:16]
@@ -53,26 +59,40 @@ def _inside(folder: Path | None) -> Iterator[None]:
 
 
 @cache
-def task_manager() -> TaskManager:
-    """lmms-eval's index of the tasks of `TASKS`; an index of all its tasks would take seconds."""
-    root = Path(lmms_eval.tasks.__file__).parent
-    folders = sorted({str(root / task.folder) for task in TASKS.values()})
-    return TaskManager(verbosity="WARNING", include_path=folders, include_defaults=False)
+def task_manager(*folders: Path) -> TaskManager:
+    """lmms-eval's index of the tasks in some folders; an index of all its tasks takes seconds.
+
+    Args:
+        folders: with definitions; none: those of the table of tasks.
+    """
+    own = folders or {definition_folder() / task.folder for task in TASKS.values()}
+    paths = sorted(map(str, own))
+    return TaskManager(verbosity="WARNING", include_path=paths, include_defaults=False)
+
+
+def manager_of(entry: Entry) -> TaskManager:
+    """lmms-eval's index of the folder that defines a task."""
+    return task_manager(definition_folder() / entry.folder)
 
 
 def load_tasks(
-    names: list[str], data_root: Path | None = None, revision: str | None = None
+    names: list[str],
+    data_root: Path | None = None,
+    revision: str | None = None,
+    include_path: Path | None = None,
 ) -> dict[str, Task]:
     """Task objects by name, in chat form (messages with images in place).
 
     Args:
-        names: tasks of `TASKS`.
+        names: of tasks, as `secateur.tasks.find_task` takes them.
         data_root: folder with the data sets under their hub names (`lmms-lab-encoder/POPE`,
             `Lin-Chen/MMStar`, ...); None means the hub.
         revision: of the data sets on the hub; None: the newest.
+        include_path: folder with YAML files of other tasks.
 
     Raises:
-        ValueError: a name that is not one of `TASKS`.
+        ValueError: no task that can be run here has the name; or a task that the table of tasks
+            does not list has an unknown metric, or a first document without images or with videos.
         FileNotFoundError: a data set that is neither under `data_root` nor reachable, or the path
             of `data_root` has a character that `datasets` reads as a pattern.
         OSError: the disk where data sets are kept is full or read-only.
@@ -82,34 +102,109 @@ def load_tasks(
             f"suite.data_root={data_root}: its path has {' '.join(special)}, which the library "
             "datasets reads as a pattern; use a folder with another name"
         )
-    datasets_of = {name: find_task(name).dataset for name in names}
+    entries = {name: find_task(name, include_path) for name in names}
     tasks: dict[str, Task] = {}
-    with _inside(data_root):
-        for name, dataset in datasets_of.items():
-            if data_root and not Path(dataset).is_dir():
-                raise FileNotFoundError(_not_found(name, dataset, f"the folder {data_root}"))
-            try:
-                tasks.update(_load(name, None if data_root else revision))
-            except (OSError, RetryError) as error:
-                cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
-                if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
-                    raise cause from error
-                what = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
-                place = "the Hugging Face hub"
-                raise FileNotFoundError(f"{_not_found(name, dataset, place)} ({what})") from error
+    for name, entry in entries.items():
+        dataset = entry.dataset
+        if data_root and not (data_root / dataset).is_dir():
+            raise FileNotFoundError(_not_found(name, dataset, f"the folder {data_root}"))
+        if entry.name == "mmbench_en" and os.environ.get("NUM_IMAGE", "1") != "1":
+            raise ValueError(
+                "NUM_IMAGE is set, with which lmms-eval shows the image of MMBench twice; unset it"
+            )
+        try:
+            with _inside(data_root, dataset):
+                tasks[name] = _load(entry, None if data_root else revision)
+        except (OSError, RetryError) as error:
+            cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+            if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
+                raise cause from error
+            what = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+            place = "the Hugging Face hub"
+            raise FileNotFoundError(f"{_not_found(name, dataset, place)} ({what})") from error
     return tasks
 
 
-def _load(name: str, revision: str | None) -> dict[str, Task]:
-    manager = task_manager()
-    options = manager._get_config(name).get("dataset_kwargs") or {}
+def _load(entry: Entry, revision: str | None) -> Task:
+    manager = manager_of(entry)
+    config = manager._get_config(entry.lmms_name)
+    options = config.get("dataset_kwargs") or {}
     if revision:
         options = options | {"revision": revision}
     if options.get("token") is True and get_token() is None:
         # lmms-eval asks for a login, which public data sets do not need
         options = options | {"token": None}
-    wanted = {"task": name, "dataset_kwargs": options}
-    return manager.load_task_or_group([wanted], task_type="chat")
+    wanted = {"task": entry.lmms_name, "dataset_kwargs": options, **entry.overrides()}
+    if not entry.listed:
+        _check_metrics(entry.name, config)
+    try:
+        (task,) = manager.load_task_or_group([wanted], task_type="chat").values()
+    except Exception as error:
+        if entry.listed or isinstance(error, OSError | RetryError):
+            raise
+        raise ValueError(
+            f"lmms-eval cannot load task {entry.name}: {type(error).__name__}: {error}"
+        ) from error
+    task.set_config("task", entry.name)
+    if not entry.listed:
+        _check_first_document(entry, task)
+    return task
+
+
+def _check_metrics(name: str, config: dict[str, Any]) -> None:
+    """Check that lmms-eval knows the metrics and aggregations of a task.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for metric in config.get("metric_list") or []:
+        metric_name, aggregation = metric["metric"], metric.get("aggregation")
+        computed = config.get("process_results") is not None
+        if metric_name not in METRIC_REGISTRY and not (computed and aggregation):
+            raise ValueError(
+                f"task {name} has an unknown metric {metric_name!r}; lmms-eval knows "
+                f"{', '.join(sorted(METRIC_REGISTRY))}. Any other one needs process_results and "
+                "an aggregation"
+            )
+        if isinstance(aggregation, str) and aggregation not in AGGREGATION_REGISTRY:
+            raise ValueError(
+                f"task {name} has an unknown aggregation {aggregation!r} of {metric_name!r}; "
+                f"lmms-eval knows {', '.join(sorted(AGGREGATION_REGISTRY))}, or a !function"
+            )
+
+
+def _check_first_document(entry: Entry, task: Task) -> None:
+    """Check that the first document shows images, and that its scoring gives the metric.
+
+    Raises:
+        ValueError: it does not.
+    """
+    first = task.eval_docs[0]
+    images, videos, audios = ChatMessages(messages=task.doc_to_messages(first)).extract_media()
+    if videos or audios:
+        raise ValueError(
+            f"task {entry.name} shows {'videos' if videos else 'sounds'}, which are not supported"
+        )
+    if not images:
+        raise ValueError(f"task {entry.name} shows no image in its first document")
+    if not all(isinstance(image, Image.Image) for image in images):
+        raise ValueError(f"task {entry.name} shows media that are no images")
+    config = vars(task.config)
+    if config["process_results"] is None or entry.judge:
+        return
+    try:
+        given = task.process_results(copy.deepcopy(first), ["A"])
+    except Exception as error:
+        raise ValueError(
+            f"the scoring of task {entry.name} fails on its first document: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    listed = [metric["metric"] for metric in config["metric_list"]]
+    if not set(given) & set(listed):
+        raise ValueError(
+            f"task {entry.name} lists the metrics {', '.join(listed)}, and its scoring gives "
+            f"{', '.join(map(str, given))}"
+        )
 
 
 def _not_found(task: str, dataset: str, place: str) -> str:

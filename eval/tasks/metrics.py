@@ -30,6 +30,7 @@ class Metric:
         stratified: the documents' categories are strata: their sizes are given, not drawn.
         highest: the largest possible value, as printed.
         suffix: what a table's heading says after the title of the task.
+        digits: after the point, to which lmms-eval rounds the stored value; None: it does not.
     """
 
     stored: str
@@ -39,11 +40,91 @@ class Metric:
     stratified: bool = False
     highest: float = 100
     suffix: str = ""
+    digits: int | None = None
+
+    def of(self, rows: pd.DataFrame) -> float:
+        """The metric of some documents, as printed."""
+        return float(self.value(self.terms(rows).sum(axis=0)))
+
+    def check(self, stored: float, rows: pd.DataFrame) -> None:
+        """Check that the documents give the value that lmms-eval aggregated, to 1e-9.
+
+        Raises:
+            ValueError: they do not.
+        """
+        own = self.of(rows) / self.factor
+        allowed = 1e-9 * max(1.0, abs(stored))
+        if self.digits is not None:
+            allowed += 0.5 * 10**-self.digits
+        if not abs(own - stored) <= allowed:  # also NaN
+            raise ValueError(
+                f"lmms-eval aggregated {self.stored} to {stored!r}, its documents give {own!r}"
+            )
 
 
-def accuracy(stored: str, suffix: str = "") -> Metric:
+def accuracy(stored: str, suffix: str = "", digits: int | None = None) -> Metric:
     """The mean score of the documents, in percent."""
-    return Metric(stored, 100, _scores, _percent, suffix=suffix)
+    return Metric(stored, 100, _scores, _percent, suffix=suffix, digits=digits)
+
+
+def accuracy_of(category: str, stored: str, suffix: str) -> Metric:
+    """The mean score of the documents of a category, in percent."""
+
+    def terms(rows: pd.DataFrame) -> np.ndarray:
+        return _scores(rows) * rows["category"].eq(category).to_numpy()[:, None]
+
+    return Metric(stored, 100, terms, _percent, suffix=suffix)
+
+
+def all_right(stored: str) -> Metric:
+    """The share of units of which every document is right, in percent.
+
+    lmms-eval stores it in percent too. The column `unit` is "name/number". A unit counts if its document number 0 is there.
+    """
+
+    def terms(rows: pd.DataFrame) -> np.ndarray:
+        parts = rows["unit"].str.rpartition("/")
+        counted = parts[2].eq("0").to_numpy()
+        right = rows["score"].eq(1).groupby(parts[0]).transform("all").to_numpy()
+        return np.stack([counted & right, counted], axis=1).astype(float)
+
+    return Metric(stored, 1, terms, _percent)
+
+
+def group_means(
+    stored: str, of: str | None = None, groups: int | None = None, suffix: str = ""
+) -> Metric:
+    """The mean of the mean scores of groups of documents, in percent.
+
+    Args:
+        of: only documents whose category is "<of>/<group>"; None: of every category. The group of a
+            document is the last part of its category.
+        groups: how many groups the mean is over; groups without documents count 0. None: only the
+            groups that have documents count.
+    """
+
+    def terms(rows: pd.DataFrame) -> np.ndarray:
+        group = rows["category"].str.rsplit("/", n=1).str[-1].to_numpy()
+        member = group[:, None] == np.unique(group)  # [documents, groups]
+        if of is not None:
+            member &= rows["category"].str.startswith(f"{of}/").to_numpy()[:, None]
+        return np.concatenate([rows["score"].to_numpy()[:, None] * member, member], axis=1)
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        right, count = np.split(sums, 2, axis=-1)
+        means = np.divide(right, count, out=np.zeros_like(right), where=count > 0)
+        return 100 * means.sum(axis=-1) / (groups or np.maximum((count > 0).sum(axis=-1), 1))
+
+    return Metric(stored, 100, terms, value, suffix=suffix)
+
+
+def unlisted(stored: str, mean: bool) -> Metric:
+    """The metric of a task that is not in the table of tasks.
+
+    In percent if it is the mean of the documents' scores, else as lmms-eval aggregates it.
+    """
+    name = stored.partition(",")[0]
+    return Metric(stored, 100 if mean else 1, _scores, _percent, highest=np.inf, suffix=name)
 
 
 def _scores(rows: pd.DataFrame) -> np.ndarray:
@@ -52,6 +133,10 @@ def _scores(rows: pd.DataFrame) -> np.ndarray:
 
 def _percent(sums: np.ndarray) -> np.ndarray:
     return 100 * sums[..., 0] / sums[..., 1]
+
+
+def _of_1000(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / 10
 
 
 def _only(sums: np.ndarray) -> np.ndarray:
@@ -111,6 +196,8 @@ MME_PERCEPTION = Metric(
     highest=2000,
     suffix="perception",
 )
+# right answers per 1,000, whatever the number of documents
+HITS_OF_1000 = Metric("ocrbench_accuracy", 100, _scores, _of_1000)
 MMSTAR_ACCURACY = Metric(
     "average", 100, _category_share, lambda sums: 100 * _only(sums), stratified=True
 )

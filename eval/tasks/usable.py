@@ -57,3 +57,43 @@ def mmmu(sample: Sample) -> bool:
     found = random.getstate() == before
     random.setstate(before)
     return found
+
+
+def mmbench(sample: Sample) -> bool:
+    """A letter of an option, or the text of one option, as lmms-eval's static scoring looks."""
+    import pandas as pd
+    from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
+    from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
+
+    item = pd.Series(sample["gpt_eval_score"])
+    if mmbench_evaluator.prefetch_answer(item):
+        return True
+    letters = sorted(mmbench_evaluator.build_choices(item))
+    return bool(extract_mcq_answer(item["prediction"], choices=letters))
+
+
+def seedbench(sample: Sample) -> bool:
+    """A letter from A to D comes first."""
+    return answer(sample).strip()[:1].upper() in set("ABCD")
+
+
+def ai2d(sample: Sample) -> bool:
+    """The letter of an option alone, once lmms-eval's filter has read "A." at the start."""
+    letters = "abcdefghijklmnopqrstuvwxyz"[: len(sample["doc"]["options"])]
+    text = answer(sample).strip().strip(".,!?;:()\"'").lower()
+    return len(text) == 1 and text in letters
+
+
+def hrbench(sample: Sample) -> bool:
+    """One option's letter, or the text of one option."""
+    from lmms_eval.tasks.hrbench.utils import hrbench_doc_to_options, hrbench_evaluator
+
+    found = hrbench_evaluator.can_infer(answer(sample), hrbench_doc_to_options(sample["doc"]))
+    return found not in (False, "Z")
+
+
+def xlrs(sample: Sample) -> bool:
+    """A letter from A to E anywhere."""
+    from lmms_eval.tasks.xlrs.mcq_utils import extract_characters_regex
+
+    return extract_characters_regex(answer(sample)) != ""
