@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from secateur.paths import ROOT, SHAPES_MODEL
+from secateur.shapes.datasets import TRAINED_TASKS
 from secateur.store import Store
-from secateur.tasks import TASKS
 
 CARD = SHAPES_MODEL / "README.md"
 
@@ -47,12 +47,12 @@ def main() -> None:
                 "score"
             ].mean()
             floor[identity.task] = chance(rows)
-    table = pd.DataFrame(scores).T[list(TASKS)]
+    table = pd.DataFrame(scores).T[list(TRAINED_TASKS)]
     table.loc["chance"] = pd.Series(floor)
     table["mean"] = table.mean(axis=1)
-    corrected = ((table - table.loc["chance"]) / (1 - table.loc["chance"]))[list(TASKS)].mean(
-        axis=1
-    )
+    corrected = ((table - table.loc["chance"]) / (1 - table.loc["chance"]))[
+        list(TRAINED_TASKS)
+    ].mean(axis=1)
     table["mean, chance-corrected"] = corrected
     table = table.sort_values("mean", ascending=False)
     text = table.to_markdown(floatfmt=".3f")

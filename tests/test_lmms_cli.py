@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from secateur.lmms_model import Secateur
+from secateur.shapes.datasets import SIZES
 from secateur.shapes.datasets import build as build_shapes
-from secateur.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "eval" / "shapes" / "model"
 
 
 def test_the_entry_point_runs_a_pruned_task(tmp_path):
-    root = build_shapes(tmp_path / "shapes", dict.fromkeys(TASKS, 6))
+    root = build_shapes(tmp_path / "shapes", dict.fromkeys(SIZES, 6))
     arguments = (
         f"pretrained={WEIGHTS},dtype=float32,device=cpu,"
         "pruner=scope,budget=16,pruner.alpha=1.5,batch_tokens=500"

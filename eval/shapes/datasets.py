@@ -1,4 +1,4 @@
-"""Write the six data sets of the suite as parquet folders, under the names that the tasks load."""
+"""Write the data sets of the suite as parquet folders, under the names that the tasks load."""
 
 import io
 import itertools
@@ -20,8 +20,10 @@ from secateur.shapes.scenes import make_scene, render
 VERSION = 1  # part of the data's identity: raise it with any change to scenes or questions
 # The first number of every scene's seed: no evaluation scene is a training scene.
 TRAIN, EVAL = 0, 1
+# The tasks whose documents the embedded model was trained on.
+TRAINED_TASKS = ("pope", "scienceqa_img", "gqa", "mme", "mmmu_val", "mmstar")
 # Documents per task, and calls of its builder per scene. So POPE asks six questions per image, GQA
-# five, MME two, the others one.
+# and VQAv2 five, MMBench three, which are one question, MME two, the others one.
 SIZES = {
     "pope": (300, 3),
     "gqa": (300, 5),
@@ -29,6 +31,8 @@ SIZES = {
     "mme": (240, 1),
     "mmmu_val": (240, 1),
     "mmstar": (240, 1),
+    "vqav2": (240, 5),
+    "mmbench_en": (240, 1),
 }
 
 _text, _image = Value("string"), Image()
@@ -96,6 +100,33 @@ SCHEMAS: dict[str, tuple[str, str, str, Features]] = {
             }
         ),
     ),
+    "vqav2": (
+        "lmms-lab-encoder/VQAv2",
+        "default",
+        "validation",
+        Features(
+            {
+                **_columns("question_type multiple_choice_answer answer_type question"),
+                "answers": [{**_columns("answer answer_confidence"), "answer_id": Value("int64")}],
+                "image_id": Value("int64"),
+                "question_id": Value("int64"),
+                "image": _image,
+            }
+        ),
+    ),
+    "mmbench_en": (
+        "lmms-lab-encoder/MMBench",
+        "en",
+        "dev",
+        Features(
+            {
+                **_columns("question hint answer A B C D category source L2-category comment"),
+                "split": _text,
+                "index": Value("int64"),
+                "image": _image,
+            }
+        ),
+    ),
 }
 # GQA keeps its images in a table of their own: (configuration, columns)
 GQA_IMAGES = ("testdev_balanced_images", Features({"id": _text, "image": _image}))
@@ -147,7 +178,11 @@ def _rows(task: str, count: int) -> tuple[list[Doc], list[Doc]]:
                 }
             )
         else:
-            rows.append(doc | {"image": image} | ({"image_source": name} if task == "pope" else {}))
+            named = {
+                "pope": {"image_source": name},
+                "vqav2": {"image_id": 1000 * seed[2] + seed[3]},
+            }
+            rows.append(doc | {"image": image} | named.get(task, {}))
     return rows, list(images.values())
 
 

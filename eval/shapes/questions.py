@@ -278,7 +278,7 @@ CLAIMS: dict[str, Callable[[Scene, Rng], Claim | None]] = {
 }
 
 
-# --- rows of the six data sets
+# --- rows of the data sets
 # `key` makes identifiers unique and chooses the category, so that the first n rows are balanced.
 
 POPE_CATEGORIES = ("random", "popular", "adversarial")
@@ -286,7 +286,10 @@ POPE_CATEGORIES = ("random", "popular", "adversarial")
 
 @dataclass(frozen=True)
 class Mix:
-    """Which ITEMS and CLAIMS each data set asks; for MME, MMMU and MMStar by category."""
+    """Which ITEMS and CLAIMS each data set asks; for MME, MMMU and MMStar by category.
+
+    VQAv2 asks the items of GQA, MMBench those of ScienceQA.
+    """
 
     gqa_items: tuple[str, ...]
     gqa_claims: tuple[str, ...]
@@ -488,6 +491,64 @@ def mmstar(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     ]
 
 
+def vqav2(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+    """A document of VQAv2: a question that asks for a word, with the answers of ten people.
+
+    Up to three of the ten say something else.
+    """
+    item = ITEMS[mix.gqa_items[key % len(mix.gqa_items)]](scene, rng)
+    if item is None:
+        return []
+    question, answer, wrong = item
+    others = [_pick(rng, wrong) for _ in range(int(rng.integers(4)))]
+    words = [answer] * (10 - len(others)) + others
+    return [
+        {
+            "question_type": " ".join(question.split()[:2]).lower(),
+            "multiple_choice_answer": answer,
+            "answers": [
+                {"answer": word, "answer_confidence": "yes", "answer_id": number}
+                for number, word in enumerate(words, start=1)
+            ],
+            "answer_type": "number" if answer.isdigit() else "other",
+            "question_id": key,
+            "question": question,
+        }
+    ]
+
+
+def mmbench(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+    """The three documents of a circle of MMBench: a question and its options in three rotations.
+
+    Half of the questions whose kind has a hint get it.
+    """
+    name = mix.scienceqa[key % len(mix.scienceqa)]
+    item = ITEMS[name](scene, rng)
+    if item is None:
+        return []
+    options, answer = _options(rng, item, most=3)
+    hint = HINTS.get(name, "nan") if rng.integers(2) else "nan"
+    return [
+        {
+            "index": key + rotation * 10**6,
+            "question": item[0],
+            "hint": hint,
+            "answer": "ABC"[(answer + rotation) % len(options)],
+            **{
+                letter: options[(place - rotation) % len(options)]
+                for place, letter in enumerate("ABC"[: len(options)])
+            },
+            "D": "nan",
+            "category": name,
+            "source": "shapes",
+            "L2-category": "attribute_reasoning",
+            "comment": "nan",
+            "split": "dev",
+        }
+        for rotation in range(len(options))
+    ]
+
+
 DOCUMENTS: dict[str, Callable[..., list[Doc]]] = {
     "pope": pope,
     "gqa": gqa,
@@ -495,4 +556,6 @@ DOCUMENTS: dict[str, Callable[..., list[Doc]]] = {
     "mme": mme,
     "mmmu_val": mmmu,
     "mmstar": mmstar,
+    "vqav2": vqav2,
+    "mmbench_en": mmbench,
 }

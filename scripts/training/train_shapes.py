@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from secateur.prompts import LLAVA
-from secateur.shapes.datasets import TRAIN, build
+from secateur.shapes.datasets import TRAIN, TRAINED_TASKS, build
 from secateur.shapes.questions import DOCUMENTS, TRAINED, Doc
 from secateur.shapes.scenes import KINDS, SIZE, Scene, coverage, make_scene, render
 
@@ -545,10 +545,9 @@ def main() -> None:
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
-    from secateur.tasks import TASKS
     from secateur.tasks.load import load_tasks
 
-    train(Recipe(), load_tasks(list(TASKS), build(Path("results/data/shapes"))), folder)
+    train(Recipe(), load_tasks(list(TRAINED_TASKS), build(Path("results/data/shapes"))), folder)
 
 
 if __name__ == "__main__":
