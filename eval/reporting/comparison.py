@@ -26,7 +26,7 @@ COUNTED = {
 }
 TOKENS = 0.01  # methods are compared if their mean tokens differ by at most this share
 # of the samples; the kept tokens, which are their bulk, are not read
-_COLUMNS = ("doc_id", "image_id", "category", "target", "answer", "score")
+_COLUMNS = ("doc_id", "image_id", "category", "unit", "target", "answer", "score")
 _INFERRED = (
     *("low", "high", "difference", "difference_low", "difference_high", "p", "detectable"),
     *("over_random", "over_random_low", "over_random_high"),
@@ -72,14 +72,14 @@ class Cell(NamedTuple):
 
     def stored(self, metric: str) -> float:
         """A metric as lmms-eval aggregated it, in the units tables print."""
-        definition = TASKS[self.task].metrics[metric]
+        definition = self.record.entry.metrics[metric]
         return definition.factor * self.record.metrics[definition.stored]
 
 
 def load(
     results: Path, damaged: list[str] | None = None, stale: list[Stale] | None = None
 ) -> list[Cell]:
-    """The finished cells of a results folder, of each the newest version.
+    """The finished cells of a results folder that have a score, of each the newest version.
 
     Args:
         damaged: as in `Store.records`; also for records of a method or task that is not known here.
@@ -96,6 +96,8 @@ def load(
                 raise DamagedRecord(message)
             damaged.append(message)
             continue
+        if not record.entry.metrics:  # a server scores it
+            continue
         path = store.cell(record.identity).folder / "samples.parquet"
         stored = pq.read_schema(path).names
         cells.append(
@@ -111,10 +113,12 @@ def _unknown(record: Record) -> str:
     own = record.identity
     if own.pruner.name not in REGISTRY:
         return f"is of the method {own.pruner.name!r}, which is not registered here"
-    if own.task not in TASKS:
+    if own.task not in TASKS and record.unlisted is None:
         return f"is of the task {own.task!r}, which is not known here"
-    headline = TASKS[own.task].metrics[TASKS[own.task].headline].stored
-    return "" if headline in record.metrics else f"has no metric {headline!r}"
+    task = record.entry
+    headline = task.metrics[task.headline].stored if task.metrics else None
+    known = headline is None or headline in record.metrics
+    return "" if known else f"has no metric {headline!r}"
 
 
 def check_one_setting(cells: list[Cell]) -> None:
@@ -157,12 +161,18 @@ def estimate(metric: str, cells: dict[str, Cell], resamples: int) -> stats.Estim
     Raises:
         ValueError: as `stats.estimate`; or a record's value is not that of its samples.
     """
-    task = next(iter(cells.values())).task
+    task = next(iter(cells.values())).record.entry
     for key, cell in cells.items():  # before the intervals, which a single image does not have
+        unlisted = cell.record.unlisted
+        if unlisted and not unlisted.mean:
+            raise ValueError(
+                f"{task.name}: no interval, since {metric} is not the mean of scores of documents"
+            )
         stored, own = cell.stored(metric), stats.metric_of(task, metric, key, cell.rows)
         if not abs(stored - own) <= 0.01:
             raise ValueError(
-                f"{task}: the record of {key} has {metric} {stored:.2f}, its samples give {own:.2f}"
+                f"{task.name}: the record of {key} has {metric} {stored:.2f}, "
+                f"its samples give {own:.2f}"
             )
     return stats.estimate(task, metric, {key: cell.rows for key, cell in cells.items()}, resamples)
 
@@ -191,7 +201,8 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
     check_one_setting(cells)
     rows: list[dict[str, Any]] = []
     estimates: list[stats.Estimates | None] = []
-    for task in (task for task in TASKS if any(cell.task == task for cell in cells)):
+    present = {cell.task for cell in cells}
+    for task in (name for name in [*TASKS, *sorted(present - set(TASKS))] if name in present):
         own: dict[str, Cell] = {}
         for cell in (cell for cell in cells if cell.task == task):
             if cell.key in own:
@@ -211,7 +222,7 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
             continue
         facts = {key: _facts(cell, own[unpruned]) for key, cell in own.items()}
         try:
-            found = estimate(TASKS[task].headline, own, resamples)
+            found = estimate(own[unpruned].record.entry.headline, own, resamples)
         except ValueError as error:
             estimates.append(None)
             for fact in facts.values():
@@ -238,7 +249,7 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
 
 def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
     """The part of a row that needs no resampling."""
-    metric = TASKS[cell.task].headline
+    metric = cell.record.entry.headline
     images, answers = cell.rows["image_id"].nunique(), cell.rows["answer"].str.strip().str.lower()
     mark = []
     if other := differences(cell.record, unpruned.record):

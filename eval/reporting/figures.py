@@ -274,7 +274,12 @@ def _panels(
     for number, task in enumerate(tasks):
         panel = panels[task] = figure.add_subplot(rows, columns, number + 1)
         panel.set_title(
-            "average, % of unpruned" if task == "average" else TASKS[task].heading(), fontsize=9
+            "average, % of unpruned"
+            if task == "average"
+            else TASKS[task].heading()
+            if task in TASKS
+            else task,
+            fontsize=9,
         )
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)

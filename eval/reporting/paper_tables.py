@@ -32,8 +32,10 @@ from secateur.reporting.verdicts import (
     over_readings,
     signs,
     with_open_budget,
+    with_open_protocol,
 )
 from secateur.reporting.versions import mixtures
+from secateur.tasks import TASKS
 
 OVER_RUN = "over tasks run"  # the mean over the columns that have cells, printed and ours
 NAN = float("nan")
@@ -240,7 +242,14 @@ class _Column:
                 if self.unpruned in own
                 else ""
             )
-            self.problems[key] = problem or everywhere or unpruned or missing or "".join(doubts[:1])
+            self.problems[key] = (
+                problem
+                or (TASKS[task].other_documents if task in TASKS else "")
+                or everywhere
+                or unpruned
+                or missing
+                or "".join(doubts[:1])
+            )
         rivals: dict[str, list[str]] = {}
         for key, cell in own.items():
             if cell.name != "none" and self.found and not self.problems[key]:
@@ -272,7 +281,7 @@ class _Column:
     @property
     def baseline(self) -> Verdict:
         """The verdict on the unpruned row."""
-        return over_readings(self.baselines)
+        return self._with_protocol(over_readings(self.baselines))
 
     @property
     def no_baseline(self) -> bool:
@@ -293,7 +302,12 @@ class _Column:
                 for metric, found in self.readings.items()
             }
         )
-        return with_open_budget(verdict, method_of(row.method), row.budget)
+        return self._with_protocol(with_open_budget(verdict, method_of(row.method), row.budget))
+
+    def _with_protocol(self, verdict: Verdict) -> Verdict:
+        """The verdict, undecided if it rests on what papers do not say of the task."""
+        left_open = TASKS[self.task].open_protocol if self.task in TASKS else ""
+        return with_open_protocol(verdict, left_open)
 
     def score(self, key: str) -> float:
         return self.printed[key]["value"] if key in self.printed else NAN

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from secateur.tasks import TASKS
+from secateur.tasks import TASKS, Task
 from secateur.tasks.metrics import Metric
 
 RESAMPLES = 10_000
@@ -136,7 +136,7 @@ class Estimates:
 
 
 def estimate(
-    task: str,
+    task: str | Task,
     metric: str,
     samples: Mapping[str, pd.DataFrame],
     resamples: int = RESAMPLES,
@@ -145,7 +145,8 @@ def estimate(
     """A task's metric for several cells, over the same resampled images.
 
     Args:
-        task, metric: names in `secateur.tasks`.
+        task: an entry, or its name in the table of tasks.
+        metric: name of one of its metrics.
         samples: method -> rows of the documents.
         resamples: how often the images are drawn.
         seed: of the draws.
@@ -155,18 +156,21 @@ def estimate(
             not in 0..1; a single image, or a category with a single image; samples without the
             category that the metric needs.
     """
-    definition = TASKS[task].metrics[metric]
+    task = TASKS[task] if isinstance(task, str) else task
+    definition = task.metrics[metric]
     ordered = {method: _ordered(task, definition, method, rows) for method, rows in samples.items()}
     first_name, first = next(iter(ordered.items()))
     for method, rows in ordered.items():
         if not rows[["doc_id", "image_id"]].equals(first[["doc_id", "image_id"]]):
             raise ValueError(
-                f"{task}: {method} and {first_name} answered other documents; "
+                f"{task.name}: {method} and {first_name} answered other documents; "
                 "only the same ones can be compared"
             )
     terms = np.stack([definition.terms(rows) for rows in ordered.values()], axis=1)
     strata = first["category"] if definition.stratified else pd.Series("", index=first.index)
-    sums = resample(terms, first["image_id"], strata, resamples, (seed, zlib.crc32(task.encode())))
+    sums = resample(
+        terms, first["image_id"], strata, resamples, (seed, zlib.crc32(task.name.encode()))
+    )
     names = list(ordered)
     values = definition.value(terms.sum(axis=0))
     return Estimates(
@@ -230,15 +234,15 @@ def relative_average(tasks: Sequence[Estimates], unpruned: str) -> Estimates:
     )
 
 
-def metric_of(task: str, metric: str, method: str, rows: pd.DataFrame) -> float:
+def metric_of(task: str | Task, metric: str, method: str, rows: pd.DataFrame) -> float:
     """A task's metric of one cell's samples, as `estimate` computes it, without resampling.
 
     Raises:
         ValueError: samples that `estimate` refuses for a reason other than too few images.
     """
-    definition = TASKS[task].metrics[metric]
-    terms = definition.terms(_ordered(task, definition, method, rows))
-    return float(definition.value(terms.sum(axis=0)))
+    task = TASKS[task] if isinstance(task, str) else task
+    definition = task.metrics[metric]
+    return definition.of(_ordered(task, definition, method, rows))
 
 
 def _check_positive(estimates: Estimates, unpruned: str) -> None:
@@ -246,18 +250,18 @@ def _check_positive(estimates: Estimates, unpruned: str) -> None:
         raise ValueError(f"{unpruned} scores 0 in a task: nothing can be relative to it")
 
 
-def _ordered(task: str, metric: Metric, method: str, rows: pd.DataFrame) -> pd.DataFrame:
+def _ordered(task: Task, metric: Metric, method: str, rows: pd.DataFrame) -> pd.DataFrame:
     """Rows by document, checked, with categories where the metric needs them."""
     rows = rows.sort_values("doc_id", ignore_index=True)
     if rows["doc_id"].duplicated().any():
-        raise ValueError(f"{task}: {method} has a document twice")
+        raise ValueError(f"{task.name}: {method} has a document twice")
     if not rows["score"].between(0, 1).all():  # also NaN
-        raise ValueError(f"{task}: {method} has a score that is not a number from 0 to 1")
+        raise ValueError(f"{task.name}: {method} has a score that is not a number from 0 to 1")
     if not metric.stratified or "category" in rows:
         return rows
-    if not TASKS[task].category_in_image_id:
+    if not task.category_in_image_id:
         raise ValueError(
-            f"{task}: the samples have no column category, over which the metric averages; "
+            f"{task.name}: the samples have no column category, over which the metric averages; "
             "run the cell again"
         )
     return rows.assign(category=rows["image_id"].str.split("/").str[0])
@@ -285,16 +289,18 @@ def flips(unpruned: pd.DataFrame, pruned: pd.DataFrame) -> Flips:
     one image are not independent, so the test is left out where an image has more than one.
     """
     before, after = (rows.sort_values("doc_id", ignore_index=True) for rows in (unpruned, pruned))
+    same = float(
+        (before["answer"].str.strip().str.lower() == after["answer"].str.strip().str.lower()).mean()
+    )
+    if before["score"].isna().any():  # a task without scores of documents
+        return Flips(np.nan, np.nan, same, np.nan)
     lost = int(((before["score"] == 1) & (after["score"] < 1)).sum())
     won = int(((before["score"] < 1) & (after["score"] == 1)).sum())
-    same = (
-        before["answer"].str.strip().str.lower() == after["answer"].str.strip().str.lower()
-    ).mean()
     if before["image_id"].duplicated().any():
         p = np.nan
     else:
         p = float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
-    return Flips(lost, won, float(same), p)
+    return Flips(lost, won, same, p)
 
 
 class Signs(NamedTuple):

@@ -54,10 +54,11 @@ def accuracy(records: Records) -> pd.DataFrame:
     own: dict[tuple[str, str], Records] = {}
     for record in records:
         identity = record.identity
-        task, key = TASKS[identity.task], (identity.pruner.label, identity.budget)
-        metric = task.metrics[task.headline]
-        score = metric.factor * record.metrics[metric.stored]
-        rows.setdefault(key, {})[task.heading()] = score
+        task, key = record.entry, (identity.pruner.label, identity.budget)
+        rows.setdefault(key, {})
+        if task.metrics:
+            metric = task.metrics[task.headline]
+            rows[key][task.heading()] = metric.factor * record.metrics[metric.stored]
         tokens.setdefault(key, []).append(record.average_tokens)
         own.setdefault(key, []).append(record)
     means = {key: fmean(own) for key, own in tokens.items()}
@@ -65,7 +66,13 @@ def accuracy(records: Records) -> pd.DataFrame:
     table = pd.DataFrame(
         [{"method": key[0], "budget": key[1], "tokens": means[key], **rows[key]} for key in order]
     )
-    tasks = [heading for task in TASKS.values() if (heading := task.heading()) in table]
+    listed = [task.heading() for task in TASKS.values()]
+    others = sorted(
+        record.entry.heading()
+        for record in records
+        if not record.entry.listed and record.entry.metrics
+    )
+    tasks = [heading for heading in dict.fromkeys([*listed, *others]) if heading in table]
     table = table[["method", "budget", "tokens", *tasks]]
     unpruned_rows = table[table["method"] == "none"]
     if len(unpruned_rows) == 1:
@@ -96,10 +103,21 @@ def _cells(records: Records) -> pd.DataFrame:
     )
     for record in records:
         own = record.identity
-        if share([record], "unusable_answers"):
+        if share([record], "unusable_answers") and record.entry.metrics:
             row = (table["method"] == own.pruner.label) & (table["budget"] == own.budget)
-            shown.loc[row, TASKS[own.task].heading()] += DAGGER
+            shown.loc[row, record.entry.heading()] += DAGGER
     return shown
+
+
+def _notes(records: Records) -> list[str]:
+    """What a reader needs to know of the table's marks, and of tasks without a score."""
+    found = [NOTE] * bool(share(records, "unusable_answers"))
+    for name in sorted({one.identity.task for one in records if not one.entry.metrics}):
+        found.append(
+            f"{name} has no score here: its server scores the file in the folder submissions of "
+            "each cell's folder."
+        )
+    return found
 
 
 def show(records: Records) -> None:
@@ -112,8 +130,8 @@ def show(records: Records) -> None:
         view.add_row(*row, style="bold" if row[0] == "none" else None)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(view)
-    if share(records, "unusable_answers"):
-        console.print(NOTE, markup=False, highlight=False)
+    for note in _notes(records):
+        console.print(note, markup=False, highlight=False)
 
 
 def stems(groups: Sequence[Records]) -> list[str]:
@@ -138,7 +156,7 @@ def write(records: Records, stem: Path) -> list[Path]:
         "|" + "|".join("---" if name == "method" else "---:" for name in shown.columns) + "|",
         *("| " + " | ".join(row) + " |" for row in shown.itertuples(index=False)),
         "",
-        *[f"{NOTE}\n"] * bool(share(records, "unusable_answers")),
+        *(f"{note}\n" for note in _notes(records)),
         *(f"{text}\n" for text in mixtures(records)),
         f"{len(records)} cells, commit {', '.join(commits)}. "
         "`tokens`: visual tokens per prompt, mean over layers and tasks. "

@@ -128,6 +128,19 @@ def with_open_budget(verdict: Verdict, method: str, budget: str) -> Verdict:
     )
 
 
+def with_open_protocol(verdict: Verdict, left_open: str) -> Verdict:
+    """The verdict on a task of which papers do not say all; a match stands, else undecided.
+
+    Args:
+        left_open: what they do not say; empty: nothing.
+    """
+    if not left_open or verdict.verdict not in ("close", "miss", "baseline off"):
+        return verdict
+    return verdict._replace(
+        verdict="undecided", cause=f"{left_open}; as run: {verdict.verdict}, {verdict.cause}"
+    )
+
+
 def signs(differences: Mapping[str, Sequence[float]]) -> list[str]:
     """Notes on columns whose differences lean to one side: a sign test over the rows of each.
 

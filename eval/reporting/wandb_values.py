@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from secateur.reporting import comparison, gallery
 from secateur.reporting.comparison import Cell
 from secateur.reporting.stats import RESAMPLES
-from secateur.tasks import TASKS
 
 # half a minute; without a network, wandb's own 20 retries delay the end of a sweep by 15 minutes
 RETRIES = 4
@@ -43,7 +42,7 @@ def numbers(cell: Cell, notes: list[str]) -> dict[str, float]:
         for key, value in flat.items()
         if isinstance(value, int | float) and value == value
     }
-    task = TASKS[cell.task]
+    task = cell.record.entry
     for metric, definition in task.metrics.items():
         if definition.stored not in cell.record.metrics:
             continue  # a half of MME that has no documents within the limit
