@@ -79,7 +79,8 @@ def accuracy_of(category: str, stored: str, suffix: str) -> Metric:
 def all_right(stored: str) -> Metric:
     """The share of units of which every document is right, in percent.
 
-    lmms-eval stores it in percent too. The column `unit` is "name/number". A unit counts if its document number 0 is there.
+    lmms-eval stores it in percent too. The column `unit` is "name/number". A unit counts if its
+    document number 0 is there.
     """
 
     def terms(rows: pd.DataFrame) -> np.ndarray:
