@@ -128,7 +128,6 @@ def run(
         Unanswered: the model runs one shard, and other documents have no answer yet.
     """
     import pandas as pd
-    from lmms_eval.evaluator import simple_evaluate
 
     from secateur.tasks.load import manager_of
 
@@ -140,7 +139,7 @@ def run(
         contextlib.redirect_stderr(printed),
         tempfile.TemporaryDirectory() as scratch,
     ):
-        results = simple_evaluate(
+        results = _evaluate(
             model=model,
             tasks=[task],
             limit=limit,
@@ -187,6 +186,20 @@ def run(
         **unlisted,
     )
     return found, rows
+
+
+def _evaluate(**arguments: Any) -> dict[str, Any]:
+    """Call `simple_evaluate` of lmms-eval; an error of a task's scoring is raised as it was.
+
+    lmms-eval scores a document five times before it gives up with an error of its own.
+    """
+    from lmms_eval.evaluator import simple_evaluate
+    from tenacity import RetryError
+
+    try:
+        return simple_evaluate(**arguments)
+    except RetryError as error:
+        raise (error.last_attempt.exception() or error) from error
 
 
 def check_metrics(entry: Entry, metrics: dict[str, float], rows: "pd.DataFrame") -> None:
