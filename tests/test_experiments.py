@@ -18,6 +18,7 @@ from secateur.pruners import InLLMPruner, PrunerError, build
 from secateur.records import MethodIdentity
 from secateur.reporting.layouts import layouts
 from secateur.reporting.variants import Variant, variant, variants
+from secateur.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -26,7 +27,6 @@ EXPERIMENTS = sorted(
     for path in (CONFIGS / "experiment").glob("*.yaml")
     if not path.stem.startswith("shapes")
 )
-SIX = {"pope", "scienceqa_img", "gqa", "mme", "mmmu_val", "mmstar"}
 # model -> visual tokens of an image (1008 x 1008 pixels for Qwen), LLM layers
 SIZES = {
     "llava_1_5_7b": (576, 32),
@@ -138,12 +138,12 @@ def choice(experiment: str, value: str, task: str) -> Variant:
 
 @cache
 def reported() -> pd.DataFrame:
-    """What the papers print for the six tasks of this project.
+    """What the papers print for the tasks of this project.
 
     Methods and budgets are as we write them.
     """
     rows = pd.read_csv(ROOT / "results" / "reported" / "accuracy.csv")
-    rows = rows[rows["task"].isin(SIX)]
+    rows = rows[rows["task"].isin(list(TASKS))]
     tokens, shares = rows["budget_tokens"], rows["retention_pct"]
     budgets = tokens.map("{:g}".format).where(tokens.notna(), shares.map("{:g}%".format))
     return rows.assign(
