@@ -36,7 +36,7 @@ from secateur.pruners import build
 from secateur.shapes.datasets import TRAINED_TASKS
 from secateur.shapes.datasets import build as build_shapes
 from secateur.tasks import TASKS
-from secateur.tasks.load import load_tasks, task_manager
+from secateur.tasks.load import load_tasks, manager_of
 
 try:
     from lmms_eval.models.chat.llava_hf import LlavaHf
@@ -109,7 +109,7 @@ def theirs(model: Theirs, pruner: str, budget: Budget, task: Any, limit: int) ->
             model=model,
             tasks=[task],
             limit=limit,
-            task_manager=task_manager(),
+            task_manager=manager_of(TASKS["pope"]),
             bootstrap_iters=0,
             process_docs_parallel=1,
         )

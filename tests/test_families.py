@@ -21,7 +21,8 @@ from secateur.models import DocumentError, PrunedModel
 from secateur.pruners import REGISTRY, InLLMPruner, build
 from secateur.shapes.datasets import SIZES, TRAINED_TASKS
 from secateur.shapes.datasets import build as build_shapes
-from secateur.tasks.load import load_tasks, task_manager
+from secateur.tasks import TASKS
+from secateur.tasks.load import load_tasks, manager_of
 
 FAMILIES = {
     "llava": {},
@@ -98,7 +99,7 @@ def requests(model, tasks):
         model=model,
         tasks=list(tasks.values()),
         limit=2,
-        task_manager=task_manager(),
+        task_manager=manager_of(TASKS["pope"]),
         bootstrap_iters=0,
         process_docs_parallel=1,
     )
@@ -416,7 +417,7 @@ def test_the_unpruned_answers_are_those_of_lmms_evals_own_classes(
         model=ours,
         tasks=[task],
         limit=2,
-        task_manager=task_manager(),
+        task_manager=manager_of(TASKS["pope"]),
         bootstrap_iters=0,
         process_docs_parallel=1,
     )
@@ -449,7 +450,7 @@ class TestBatches:
         """A model that lmms-eval has put two tasks to."""
         fields = {"dtype": "float32", "device": "cpu", "max_new_tokens": 6} | FAMILIES[family]
         model = PrunedModel(str(folders[family]), **fields, **engine)
-        some, manager = [tasks["pope"], tasks["mmmu_val"]], task_manager()
+        some, manager = [tasks["pope"], tasks["mmmu_val"]], manager_of(TASKS["pope"])
         simple_evaluate(
             model=model,
             tasks=some,

@@ -19,8 +19,8 @@ from PIL import Image
 from tenacity import RetryError
 
 from secateur.store import UNWRITABLE
-from secateur.tasks import TASKS, find_task
 from secateur.tasks import Task as Entry
+from secateur.tasks import find_task
 from secateur.tasks.by_name import definition_folder
 
 _CACHE = "LMMS_EVAL_DATASETS_CACHE"  # where lmms-eval tells datasets to cache
@@ -58,21 +58,14 @@ def _inside(folder: Path | None, dataset: str) -> Iterator[None]:
         _resolve_hf_datasets_cache_dir.cache_clear()
 
 
-@cache
-def task_manager(*folders: Path) -> TaskManager:
-    """lmms-eval's index of the tasks in some folders; an index of all its tasks takes seconds.
-
-    Args:
-        folders: with definitions; none: those of the table of tasks.
-    """
-    own = folders or {definition_folder() / task.folder for task in TASKS.values()}
-    paths = sorted(map(str, own))
-    return TaskManager(verbosity="WARNING", include_path=paths, include_defaults=False)
-
-
 def manager_of(entry: Entry) -> TaskManager:
-    """lmms-eval's index of the folder that defines a task."""
-    return task_manager(definition_folder() / entry.folder)
+    """lmms-eval's index of the folder that defines a task; one of all its tasks takes seconds."""
+    return _manager(definition_folder() / entry.folder)
+
+
+@cache
+def _manager(folder: Path) -> TaskManager:
+    return TaskManager(verbosity="WARNING", include_path=str(folder), include_defaults=False)
 
 
 def load_tasks(
