@@ -22,7 +22,7 @@ T = TypeVar("T", Record, Identity)
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CATEGORIES = ["OCR", "count", "color", "code_reasoning", "text_translation"]
-PER_IMAGE = {"pope": 10, "gqa": 10, "mme": 2}
+PER_IMAGE = {"pope": 10, "gqa": 10, "mme": 2, "mmbench_en": 3, "mmbench_cn": 3}
 ENVIRONMENT = Environment(python="3.11.7", machine="x86_64", cores=2, device="cpu", commit="abc")
 
 
@@ -81,12 +81,13 @@ def changed(cells: list[Cell], changes: dict[str, Any]) -> list[Cell]:
 def rows(task: str, share: float, documents: int = 2000, shift: int = 0) -> pd.DataFrame:
     """Documents of which `share` are answered right, the easiest first.
 
-    So a weaker method fails where a stronger one does. For MME whole pairs are right or wrong. Of
+    So a weaker method fails where a stronger one does. For MME whole pairs are right or wrong, for
+    MMBench whole circles. Of
     POPE's right answers as many are yes as no. `shift` makes other documents easy.
     """
     docs = np.arange(documents)
     images = docs // PER_IMAGE.get(task, 1)
-    unit = images if task == "mme" else docs // 2 if task == "pope" else docs
+    unit = images if PER_IMAGE.get(task) in (2, 3) else docs // 2 if task == "pope" else docs
     order = np.random.default_rng(zlib.crc32(task.encode()) + shift).permutation(unit.max() + 1)
     right = order[unit] < round(share * len(order))
     targets = np.where(docs % 2, "no", "yes")
@@ -101,6 +102,8 @@ def rows(task: str, share: float, documents: int = 2000, shift: int = 0) -> pd.D
             "score": right.astype(float),
         }
     )
+    if task in ("mmbench_en", "mmbench_cn"):  # circles of three documents
+        return frame.assign(unit=[f"{image}/{doc % 3}" for doc, image in enumerate(images)])
     return frame.assign(category=[f"c{doc % 18}" for doc in docs]) if task == "mmstar" else frame
 
 

@@ -145,6 +145,27 @@ def test_known_effects_get_their_verdicts():
     assert set(table.cells["verdict"]) <= set(VERDICTS)
 
 
+def test_columns_of_other_protocols_say_so():
+    tasks = ("textvqa", "mmbench_en", "vqav2", "vizwiz")
+    effects = {("promprune", "64"): 0.0, ("divprune", "64"): -2.5}
+    table = paper_tables.build(
+        LAYOUTS["promprune_table1"], NUMBERS, ours(effects, "promprune_table1", tasks), 200
+    )
+    cells = table.cells.set_index(["method", "budget", "column"])
+    for task, verdicts in {
+        "textvqa": ("match", "close"),
+        "mmbench_en": ("match", "close"),
+        "vqav2": ("not comparable", "not comparable"),
+        "vizwiz": ("match", "undecided"),
+    }.items():
+        for method, verdict in zip(("promprune", "divprune"), verdicts, strict=True):
+            assert cells.loc[(method, "64", task), "verdict"] == verdict, (task, method)
+    assert "papers print test-dev" in cells.loc[("promprune", "64", "vqav2"), "cause"]
+    assert cells.loc[("promprune", "64", "vqav2"), "reproduced"] > 70
+    cause = cells.loc[("divprune", "64", "vizwiz"), "cause"]
+    assert re.search("test-dev, scored by the server, or the validation .*; as run: close", cause)
+
+
 def test_averages_are_only_over_what_was_run():
     effects = {("scope", "64"): 0.3, ("visionzip", "64"): -2.0}
     cells = ours(effects)

@@ -18,10 +18,11 @@ def test_hours_follow_from_documents_and_the_given_rate(tmp_path, monkeypatch, c
     printed = run(
         monkeypatch, capsys, "promprune_table1", "--results", str(tmp_path), "--rate", "10"
     )
-    # unpruned once, four methods at three budgets, on POPE, ScienceQA-IMG, GQA and MME
-    documents = 13 * (9000 + 2017 + 12578 + 2374)
+    # unpruned once, four methods at three budgets, on POPE, ScienceQA-IMG, GQA, MME, TextVQA,
+    # MMBench, VizWiz and VQAv2
+    documents = 13 * (9000 + 2017 + 12578 + 2374 + 5000 + 4329 + 4319 + 214354)
     row = next(line for line in printed.splitlines() if "llava_1_5_7b" in line)
-    assert f"{13 * 4} |" in row
+    assert f"{13 * 8} |" in row
     assert f"{documents:,} |" in row
     assert f"{documents / 36000:.1f} |" in row
 

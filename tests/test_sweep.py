@@ -30,6 +30,10 @@ def sweep(results: Path, *overrides: str) -> subprocess.CompletedProcess:
     )
 
 
+TASKS = ("pope", "scienceqa_img", "gqa", "mme", "mmmu_val", "mmstar")
+GRID = ("-m", "pruner=none,scope", "budget=16", "limit=12", f"tasks=[{','.join(TASKS)}]")
+
+
 def here(results: Path, *overrides: str) -> tuple[int, str]:
     """The same in this process, which is faster: exit code, and what was printed."""
     return Sweeps(results / "data" / "shapes", ()).here(results, *overrides)
@@ -37,16 +41,15 @@ def here(results: Path, *overrides: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def swept(results: Path) -> subprocess.CompletedProcess:
-    return sweep(results, "-m", "pruner=none,scope", "budget=16", "limit=12")
+    return sweep(results, *GRID)
 
 
 def test_a_multirun_fills_every_cell_and_prints_the_table(results, swept):
     assert swept.returncode == 0, swept.stderr
     assert "cells: 12 done, 0 skipped, 0 failed" in swept.stderr
     assert "suite shapes, model shapes_llava" in swept.stdout
-    tasks = ("pope", "scienceqa_img", "gqa", "mme", "mmmu_val", "mmstar")
     assert set(cells(results)) == {
-        f"{task}/{cell}" for task in tasks for cell in ("none_full", "scope_16")
+        f"{task}/{cell}" for task in TASKS for cell in ("none_full", "scope_16")
     }
     table = pd.read_csv(results / "tables" / "shapes_shapes_llava_12.csv")
     assert table["method"].tolist() == ["none", "scope"]
@@ -79,7 +82,7 @@ def test_a_record_stands_alone(results, swept):
 
 def test_a_second_sweep_does_nothing_and_says_so(results, swept):
     before = {path: path.stat().st_mtime_ns for path in results.rglob("record.json")}
-    code, printed = here(results, "-m", "pruner=none,scope", "budget=16", "limit=12")
+    code, printed = here(results, *GRID)
     assert code == 0
     assert "cells: 0 done, 12 skipped, 0 failed" in printed
     assert {path: path.stat().st_mtime_ns for path in results.rglob("record.json")} == before
