@@ -88,12 +88,12 @@ def main() -> None:
             for task in job.tasks:
                 cell = job.cell(task)
                 if not cell.exists():
-                    known = job.suite.find(task).documents
-                    if known is None and job.limit is None:
+                    size = job.suite.find(task).documents
+                    if size is None and job.limit is None:
                         raise ValueError(
                             f"the number of documents of task {task} is not known; set a limit"
                         )
-                    documents = min(n for n in (job.limit, known) if n is not None)
+                    documents = min(n for n in (job.limit, size) if n is not None)
                     cells[cell.folder] = (job.model.name, documents)
     table = (
         pd.DataFrame(cells.values(), columns=["model", "documents"])

@@ -52,6 +52,7 @@ def table(changed: float = CHANGED, seed: int = 0) -> pd.DataFrame:
     columns = {}
     for task in ACCURACIES:
         documents = TASKS[task].documents
+        assert documents is not None
         noise = [accuracy_noise(rng, documents, changed) for _ in range(2)]
         columns[f"{TASKS[task].title} ({documents})"] = shares(rng, "accuracy", POINTS, noise)
     noise = [mme_noise(rng, changed) for _ in range(2)]

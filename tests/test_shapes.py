@@ -119,6 +119,18 @@ def test_every_task_has_its_documents_on_held_out_scenes(task):
         assert all(isinstance(ast.literal_eval(doc["options"]), list) for doc in prefix)
     if task == "mmstar":
         assert len({doc["category"] for doc in prefix}) == 6
+    if task == "vqav2":
+        for doc in prefix:
+            words = [one["answer"] for one in doc["answers"]]
+            assert len(words) == 10
+            assert words.count(doc["multiple_choice_answer"]) >= 7
+    if task == "mmbench_en":
+        for start in range(0, 60, 4):
+            circle = prefix[start : start + 4]
+            assert [doc["index"] // 10**6 for doc in circle] == [0, 1, 2, 3]
+            assert len({doc[doc["answer"]] for doc in circle}) == 1
+            assert {doc["answer"] for doc in circle} == set("ABCD")
+        assert {doc["hint"] == "nan" for doc in prefix} == {True, False}
 
 
 def test_letters_are_not_predictable():

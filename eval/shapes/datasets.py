@@ -23,7 +23,7 @@ TRAIN, EVAL = 0, 1
 # The tasks whose documents the embedded model was trained on.
 TRAINED_TASKS = ("pope", "scienceqa_img", "gqa", "mme", "mmmu_val", "mmstar")
 # Documents per task, and calls of its builder per scene. So POPE asks six questions per image, GQA
-# and VQAv2 five, MMBench three, which are one question, MME two, the others one.
+# and VQAv2 five, MMBench four, which are one question, MME two, the others one.
 SIZES = {
     "pope": (300, 3),
     "gqa": (300, 5),
@@ -178,7 +178,7 @@ def _rows(task: str, count: int) -> tuple[list[Doc], list[Doc]]:
                 }
             )
         else:
-            named = {
+            named: dict[str, Doc] = {
                 "pope": {"image_source": name},
                 "vqav2": {"image_id": 1000 * seed[2] + seed[3]},
             }

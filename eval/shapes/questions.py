@@ -518,7 +518,7 @@ def vqav2(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
 
 
 def mmbench(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
-    """The three documents of a circle of MMBench: a question and its options in three rotations.
+    """The documents of a circle of MMBench: a question and its options in every rotation.
 
     Half of the questions whose kind has a hint get it.
     """
@@ -526,19 +526,19 @@ def mmbench(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     item = ITEMS[name](scene, rng)
     if item is None:
         return []
-    options, answer = _options(rng, item, most=3)
+    options, answer = _options(rng, item)
     hint = HINTS.get(name, "nan") if rng.integers(2) else "nan"
     return [
         {
             "index": key + rotation * 10**6,
             "question": item[0],
             "hint": hint,
-            "answer": "ABC"[(answer + rotation) % len(options)],
+            "answer": "ABCD"[(answer + rotation) % len(options)],
+            **dict.fromkeys("ABCD", "nan"),
             **{
                 letter: options[(place - rotation) % len(options)]
-                for place, letter in enumerate("ABC"[: len(options)])
+                for place, letter in enumerate("ABCD"[: len(options)])
             },
-            "D": "nan",
             "category": name,
             "source": "shapes",
             "L2-category": "attribute_reasoning",
