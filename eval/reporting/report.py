@@ -165,7 +165,7 @@ class Report:
         root = self.results / "data" / "shapes" if section.suite == "shapes" else self.data_root
         try:
             source = gallery.Documents(section.suite, tasks, root.resolve() if root else None)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:  # no data, or a task of a local folder
             section.warnings.append(f"No images: {error}")
             source = None
         try:

@@ -530,8 +530,8 @@ def find_task(name: str, include_path: Path | None = None) -> Task:
     Raises:
         ValueError: as `secateur.tasks.by_name.find`.
     """
-    from secateur.tasks import by_name  # reads the names of lmms-eval's tasks
-
     if name in TASKS and include_path is None:
         return TASKS[name]
+    from secateur.tasks import by_name  # which imports this module
+
     return by_name.find(name, include_path)
