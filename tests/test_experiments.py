@@ -65,7 +65,7 @@ FIELDS = [  # of a model, in the order of its config
 # experiments of tables whose unpruned row is another table's
 BORROWED = {layout.experiment for layout in layouts() if layout.unpruned}
 # PromPrune Table 4: mean number of salient tokens
-SALIENT = {"pope": 12, "scienceqa_img": 40, "gqa": 13}
+SALIENT = {"pope": 12, "scienceqa_img": 40, "gqa": 13, "mmbench_en": 33, "textvqa": 17}
 # a method at a budget of a model that no experiment runs
 LEFT_OUT = [
     (cell["model"], cell["method"], cell["budget"])

@@ -180,7 +180,7 @@ def test_the_unpruned_model_has_its_own_layout(folders, tasks):
             model=model,
             tasks=[tasks["pope"], tasks["mmmu_val"]],
             limit=2,
-            task_manager=task_manager(),
+            task_manager=manager_of(TASKS["pope"]),
             bootstrap_iters=0,
             process_docs_parallel=1,
         )
