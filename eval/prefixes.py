@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import (
+    BatchFeature,
     DynamicCache,
     LogitsProcessorList,
     PreTrainedModel,
@@ -22,7 +23,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from secateur.families.contract import Arguments, Keywords, cache_of
+from secateur.families.contract import Arguments, cache_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def empty_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, inputs: Keywords) -> Any:
+def prefill(model: PreTrainedModel, inputs: BatchFeature) -> Any:
     """The cache that prefixes fill; to be called inside an injection block.
 
     Raises:
@@ -117,7 +118,8 @@ def answer(
         logits = _logits(model, cache, found[-1] if found else ids, mask, positions)
         finite &= logits.isfinite().all(-1)
         said = torch.cat([seen, *found], 1) if len(penalties) else seen
-        chosen = torch.where(finished, fill, penalties(said, logits).argmax(-1))
+        scores = penalties(said, logits)  # type: ignore[arg-type] # it wants a class of its own
+        chosen = torch.where(finished, fill, scores.argmax(-1))
         finished |= chosen == stop
         found.append(chosen[:, None])
         if len(found) == new_tokens or bool(finished.all()):
