@@ -132,7 +132,9 @@ class SuiteSettings(SuiteIdentity):
 
     def data_commit(self, dataset: str) -> str | None:
         """The commit of a data set on the hub; None for data in a folder."""
-        return commit_on_hub(dataset, self.revision, "dataset") if self.data_root is None else None
+        if self.data_root is not None or Path(dataset).is_absolute():
+            return None
+        return commit_on_hub(dataset, self.revision, "dataset")
 
     def identity(self) -> SuiteIdentity:
         """The suite without the place of its data."""

@@ -210,6 +210,22 @@ def test_what_only_the_data_tell_is_refused_before_the_model_loads(tmp_path, sha
         load_tasks(["mine"], shapes, include_path=folder)
 
 
+def test_the_data_set_of_a_local_task_may_be_a_folder(tmp_path, shapes):
+    data = shapes / "lmms-lab-encoder" / "POPE"
+    text = HEAD.format(name="mine").replace("lmms-lab-encoder/POPE", str(data)) + MEAN
+    folder = write(tmp_path / "mine", mine=text)
+    own = job(tmp_path, "suite=hub", f"suite.include_path={folder}", "tasks=[mine]")
+    assert own.cell("mine").identity.data == ""
+    task = load_tasks(["mine"], include_path=folder)["mine"]
+    assert set(task.eval_docs["answer"]) == {"yes", "no"}
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    folder = write(tmp_path / "mine", mine="task: mine\n  dataset_path: [")
+    with pytest.raises(ValueError, match=r"mine\.yaml is no readable YAML file"):
+        find_task("mine", folder)
+
+
 def test_a_data_set_that_is_not_there_is_named(tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(FileNotFoundError, match=r"lmms-lab-encoder/RealWorldQA of task 'realwo"):

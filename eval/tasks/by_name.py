@@ -162,7 +162,6 @@ def _check(name: str, config: Mapping[str, Any]) -> None:
             f"task {name} is scored by a judge model over an API, and neither "
             f"{' nor '.join(KEYS)} is set: set one, or name another task"
         )
-
     options = config.get("generation_kwargs") or {}
     if options.get("num_beams", 1) != 1 or float(options.get("temperature") or 0) > 0:
         asked = {key: options[key] for key in ("temperature", "num_beams") if key in options}
@@ -170,7 +169,7 @@ def _check(name: str, config: Mapping[str, Any]) -> None:
 
 
 def _metrics(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [metric for metric in config.get("metric_list") or [] if metric]
+    return [metric for metric in config.get("metric_list") or [] if metric and "metric" in metric]
 
 
 def asks_judge(config: Mapping[str, Any]) -> bool:
@@ -256,8 +255,11 @@ _Loader.add_constructor("!function", _construct)
 
 def _with_includes(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A YAML file after those that it includes, each with its own fields."""
-    with path.open(encoding="utf-8") as file:
-        config = yaml.load(file, _Loader)
+    try:
+        with path.open(encoding="utf-8") as file:
+            config = yaml.load(file, _Loader)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no readable YAML file: {error}") from error
     included = config.pop("include", [])
     for other in reversed([included] if isinstance(included, str) else included):
         yield from _with_includes(Path(other) if Path(other).is_file() else path.parent / other)
