@@ -92,6 +92,14 @@ def test_suites_name_known_tasks(path):
     assert set(names) <= set(TASKS)
 
 
+def test_the_page_lists_every_task_with_its_documents():
+    page = (CONFIGS.parent / "docs" / "TASKS.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    for task in TASKS.values():
+        (row,) = (row for row in rows if f"`{task.name}`" in row[1])
+        assert f"{task.documents:,}" in row[3]
+
+
 def test_an_unknown_task_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown task toy; known tasks: pope, "):
         find_task("toy")
