@@ -1,37 +1,72 @@
 """Estimate how long experiments take: documents left, and hours at measured rates.
 
 python scripts/plan.py promprune_table1 prunesid_table2   two experiments; shared cells count once
-python scripts/plan.py --rate 12                          all papers, 12 documents per second
+python scripts/plan.py --rate 12                          all papers, 12 prompts per second
 python scripts/plan.py --rate llava_1_5_7b=8.3 llava_next_7b=3.9   a rate for each model
 
-Rates come from the finished cells in --results (documents over seconds, by model); --rate gives a
-rate for models without finished cells. Without either, the hours stay open. First run one small
-cell of each model: python scripts/sweep.py model=... suite=hub limit=200. docs/PLANNING.md shows
-the sum for the whole grid.
+Rates come from the finished cells in --results, by model; --rate gives a rate for models without
+finished cells. Without either, the hours stay open. First run one small cell of each model:
+python scripts/sweep.py model=... suite=hub limit=200. docs/PLANNING.md shows the sum for the whole
+grid.
+
+A rate is of prompts that are answered alone. Where questions about an image share its prefill,
+every question but the first counts as TAIL of a prompt.
 """
 
 import argparse
+from math import ceil
 from pathlib import Path
 
 import pandas as pd
 
 from secateur.experiments import jobs, of_papers
+from secateur.job import Job
 from secateur.paths import ROOT
+from secateur.pruners import Pruner
 from secateur.store import read
+from secateur.tasks import TASKS, Task
 
 DEVICES = (1, 8, 64)
+# what a question and its answer cost beside a whole prompt; results/bench/prefixes-cpu.md: 0.1 to
+# 0.3 on models with the visual tokens of LLaVA-1.5
+TAIL = 0.3
+
+
+def shares(job: Job) -> bool:
+    """Whether a job's questions about an image share its prefill."""
+    pruner = job.pruner
+    return not job.strict and isinstance(pruner, Pruner) and pruner.question_agnostic
+
+
+def prompts(task: Task | None, documents: int, shared: bool) -> float:
+    """How many prompts, each answered alone, cost as much as these documents of a task."""
+    whole = documents
+    if shared and task and task.images and task.documents:
+        whole = ceil(documents * task.images / task.documents)
+    return whole + TAIL * (documents - whole)
 
 
 def rates(results: Path) -> dict[str, float]:
-    """Documents per second, by model, of the finished cells on the hub's data."""
+    """Prompts per second, by model, of the finished cells on the hub's data."""
     records = [read(path.parent) for path in (results / "runs" / "hub").glob("**/record.json")]
     found = pd.DataFrame(
-        [(one.identity.model.name, one.documents, one.seconds) for one in records],
-        columns=["model", "documents", "seconds"],
+        [
+            (
+                one.identity.model.name,
+                prompts(
+                    TASKS.get(one.identity.task),
+                    one.documents,
+                    bool(one.environment.shared_prefixes),
+                ),
+                one.seconds,
+            )
+            for one in records
+        ],
+        columns=["model", "prompts", "seconds"],
     )
-    total = found.groupby("model")[["documents", "seconds"]].sum()
+    total = found.groupby("model")[["prompts", "seconds"]].sum()
     return {
-        str(model): float(rate) for model, rate in (total["documents"] / total["seconds"]).items()
+        str(model): float(rate) for model, rate in (total["prompts"] / total["seconds"]).items()
     }
 
 
@@ -55,7 +90,7 @@ def given(words: list[str], models: set[str]) -> dict[str, float]:
             rate = 0.0
         if not 0 < rate < float("inf"):
             raise ValueError(
-                f"--rate {word}: documents per second are a positive number, 12 or model=12"
+                f"--rate {word}: prompts per second are a positive number, 12 or model=12"
             )
         found |= {name: rate} if name else {model: rate for model in models if model not in found}
     return found
@@ -74,7 +109,7 @@ def main() -> None:
         "--rate",
         nargs="+",
         default=[],
-        help="documents per second on one device, if none was measured: 12, or model=12 ...",
+        help="prompts per second on one device, if none was measured: 12, or model=12 ...",
     )
     options = parser.parse_args()
     if unknown := sorted(set(options.experiments) - set(every)):
@@ -88,29 +123,27 @@ def main() -> None:
             for task in job.tasks:
                 cell = job.cell(task)
                 if not cell.exists():
-                    size = job.suite.find(task).documents
+                    entry = job.suite.find(task)
+                    size = entry.documents
                     if size is None and job.limit is None:
                         raise ValueError(
                             f"the number of documents of task {task} is not known; set a limit"
                         )
                     documents = min(n for n in (job.limit, size) if n is not None)
-                    cells[cell.folder] = (job.model.name, documents)
-    table = (
-        pd.DataFrame(cells.values(), columns=["model", "documents"])
-        .groupby("model")["documents"]
-        .agg(["size", "sum"])
-    )
-    table.columns = pd.Index(["cells", "documents"])
+                    alone = prompts(entry, documents, shares(job))
+                    cells[cell.folder] = (job.model.name, 1, documents, alone)
+    columns = ["model", "cells", "documents", "as prompts"]
+    table = pd.DataFrame(cells.values(), columns=columns).groupby("model").sum()
     try:
         known = given(options.rate, set(map(str, table.index))) | measured
     except ValueError as error:
         parser.error(str(error))
     rate = pd.Series({model: known.get(str(model)) for model in table.index}, dtype=float)
-    table["documents per second"] = rate
+    table["prompts per second"] = rate
     for count in DEVICES:
-        table[f"hours on {count}"] = table["documents"] / rate / 3600 / count
+        table[f"hours on {count}"] = table["as prompts"] / rate / 3600 / count
     table.loc["all"] = table.sum(min_count=len(table))
-    table.loc["all", "documents per second"] = float("nan")
+    table.loc["all", "prompts per second"] = float("nan")
     shown = {
         name: table[name].map(
             lambda value: "-" if value != value else f"{value:,.1f}".removesuffix(".0")

@@ -70,6 +70,8 @@ class Task:
             the prompt is not the question.
         category: the group in which a document's score is averaged first; empty: no groups.
         image_field: field of a document that names its image; None: every document has its own.
+        images: number of different images of the real data set; None: as many as documents, or not
+            known.
         image_hash: documents with equal images share an image; no field of theirs names it.
         unit: the documents that are scored together, see `secateur.tasks.metrics.all_right`; None:
             each document is scored alone.
@@ -101,6 +103,7 @@ class Task:
     rewritten: Callable[[Mapping[str, Any]], bool] = _not_rewritten
     category: Callable[[Sample], str] = _no_category
     image_field: str | None = None
+    images: int | None = None
     image_hash: bool = False
     unit: Callable[[Sample], str] | None = None
     target: Callable[[Sample], str] = _target
@@ -243,6 +246,7 @@ TASKS: dict[str, Task] = {
             score=lambda sample: sample["pope_accuracy"]["score"],
             usable=usable.pope,
             image_field="image_source",
+            images=500,
         ),
         Task(
             name="scienceqa_img",
@@ -261,6 +265,7 @@ TASKS: dict[str, Task] = {
             documents=12578,
             metrics={"accuracy": metrics.accuracy("exact_match")},
             image_field="imageId",
+            images=398,
         ),
         Task(
             name="mme",
@@ -269,6 +274,7 @@ TASKS: dict[str, Task] = {
             dataset="lmms-lab-encoder/MME",
             documents=2374,
             metrics={"mme_total": metrics.MME_TOTAL, "mme_perception": metrics.MME_PERCEPTION},
+            images=1187,
             score=lambda sample: _mme(sample)["score"],
             usable=usable.mme,
             category=lambda sample: _mme(sample)["category"],
