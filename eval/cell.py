@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import platform
 import tempfile
@@ -247,14 +248,18 @@ def _flops(model: "PrunedModel", rows: "pd.DataFrame") -> dict[str, float | None
 
     from secateur.efficiency.flops import conventions, count_row
 
-    config, found = model.model.config, []
-    for row in rows.to_dict("records"):
+    config = model.model.config
+
+    @cache  # many documents have the same lengths
+    def flops(shape: str) -> dict[str, float | None]:
+        row = json.loads(shape)
         text = row["prompt_tokens"] - row["layer_tokens"][0]
         habits = conventions(config, row["layer_tokens"], text, row["crops"])
-        count = count_row(config, row, model.method)  # type: ignore[arg-type]
-        found.append(
-            count.record() | {name: habits[name] for name in ("macs_visual", "flops_prompt")}
-        )
+        count = count_row(config, row, model.method)
+        return count.record() | {name: habits[name] for name in ("macs_visual", "flops_prompt")}
+
+    shapes = rows[["layer_tokens", "prompt_tokens", "new_tokens", "crops"]].to_dict("records")
+    found = [flops(json.dumps(shape)) for shape in shapes]
     means = pd.DataFrame(found).astype(float).mean(skipna=False)
     return {str(name): None if value != value else value for name, value in means.items()}
 

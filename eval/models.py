@@ -210,7 +210,7 @@ class PrunedModel(lmms):
             "clip": self._relevance(pruner),
         }
         self.answers: dict[tuple[str, int], Answer] = {}
-        self.shard = (0, 1)  # (index, count): documents with doc_id % count == index
+        self.shard = (0, 1)  # (index, count): every count-th image, from the index-th on
         if self._least_tokens:
             self.inputs.family.check_budget(
                 self.inputs.processor, self._least_tokens, self.inputs.image_side

@@ -162,6 +162,7 @@ class Environment(_Data):
     weights_commit: str | None = None
     data_fingerprint: str | None = None
     batch_tokens: int | None = None  # the smallest of the run: a lack of memory lowers it
+    shared_prefixes: int | None = None  # documents that shared the prefill of their image
 
 
 class Unlisted(_Data):

@@ -11,8 +11,8 @@ from secateur.progress import KEPT
 
 # What decides answers besides the methods, whose own digest stands beside their fields.
 _DECIDING = (
-    *("budget", "cache", "cell", "families", "geometry", "injection", "inputs", "loading"),
-    *("models", "prompts", "shapes", "tasks"),
+    *("budget", "cache", "cell", "documents", "families", "geometry", "injection", "inputs"),
+    *("loading", "models", "prefixes", "prompts", "shapes", "tasks"),
 )
 
 

@@ -188,7 +188,8 @@ class Sweep:
                     job, task, model, documents, stored, part, Path(files)
                 )
                 # read after the run: a lack of memory makes the batches smaller
-                ran = {"batch_tokens": model.batch_tokens}
+                shared = sum(answer.shared for answer in model.answers.values())
+                ran = {"batch_tokens": model.batch_tokens, "shared_prefixes": shared}
                 stored.write(results, environment.model_copy(update=ran), samples, Path(files))
         except Unanswered:
             return {"state": "partial"}
