@@ -35,7 +35,7 @@ def test_questions_share_prefills_where_the_method_does_not_read_them(tmp_path):
     jobs = {job.pruner.name: job for job in plan.jobs("fsr_table1", tmp_path)}
     assert {name: plan.shares(job) for name, job in jobs.items()} == {
         **dict.fromkeys(("none", "divprune", "vispruner", "visionzip", "holov"), True),
-        **dict.fromkeys(("fastv", "cdpruner", "fsr"), False),
+        **dict.fromkeys(("fastv", "sparsevlm", "dart", "cdpruner", "fsr"), False),
     }
     assert not plan.shares(jobs["none"].model_copy(update={"strict": True}))
     assert plan.prompts(TASKS["mme"], 100, shared=True) == pytest.approx(50 + 0.3 * 50)
