@@ -16,7 +16,8 @@ WHOLE = $(if $(REST),$(error make takes no value with a space ("$(REST)"); \
 
 .DEFAULT_GOAL := help
 .PHONY: help sweep tables report bench bench-gpu flops test test-faults test-thorough test-matrix \
-	test-newest bench-sweep lint golden bench-select coverage methods readme train-shapes clean lock checked
+	test-newest bench-sweep lint golden bench-select coverage methods readme train-shapes clean \
+	lock checked
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -83,8 +84,9 @@ bench-gpu: $(READY)  ## the same on a GPU, true geometry, random weights (ten mi
 flops: $(READY)  ## print the FLOPs of every family, method, budget and convention
 	$(PYTHON) scripts/flops.py
 
-bench-sweep: $(READY)  ## speed of a sweep beside lmms-eval's own model class; memory of a long cell
+bench-sweep: $(READY)  ## a sweep beside lmms-eval's own model class, shared prefixes, memory
 	$(PYTHON) scripts/bench_sweep.py
+	$(PYTHON) scripts/bench_prefixes.py
 	$(PYTHON) scripts/bench_memory.py
 
 test-matrix: .venv/ready  ## run the injection tests on each release of transformers in MATRIX
