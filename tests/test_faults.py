@@ -222,8 +222,8 @@ def test_a_failing_cell_is_retried_once_a_sweep(sweeps, broken, tmp_path, monkey
     """The unpruned cell belongs to every budget's job."""
     tries = []
 
-    def run(model, task, name, limit, seed):
-        tries.append(name)
+    def run(model, task, entry, limit, seed, files):
+        tries.append(entry.name)
         raise RuntimeError("again")
 
     monkeypatch.setattr(cell, "run", run)
