@@ -34,6 +34,7 @@ class Request:
     images: int
     image_key: str  # equal for documents with equal images in the same order
     inputs: BatchFeature
+    visual: int  # placeholders of its images
     prefix: int  # length of the prompt up to its last placeholder; 0 without one
     new_tokens: int
 
@@ -103,6 +104,7 @@ class Documents:
             words.images,
             words.image_key,
             BatchFeature(tensors),
+            len(places),
             int(places[-1]) + 1 if len(places) else 0,
             min(new_tokens, most or new_tokens),
         )

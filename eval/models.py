@@ -310,8 +310,7 @@ class PrunedModel(lmms):
         for _, group in itertools.groupby(requests, lambda one: self._prefix(one) or one.name):
             together = list(group)
             request = together[0]
-            visual = int((request.inputs["input_ids"] == self.inputs.placeholder).sum())
-            equal = visual if inside else 0
+            equal = request.visual if inside else 0
             kind = (request.new_tokens, equal, self._prefix(request) is not None)
             batch = waiting.setdefault(kind, [])
             full = self._room([*batch, *together]) < len(batch) + len(together)
@@ -348,12 +347,10 @@ class PrunedModel(lmms):
 
     def _positions(self, request: Request) -> int:
         """An upper estimate of the prompt's length after the pruner."""
-        ids, budget = request.inputs["input_ids"], self._method["budget"]
-        visual, images = int((ids == self.model.config.image_token_id).sum()), request.images
+        budget, images = self._method["budget"], request.images
         pruned = isinstance(self.method, Pruner) and self.method.name != "none" and images > 0
-        return (
-            ids.shape[1] - visual + (images * budget.most(visual // images) if pruned else visual)
-        )
+        kept = images * budget.most(request.visual // images) if pruned else request.visual
+        return request.inputs["input_ids"].shape[1] - request.visual + kept
 
     def _answer(self, batch: list[Request]) -> None:
         """Answer a batch; if memory runs out, in halves, and later batches at the smaller size.

@@ -398,29 +398,43 @@ def test_an_interrupt_twice_ends_at_once(tmp_path):
     )
 
 
-def test_shards_answer_apart_and_the_last_one_scores(sweeps, reference, tmp_path):
-    common = ("pruner=random", "tasks=[pope]")
-    code, printed = sweeps.here(tmp_path, *common, "shard=0/3")
+SHARDED = ("pruner=random", "tasks=[mmstar]")  # four documents with an image each
+
+
+def test_shards_answer_apart_and_the_last_one_scores(sweeps, tmp_path):
+    whole, results = tmp_path / "whole", tmp_path / "results"
+    code, printed = sweeps.here(whole, *SHARDED)
+    assert code == 0, printed
+    code, printed = sweeps.here(results, *SHARDED, "shard=0/3")
     assert code == 0
     assert "cells: 0 done, 0 skipped, 0 failed, 1 partial" in printed
-    assert not cells(tmp_path)
-    code, printed = sweeps.here(tmp_path, "-m", *common, "shard=1/3,2/3")
+    assert not cells(results)
+    code, printed = sweeps.here(results, "-m", *SHARDED, "shard=1/3,2/3")
     assert code == 0, printed
     assert "cells: 1 done, 0 skipped, 0 failed" in printed
+    assert _samples(results, "mmstar/random_16") == _samples(whole, "mmstar/random_16")
+    assert not list(results.rglob("*.answers*"))
+
+
+def test_a_shard_without_an_image_leaves_the_cell_to_the_others(sweeps, reference, tmp_path):
+    """POPE's four documents are of one image, which belongs to the first shard."""
+    code, printed = sweeps.here(tmp_path, "pruner=random", "tasks=[pope]", "shard=1/2")
+    assert code == 0
+    assert "cells: 0 done, 0 skipped, 0 failed, 1 partial" in printed
+    code, printed = sweeps.here(tmp_path, "pruner=random", "tasks=[pope]", "shard=0/2")
+    assert "cells: 1 done, 0 skipped, 0 failed" in printed
     assert _samples(tmp_path, "pope/random_16") == _samples(reference[0], "pope/random_16")
-    assert not list(tmp_path.rglob("*.answers*"))
 
 
 @pytest.mark.faults  # a fork beside the threads of pytest-xdist may hang
-def test_shards_of_several_processes_make_one_cell(sweeps, reference, tmp_path):
-    results = tmp_path / "results"
-    processes = [
-        sweeps.child(results, "pruner=random", "tasks=[pope]", f"shard={n}/2") for n in (0, 1)
-    ]
+def test_shards_of_several_processes_make_one_cell(sweeps, tmp_path):
+    whole, results = tmp_path / "whole", tmp_path / "results"
+    assert sweeps.here(whole, *SHARDED)[0] == 0
+    processes = [sweeps.child(results, *SHARDED, f"shard={n}/2") for n in (0, 1)]
     for process in processes:
         process.join(120)
         assert process.exitcode == 0, output(results, process)
-    assert _samples(results, "pope/random_16") == _samples(reference[0], "pope/random_16")
+    assert _samples(results, "mmstar/random_16") == _samples(whole, "mmstar/random_16")
 
 
 def _on_a_small_disk(

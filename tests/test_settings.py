@@ -52,7 +52,13 @@ def test_every_experiment_composes(tmp_path, experiment):
     config = composed(tmp_path, f"experiment={experiment}")
     assert Job.of(config)
     text = OmegaConf.load(CONFIGS / "experiment" / f"{experiment}.yaml")
-    assert set(text.hydra.sweeper.params) <= {"pruner", "budget", "model", "pruner.seed"}
+    assert set(text.hydra.sweeper.params) <= {
+        "pruner",
+        "budget",
+        "model",
+        "tasks",
+        "pruner.seed",
+    }
 
 
 @pytest.mark.parametrize(
