@@ -5,7 +5,7 @@ python scripts/tables.py [--results results]     the same as `make tables`
 It writes these files to results/tables:
 papers/<table>.{md,tex,html,csv}                  a published table beside our numbers
 papers/duplicates.csv, papers/contradictions.csv  numbers that several papers print, alike or not
-papers/averages.csv                               printed averages beside the means of ratios
+papers/averages.csv                               printed averages beside those of printed scores
 intervals_<suite>_<model>_<limit>.{md,csv}        one for every sweep
 """
 
@@ -16,7 +16,15 @@ from rich.console import Console
 
 from secateur.paths import ROOT
 from secateur.progress import count, run_script
-from secateur.reporting import comparison, interval_table, paper_tables, render, reported, tables
+from secateur.reporting import (
+    averages,
+    comparison,
+    interval_table,
+    paper_tables,
+    render,
+    reported,
+    tables,
+)
 from secateur.reporting.layouts import layouts
 from secateur.reporting.stats import RESAMPLES
 from secateur.reporting.versions import Stale, left_out
@@ -90,12 +98,12 @@ def main() -> int:
             f"\n{len(found)} {question}; the first five of papers/{name}.csv:\n"
             f"{found.head().to_string(index=False)}"
         )
-    means = reported.averages(numbers)
+    means = averages.check(numbers)
     means.to_csv(folder / "papers" / "averages.csv", index=False)
     wrong = (~means["follows"]).sum()
     console.print(
-        f"\n{wrong} of {len(means)} printed averages are not the mean of ratios; "
-        "see papers/averages.csv\n"
+        f"\n{wrong} of {len(means)} printed averages do not follow from the printed scores by "
+        "their table's formula; see papers/averages.csv\n"
     )
 
     groups = comparison.settings(cells)

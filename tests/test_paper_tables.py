@@ -172,7 +172,9 @@ def test_averages_are_only_over_what_was_run():
     table = paper_tables.build(LAYOUTS["scope_table1"], NUMBERS, cells[:-1], 300)
     own = table.cells.set_index(["column", "method", "budget"]).sort_index()
     assert own.loc[("average", "scope", "64"), "verdict"] == "not run"
-    assert own.loc[("average", "scope", "64"), "cause"] == "3 of 8 tasks were run"
+    assert own.loc[("average", "scope", "64"), "cause"] == (
+        "3 of 8 tasks were run; missing: mmbench_en, mme, textvqa, seedbench, mmvet"
+    )
     over = own.loc[paper_tables.OVER_RUN]
     assert over.loc[("scope", "64"), "printed"] == pytest.approx(
         100 * (58.3 / 61.9 + 83.9 / 85.9 + 68.6 / 69.5) / 3
@@ -181,9 +183,10 @@ def test_averages_are_only_over_what_was_run():
         over.loc[("scope", "64"), "printed"] + 0.3, abs=0.1
     )
     assert over.loc[("scope", "64"), "verdict"] == "match"
-    assert (
-        over.loc[("visionzip", "64"), "cause"] == "2 of 3 tasks were run"
-    )  # one cell was taken away
+    # one cell was taken away
+    assert over.loc[("visionzip", "64"), "cause"] == "2 of 3 tasks were run; missing: scienceqa_img"
+    missing = "Avg. is not recomputed: no cells of mmbench_en, mme, textvqa, seedbench, mmvet; "
+    assert any(note.startswith(missing + "no task here: ") for note in table.notes)
     assert over.loc[("fastv", "64"), "verdict"] == "not run"
 
 
@@ -199,7 +202,7 @@ def test_a_papers_average_is_judged_where_all_its_columns_were_run():
         )
         row = own.loc[("average", "scope", "64")]
         assert (row["verdict"], round(row["reproduced"], 1)) == (verdict, 95.9)
-    assert row["cause"] == "printed number: the mean of the printed ratios is 95.9"
+    assert row["cause"] == "printed number: the printed scores give 95.9"
 
 
 def test_a_baseline_that_misses_is_said_in_its_rows():

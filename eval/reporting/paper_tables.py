@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from secateur.experiments import origins
 from secateur.paths import CONFIGS
-from secateur.reporting import stats
+from secateur.reporting import averages, stats
 from secateur.reporting.comparison import (
     COUNTED,
     FEW_IMAGES,
@@ -17,7 +18,7 @@ from secateur.reporting.comparison import (
     provenance,
 )
 from secateur.reporting.layouts import PaperLayout, Row, rows_of, yaml
-from secateur.reporting.reported import AVERAGE, averages
+from secateur.reporting.reported import AVERAGE
 from secateur.reporting.tables import share
 from secateur.reporting.variants import method_of, variant
 from secateur.reporting.verdicts import (
@@ -26,6 +27,7 @@ from secateur.reporting.verdicts import (
     Verdict,
     choices,
     foreign,
+    foreign_documents,
     judge_method,
     judge_unpruned,
     off_budget,
@@ -51,11 +53,14 @@ class PaperTable(NamedTuple):
             (percent of the unpruned row); verdict, cause, difference (ours minus printed);
             tied_best (of ours, within the budget); suspect, note, source (of the printed number).
         notes: to print below the table.
+        estimates: column -> our scores of its rows ("scope at 64"), resampled together; only the
+            columns that have an unpruned cell.
     """
 
     layout: PaperLayout
     cells: pd.DataFrame
     notes: list[str]
+    estimates: dict[str, stats.Estimates]
 
 
 def build(
@@ -100,20 +105,26 @@ def build(
         for column in columns
         if column.few_images
     ]
+    formula = averages.formula_of(layout.paper, layout.table)
     if layout.average:
-        means = averages(printed)
-        found += [_average(row, columns, printed, means) for row in rows]
-    run = [column for column in columns if column.found is not None]
+        means = averages.check(printed)
+        found += [_average(formula, row, columns, printed, means) for row in rows]
+        notes += _missing_columns(layout, columns)
+    run = [
+        column
+        for column in columns
+        if column.found is not None and not foreign_documents(column.task)
+    ]
     if len(run) > 1:
-        found += [_over_run(row, run) for row in rows]
+        found += [_over_run(formula, row, run) for row in rows]
         notes.append(
             f"{OVER_RUN.capitalize()}: the same mean over "
             f"{', '.join(column.task for column in run)}, on both sides."
         )
     if layout.average:
         notes.append(
-            f"{layout.average}: plain mean of score / unpruned score; "
-            "a printed average that is another mean is not comparable."
+            f"{layout.average}: {formula.words}; "
+            "a printed average that its scores do not give is not comparable."
         )
     notes += origins(layout.experiment)
     if placed:
@@ -126,7 +137,18 @@ def build(
             "Nothing was run. To run its tasks: "
             f"python scripts/sweep.py -m experiment={layout.experiment}"
         )
-    return PaperTable(layout, pd.DataFrame(found), notes)
+    estimates = {column.task: column.found for column in columns if column.found is not None}
+    return PaperTable(layout, pd.DataFrame(found), notes, estimates)
+
+
+def _missing_columns(layout: PaperLayout, columns: list["_Column"]) -> list[str]:
+    """A note on the columns without which the paper's average cannot be recomputed."""
+    missing = [column.task for column in columns if column.found is None]
+    if not missing or len(missing) == len(columns):
+        return []
+    unknown = [task for task in missing if task not in TASKS]
+    why = f"; no task here: {', '.join(unknown)}" if unknown else ""
+    return [f"{layout.average} is not recomputed: no cells of {', '.join(missing)}{why}."]
 
 
 def _qualified(placed: dict[tuple[str, str], Cell]) -> list[str]:
@@ -361,7 +383,11 @@ def _ours(score: stats.Interval, relative: stats.Interval) -> dict[str, float]:
 
 
 def _average(
-    row: Row, columns: list[_Column], printed: pd.DataFrame, means: pd.DataFrame
+    formula: averages.Formula,
+    row: Row,
+    columns: list[_Column],
+    printed: pd.DataFrame,
+    means: pd.DataFrame,
 ) -> dict[str, Any]:
     """The cell of the paper's own average.
 
@@ -371,39 +397,47 @@ def _average(
     number = printed[own & (printed["task"] == "average")]
     value = float(number["value"].iloc[0]) if len(number) else NAN
     needed = [column for column in columns if row.key in column.printed]
-    cell = _mean(row, AVERAGE, needed, value)
+    cell = _mean(formula, row, AVERAGE, needed, value)
     if len(number):
         cell |= {name: number[name].iloc[0] for name in ("suspect", "note", "source")}
     other = means[
         ~means["follows"] & (means["method"] == row.method) & (means["budget"] == row.budget)
-    ]["mean_of_ratios"]
+    ]["recomputed"]
     doubt = cell["note"] if cell["suspect"] else ""
     if len(other):
-        doubt = f"the mean of the printed ratios is {other.iloc[0]:.1f}"
+        doubt = f"the printed scores give {other.iloc[0]:.1f}"
     if doubt and cell["verdict"] != "not run":
         cell |= Verdict("not comparable", f"printed number: {doubt}")._asdict()
     return cell
 
 
-def _over_run(row: Row, run: list[_Column]) -> dict[str, Any]:
-    """The cell of the mean of ratios over the columns that have cells."""
-    return _mean(row, OVER_RUN, run, sum(column.ratio(row.key) for column in run) / len(run))
+def _over_run(formula: averages.Formula, row: Row, run: list[_Column]) -> dict[str, Any]:
+    """The cell of the average over the columns that have comparable cells."""
+    scores = np.array([[column.score(key) for column in run] for key in (row.key, run[0].unpruned)])
+    printed = averages.mean(formula, [column.metric for column in run], *scores)
+    return _mean(formula, row, OVER_RUN, run, float(printed))
 
 
-def _mean(row: Row, name: str, columns: list[_Column], printed: float) -> dict[str, Any]:
-    """The mean of ratios over some columns, judged against a printed one."""
+def _mean(
+    formula: averages.Formula, row: Row, name: str, columns: list[_Column], printed: float
+) -> dict[str, Any]:
+    """The average over some columns, judged against a printed one."""
     empty = _empty(row, name, "relative_average", printed, printed)
-    have = [column for column in columns if column.has(row)]
-    if len(have) < len(columns):
-        return empty | {"cause": f"{len(have)} of {len(columns)} tasks were run"}
+    missing = [column.task for column in columns if not column.has(row)]
+    if missing:
+        have = f"{len(columns) - len(missing)} of {len(columns)} tasks were run"
+        return empty | {"cause": f"{have}; missing: {', '.join(missing)}"}
     without = [column.task for column in columns if column.no_baseline]
     if without:
         cause = f"our unpruned model scores 0 in {', '.join(without)}"
         return empty | Verdict("no baseline", cause)._asdict()
     unpruned = columns[0].unpruned
-    keys = list(dict.fromkeys([row.key, unpruned]))
-    own = stats.relative_average(
-        [column.found.only(keys) for column in columns if column.found], unpruned
+    own = averages.estimate(
+        formula,
+        [column.metric for column in columns],
+        [column.found for column in columns if column.found],
+        [row.key],
+        unpruned,
     ).interval(row.key)
     problems = [
         f"{column.task}: {column.problems[row.key]}"
@@ -429,6 +463,8 @@ def _mean(row: Row, name: str, columns: list[_Column], printed: float) -> dict[s
         )
     if problems:
         verdict = Verdict("not comparable", problems[0])
-    elif row.method == "none":
+    elif row.method == "none" and formula.relative:
         verdict = Verdict("match", "100 by definition")
+    elif pd.isna(printed):
+        verdict = Verdict("not comparable", "the paper prints no number")
     return empty | _ours(own, own) | verdict._asdict()

@@ -75,7 +75,7 @@ QUANTITIES: dict[str, dict[str, float]] = {
     "accuracy_drop": {"%": 100},
 }
 _CELL = ["model", "method", "budget", "task", "metric"]
-# points between a printed mean and the mean of ratios of printed scores, which are rounded to 0.1
+# points between a printed mean and that of the printed scores, which are rounded to 0.1
 ROUNDING = 0.15
 
 
@@ -257,28 +257,3 @@ def contradictions(reported: pd.DataFrame) -> pd.DataFrame:
     return wide[wide["high"] > wide["low"]].sort_values(
         "spread", ascending=False, ignore_index=True
     )
-
-
-def averages(reported: pd.DataFrame) -> pd.DataFrame:
-    """Every printed average of a pruned row beside the mean of ratios of the row's scores.
-
-    A ratio is a score in percent of the unpruned score. Tables without an unpruned row are left
-    out. Columns: paper, table, model, method, budget, printed, mean_of_ratios, tasks (how many the
-    mean is over), follows (the two agree within `ROUNDING`).
-    """
-    table = ["paper", "table", "model"]
-    row = [*table, "method", "budget"]
-    scores = reported[reported["task"] != "average"]
-    unpruned = (
-        scores[scores["method"] == "none"].set_index([*table, "task"])["value"].rename("unpruned")
-    )
-    ratios = scores[scores["method"] != "none"].join(unpruned, on=[*table, "task"], how="inner")
-    ratios["ratio"] = 100 * ratios["value"] / ratios["unpruned"]
-    means = ratios.groupby(row)["ratio"].agg(mean_of_ratios="mean", tasks="size")
-    printed = (
-        reported[reported["task"] == "average"]
-        .set_index(row)[["value"]]
-        .rename(columns={"value": "printed"})
-    )
-    result = printed.join(means, how="inner").reset_index()
-    return result.assign(follows=(result["printed"] - result["mean_of_ratios"]).abs() <= ROUNDING)

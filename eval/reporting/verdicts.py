@@ -24,6 +24,7 @@ from secateur.pruners import REGISTRY, InLLMPruner
 from secateur.records import MethodIdentity
 from secateur.reporting.comparison import TOKENS, Cell
 from secateur.reporting.stats import LEVEL, Signs, sign_test
+from secateur.tasks import TASKS
 
 
 class Tolerance(NamedTuple):
@@ -192,6 +193,14 @@ def foreign(cell: Cell, inputs: dict[str, Any]) -> str:
         if (own := getattr(identity.model, name, None)) != value
     ]
     return ", ".join(other)
+
+
+def foreign_documents(task: str) -> str:
+    """Why papers' numbers of a task are of other documents than its cells; empty if they are not.
+
+    Numbers of tasks that are not here have no cells.
+    """
+    return str(getattr(TASKS.get(task), "other_documents", ""))
 
 
 def off_budget(cell: Cell, full_tokens: int | None, keep: float | None) -> str:
