@@ -15,8 +15,8 @@ WHOLE = $(if $(REST),$(error make takes no value with a space ("$(REST)"); \
 	run python scripts/sweep.py -m with the same words))
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep tables report bench bench-gpu flops test test-faults test-thorough test-matrix \
-	test-newest bench-sweep lint golden bench-select coverage methods readme train-shapes clean \
+.PHONY: help sweep tables claims report bench bench-gpu flops test test-faults test-thorough \
+	test-matrix test-newest bench-sweep lint golden bench-select coverage methods readme train-shapes clean \
 	lock checked
 
 help:  ## list the targets
@@ -71,6 +71,9 @@ tables: $(READY)  ## print published numbers beside those of the records in OUT 
 
 coverage: $(READY)  ## count the papers' numbers that one command recomputes; write the page
 	$(PYTHON) scripts/coverage.py
+
+claims: $(READY)  ## judge the claims of the papers' abstracts by the records in OUT (default: results)
+	$(PYTHON) scripts/claims.py --results $(or $(OUT),results)
 
 report: $(READY)  ## write an HTML page and a summary from the records in OUT (default: results)
 	$(PYTHON) scripts/report.py --results $(or $(OUT),results)

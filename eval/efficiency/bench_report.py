@@ -94,7 +94,7 @@ def _summarise(model: str, rows: pd.DataFrame) -> pd.DataFrame:
             line |= {name: middle, f"{name}_q1": low, f"{name}_q3": high, f"{name}_p95": late}
         ceiling = unpruned if key[1] == "unpruned" else ceilings[key[4]]
         for name, other in (("speed_up", unpruned), ("of_ceiling", ceiling)):
-            line[name], line[f"{name}_low"], line[f"{name}_high"] = _ratio(
+            line[name], line[f"{name}_low"], line[f"{name}_high"] = ratio(
                 other["first_token"], group["first_token"]
             )
         line["ceiling_speed_up"] = (
@@ -118,8 +118,8 @@ def _summarise(model: str, rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def _ratio(above: pd.Series, below: pd.Series) -> tuple[float, float, float]:
-    """Ratio of medians with its interval; both series are in the order of rounds."""
+def ratio(above: pd.Series, below: pd.Series) -> tuple[float, float, float]:
+    """Ratio of medians with its interval: value, low, high; both are in the order of rounds."""
 
     def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
         return np.median(a, axis=axis) / np.median(b, axis=axis)

@@ -23,6 +23,7 @@ from secateur.reporting.tables import share
 from secateur.reporting.variants import method_of, variant
 from secateur.reporting.verdicts import (
     JUDGED,
+    PRINTED,
     READINGS,
     Verdict,
     choices,
@@ -254,7 +255,7 @@ class _Column:
         base = self.printed[self.unpruned]
         for key, problem in list(problems.items()):
             doubts = [
-                f"printed number: {row['note']}"
+                f"{PRINTED}{row['note']}"
                 for row in (self.printed.get(key, base), base)
                 if row["suspect"]
             ]
@@ -407,7 +408,7 @@ def _average(
     if len(other):
         doubt = f"the printed scores give {other.iloc[0]:.1f}"
     if doubt and cell["verdict"] != "not run":
-        cell |= Verdict("not comparable", f"printed number: {doubt}")._asdict()
+        cell |= Verdict("not comparable", f"{PRINTED}{doubt}")._asdict()
     return cell
 
 
