@@ -4,11 +4,12 @@ import dataclasses
 
 import numpy as np
 import pandas as pd
-from cells import cell, rows
+from cells import cell, changed, rows
 
+from secateur.paths import CONFIGS
 from secateur.reporting import reported
 from secateur.reporting.comparison import Cell
-from secateur.reporting.layouts import PaperLayout, layouts
+from secateur.reporting.layouts import PaperLayout, layouts, yaml
 from secateur.reporting.verdicts import foreign_documents
 from secateur.tasks import TASKS
 from secateur.tasks.metrics import PERCEPTION
@@ -62,7 +63,7 @@ def as_printed(
     tasks: list[str] | None = None,
     **shifts: float,
 ) -> list[Cell]:
-    """Cells of a table, of every column that is a task here.
+    """Cells of a table with its experiment's inputs, of every column that is a task here.
 
     Args:
         rows_of: budget -> methods; None: all rows.
@@ -82,4 +83,5 @@ def as_printed(
         tokens = float(full if budget == "full" else budget)
         data = samples(task, row["metric"], value)
         found.append(cell(layout.model, method, budget, task, data, tokens, full))
-    return found
+    inputs = yaml(CONFIGS / "experiment" / f"{layout.experiment}.yaml")["model"]
+    return changed(found, {f"identity.model.{name}": value for name, value in inputs.items()})

@@ -15,7 +15,7 @@ A claimed number is a lower limit: a model that keeps more of its accuracy, or s
 supports the claim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -180,13 +180,27 @@ def not_run(missing: Sequence[str], cells: int, value: str = "") -> Finding:
     return Finding(NOT_RUN, cause, value)
 
 
-def without_cells(never: dict[str, str]) -> str:
+def not_comparable(problems: Mapping[str, str], value: str) -> Finding:
+    """The finding if cells ("scope at 64 on gqa") have problems."""
+    found = []
+    for problem, names in _by_text(problems).items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        found.append(f"{names[0]}{more}: {problem}")
+    return Finding(NOT_COMPARABLE, "; ".join(found), value)
+
+
+def without_cells(never: Mapping[str, str]) -> str:
     """The columns that can have no comparable cell, by reason; empty if there are none."""
-    found = [
-        f"{', '.join(column for column, other in never.items() if other == why)} ({why})"
-        for why in dict.fromkeys(never.values())
-    ]
+    found = [f"{', '.join(names)} ({why})" for why, names in _by_text(never).items()]
     return f". No comparable cell: {'; '.join(found)}" if found else ""
+
+
+def _by_text(texts: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names that have a text, by the text."""
+    found: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        found.setdefault(text, []).append(name)
+    return found
 
 
 def no_cell(column: str) -> str:

@@ -8,7 +8,6 @@ import pandas as pd
 
 from secateur.reporting import averages, stats
 from secateur.reporting.claims import (
-    NOT_COMPARABLE,
     UNDECIDED,
     Claim,
     Evidence,
@@ -17,6 +16,7 @@ from secateur.reporting.claims import (
     at_least,
     interval,
     no_cell,
+    not_comparable,
     not_run,
     of_method,
     sweep,
@@ -69,13 +69,13 @@ class Rows:
         """The cells that were not run."""
         return [name for name, cell in self.cells().items() if pd.isna(cell["reproduced"])]
 
-    def problems(self) -> list[str]:
-        """Why cells that were run are not comparable."""
-        return [
-            f"{name}: {cell['cause']}"
+    def problems(self) -> dict[str, str]:
+        """Why cells that were run are not comparable, by cell."""
+        return {
+            name: str(cell["cause"])
             for name, cell in self.cells().items()
             if cell["verdict"] == "not comparable" and PRINTED not in cell["cause"]
-        ]
+        }
 
     def off(self) -> list[str]:
         """The columns in which our unpruned score misses the printed one."""
@@ -146,7 +146,7 @@ class OfTable(Claim):
 
     def needs(self, evidence: Evidence) -> str:
         own, model = self._printed(evidence), self.paper_layout(evidence).model
-        text = f"{model}: {NONE}, {', '.join(self.rows)}, on {', '.join(own.columns)}"
+        text = f"{model}: unpruned, {', '.join(self.rows)}, on {', '.join(own.columns)}"
         return text + without_cells(own.never)
 
     def command(self, evidence: Evidence) -> str:
@@ -169,7 +169,7 @@ class OfTable(Claim):
             )
         shown, verdict = interval(value, self.unit), at_least(target, value.value)
         if problems := own.problems():
-            return Finding(NOT_COMPARABLE, "; ".join(problems), shown)
+            return not_comparable(problems, shown)
         if off := own.off():
             cause = f"our unpruned model is off in {', '.join(off)}; as run: {verdict}, {cause}"
             verdict = UNDECIDED

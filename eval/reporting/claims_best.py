@@ -8,7 +8,6 @@ from secateur.paths import CONFIGS
 from secateur.reporting import averages, stats
 from secateur.reporting.claims import (
     CONTRADICTED,
-    NOT_COMPARABLE,
     SUPPORTED,
     UNDECIDED,
     Claim,
@@ -18,6 +17,7 @@ from secateur.reporting.claims import (
     at_least,
     interval,
     no_cell,
+    not_comparable,
     not_run,
     of_method,
     over_readings,
@@ -110,7 +110,7 @@ class Best(Claim):
         differences: dict[str, stats.Interval] = {}
         needed: set[tuple[str, str]] = set()
         missing: dict[str, None] = {}
-        problems: dict[str, None] = {}
+        problems: dict[str, str] = {}
         best = 0
         for place in places:
             table = evidence.table(place.layout)
@@ -123,7 +123,7 @@ class Best(Claim):
                     missing |= dict.fromkeys(f"{cell} ({table.layout.table})" for cell in lacking)
                     wins = False
                     continue
-                problems |= dict.fromkeys(rows.problems())
+                problems |= rows.problems()
                 difference = rows.mean().difference(place.own, rival)
                 differences[f"{rival} on {place.column} of {table.layout.table}"] = difference
                 wins &= difference.value > 0
@@ -138,9 +138,10 @@ class Best(Claim):
         ]
         shown = f"best in {best} of {len(places)} {self._what}"
         if problems:
-            return Finding(NOT_COMPARABLE, "; ".join(problems), shown)
+            return not_comparable(problems, shown)
         if below:
-            return Finding(CONTRADICTED, f"significantly below {', '.join(below)}", shown)
+            where = "significantly below, in percent of the unpruned score"
+            return Finding(CONTRADICTED, f"{where}: {', '.join(below)}", shown)
         if missing:
             return not_run(list(missing), len(needed), shown)
         verdict = SUPPORTED if best == len(places) else UNDECIDED
@@ -177,7 +178,7 @@ class Retained(Claim):
 
     def needs(self, evidence: Evidence) -> str:
         rows = [f"{self.method} at {budget}" for budget in self.budgets]
-        return f"{self._model}: {NONE}, {', '.join(rows)}, on {', '.join(self._config['tasks'])}"
+        return f"{self._model}: unpruned, {', '.join(rows)}, on {', '.join(self._config['tasks'])}"
 
     def command(self, evidence: Evidence) -> str:
         return sweep(self.experiment, ["none", self.method], self.budgets, self._config["tasks"])

@@ -107,8 +107,10 @@ class Flops(Claim):
                     numbers = _span([saved[name] for name in names])
                     readings[f"{budget} tokens, {numbers} fewer ({', '.join(names)})"] = verdict
         verdict, cause = over_readings(readings)
-        if words:
-            cause += ", the count that gives the printed FLOPs"
+        if words:  # one budget: it has a printed number
+            share = _span([100 - 100 * own["flops_first_token"] / full["flops_first_token"]])
+            cause += ", the count that gives the printed FLOPs; with the image encoder and "
+            cause += f"the head, up to the first token, {share} fewer"
         return Finding(verdict, cause, f"{_span(shares)} fewer")
 
 
