@@ -16,8 +16,8 @@ WHOLE = $(if $(REST),$(error make takes no value with a space ("$(REST)"); \
 
 .DEFAULT_GOAL := help
 .PHONY: help sweep tables claims report bench bench-gpu flops test test-faults test-thorough \
-	test-matrix test-newest bench-sweep lint golden bench-select coverage methods readme train-shapes clean \
-	lock checked
+	test-matrix test-newest bench-sweep lint golden bench-select coverage methods readme \
+	train-shapes clean lock checked
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16

@@ -113,7 +113,10 @@ def check(numbers: pd.DataFrame) -> pd.DataFrame:
         base = scores[scores["method"] == "none"].set_index("task")["value"]
         base = base[base > 0]
         scores = scores[scores["task"].isin(base.index)]
-        printed = rows[rows["task"] == AVERAGE].set_index(["method", "budget"])["value"]
+        printed = {
+            (row["method"], row["budget"]): row["value"]
+            for row in rows[rows["task"] == AVERAGE].to_dict("records")
+        }
         for (method, budget), own in scores.groupby(["method", "budget"]):
             if method == "none" or (method, budget) not in printed:
                 continue

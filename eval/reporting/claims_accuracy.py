@@ -1,7 +1,8 @@
 """Claims about accuracy: what the paper prints, the cells that judge it, and the verdict."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,8 +43,10 @@ class Rows:
     def __init__(self, table: PaperTable, rows: Sequence[str], columns: Sequence[str] = ()) -> None:
         """Of the named columns, or of all that the rows print."""
         self.rows, self._table = list(rows), table
-        cells = table.cells
-        self._cells = cells.set_index([cells["column"], cells["method"] + " at " + cells["budget"]])
+        self._cells: dict[tuple[str, str], dict[Hashable, Any]] = {
+            (cell["column"], f"{cell['method']} at {cell['budget']}"): cell
+            for cell in table.cells.to_dict("records")
+        }
         wanted = columns or [
             task
             for task in table.layout.tasks
@@ -54,13 +57,13 @@ class Rows:
 
     def printed(self, row: str, column: str) -> float:
         """A printed number; NaN if there is none."""
-        found = (column, row) in self._cells.index
-        return float(self._cells.loc[(column, row), "printed"]) if found else float("nan")
+        cell = self._cells.get((column, row))
+        return float(cell["printed"]) if cell else float("nan")
 
-    def cells(self) -> dict[str, pd.Series]:
+    def cells(self) -> dict[str, dict[Hashable, Any]]:
         """The cells that judge the rows, by "scope at 64 on gqa"."""
         return {
-            f"{row} on {column}": self._cells.loc[(column, row)]
+            f"{row} on {column}": self._cells[column, row]
             for column in self.columns
             for row in (NONE, *self.rows)
         }
@@ -79,7 +82,7 @@ class Rows:
 
     def off(self) -> list[str]:
         """The columns in which our unpruned score misses the printed one."""
-        verdicts = {column: self._cells.loc[(column, NONE), "verdict"] for column in self.columns}
+        verdicts = {column: self._cells[column, NONE]["verdict"] for column in self.columns}
         return [column for column, verdict in verdicts.items() if verdict == "baseline off"]
 
     @property
@@ -87,7 +90,7 @@ class Rows:
         return averages.formula_of(self._table.layout.paper, self._table.layout.table)
 
     def _metrics(self) -> list[str]:
-        return [str(self._cells.loc[(column, NONE), "metric"]) for column in self.columns]
+        return [str(self._cells[column, NONE]["metric"]) for column in self.columns]
 
     def mean(self) -> stats.Estimates:
         """Our averages over the columns, by the formula of the table.
@@ -220,9 +223,13 @@ class Score(OfTable):
             (numbers["paper"] == layout.paper)
             & (numbers["table"] == (self.table or layout.table))
             & (numbers["model"] == layout.model)
-        ].set_index(["method", "budget", "task"])["value"]
+        ]
+        values = {
+            (row["method"], row["budget"], row["task"]): row["value"]
+            for row in numbers.to_dict("records")
+        }
         pairs = {
-            column: (numbers[self.method, self.budget, column], numbers["none", "full", column])
+            column: (values[self.method, self.budget, column], values["none", "full", column])
             for column in self.columns
         }
         ratio = float(np.mean([100 * own / base for own, base in pairs.values()]))

@@ -1,7 +1,7 @@
 """The page of the claims, results/claims.md: one row per claim, then the details of each."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -51,7 +51,7 @@ def load(path: Path = FOLDER / "claims.yaml") -> list[Claim]:
     """
     found: list[Claim] = []
     for name, entry in yaml(path).items():
-        fields = {
+        fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
         }
         kind = fields.pop("kind", None)
