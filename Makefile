@@ -17,7 +17,7 @@ WHOLE = $(if $(REST),$(error make takes no value with a space ("$(REST)"); \
 .DEFAULT_GOAL := help
 .PHONY: help sweep tables claims report bench bench-gpu flops test test-faults test-thorough \
 	test-matrix test-newest bench-sweep lint golden bench-select coverage methods readme \
-	train-shapes clean lock checked
+	train-shapes clean lock checked compare
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -74,6 +74,19 @@ coverage: $(READY)  ## count the papers' numbers that one command recomputes; wr
 
 claims: $(READY)  ## judge the claims of the papers' abstracts by the records in OUT (default: results)
 	$(PYTHON) scripts/claims.py --results $(or $(OUT),results)
+
+# variables of the environment do not count
+A :=
+B :=
+MODEL :=
+BUDGET :=
+COMPARED = $(strip $(and $(A),--a '$(A)') $(and $(B),--b '$(B)') \
+	$(and $(MODEL),--model '$(MODEL)') $(and $(BUDGET),--budget '$(BUDGET)'))
+NOT_COMPARED = $(filter-out A=% B=% MODEL=% BUDGET=% OUT=% PYTHON=%,$(MAKEOVERRIDES))
+
+compare: $(READY)  ## which of the methods A and B is better, of MODEL at BUDGET; without A, B: all
+	$(if $(NOT_COMPARED),$(error make compare takes A, B, MODEL, BUDGET and OUT, not \
+	  $(NOT_COMPARED)))$(PYTHON) scripts/compare.py --results $(or $(OUT),results) $(COMPARED)
 
 report: $(READY)  ## write an HTML page and a summary from the records in OUT (default: results)
 	$(PYTHON) scripts/report.py --results $(or $(OUT),results)

@@ -110,11 +110,15 @@ def test_copied_baselines_are_found(numbers):
         3,
         "HiPrune Table 2, PruneSID Table 1, SCOPE Table 1",
     )
+    assert row["kind"] == "copied baseline"
+    assert found["kind"].map(reported.ALIKE.index).is_monotonic_increasing
 
 
-def test_contradictions_are_found_widest_first(numbers):
+def test_contradictions_are_found_by_kind_and_widest_first(numbers):
     found = reported.contradictions(numbers)
-    assert found["spread"].is_monotonic_decreasing
+    assert found["kind"].map(reported.DIFFERENT.index).is_monotonic_increasing
+    for _, own in found.groupby("kind"):
+        assert own["spread_percent"].is_monotonic_decreasing
     row = found.set_index(["model", "method", "budget", "task"]).loc[
         ("llava_1_5_7b", "visionzip", "192", "mme")
     ]
@@ -126,6 +130,7 @@ def test_contradictions_are_found_widest_first(numbers):
         ("llava_1_5_7b", "prunesid", "192", "mme")
     ]
     assert "1793: PruneSID Table 5" in inside["values"]  # one paper, two tables
+    assert inside["kind"] == "copied with a change"
     assert not (found["metric"] == "relative_average").any()
 
 

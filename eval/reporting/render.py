@@ -112,8 +112,11 @@ def sheet(table: PaperTable) -> Sheet:
 
 def _heading(column: str, metric: str, layout: PaperLayout) -> str:
     """Heading of a column: the paper's word for its average, the titles of tasks for the others."""
-    if column == AVERAGE:
-        return layout.average
+    return layout.average if column == AVERAGE else heading(column, metric)
+
+
+def heading(column: str, metric: str) -> str:
+    """Heading of a task, with the metric where it has several."""
     if column not in TASKS:
         return OTHER_COLUMNS.get(column, column)
     task = TASKS[column]

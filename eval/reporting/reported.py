@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from secateur.paths import REPORTED
+from secateur.reporting.copies import ROW, runs
 from secateur.tasks import TASKS
 
 FOLDER = REPORTED
@@ -75,6 +76,9 @@ QUANTITIES: dict[str, dict[str, float]] = {
     "accuracy_drop": {"%": 100},
 }
 _CELL = ["model", "method", "budget", "task", "metric"]
+# kinds of numbers that several tables print alike, and differently; the most serious first
+ALIKE = ("copied baseline", "unpruned row", "coincidence")
+DIFFERENT = ("separate runs", "copied with a change", "unpruned row", "open metric")
 # points between a printed mean and that of the printed scores, which are rounded to 0.1
 ROUNDING = 0.15
 
@@ -233,27 +237,57 @@ def _by_cell(reported: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def duplicates(reported: pd.DataFrame) -> pd.DataFrame:
-    """Numbers that two or more papers print alike: baselines copied, or reproduced exactly.
+def _with_runs(reported: pd.DataFrame) -> pd.DataFrame:
+    """The numbers that `_by_cell` groups, with the run that each is of."""
+    scores = reported[reported["metric"] != "relative_average"]
+    return scores.join(runs(reported)["run"], on=ROW)
 
-    Columns: model, method, budget, task, metric, value, papers (how many), where.
+
+def _by_kind(rows: pd.DataFrame, kinds: tuple[str, ...], size: str) -> pd.DataFrame:
+    """Rows by kind in this order, and within a kind the largest first."""
+    place = rows["kind"].map(kinds.index)
+    order = rows.assign(place=place).sort_values(
+        ["place", size], ascending=[True, False], kind="stable"
+    )
+    return order.drop(columns="place").reset_index(drop=True)
+
+
+def duplicates(reported: pd.DataFrame) -> pd.DataFrame:
+    """Numbers that two or more papers print alike, the most serious kind first.
+
+    Columns: kind ("copied baseline": also other numbers of the two rows are equal, see
+    `copies.runs`; "unpruned row"; "coincidence"), model, method, budget, task, metric, value,
+    papers (how many), where.
     """
     cells = _by_cell(reported)
-    return cells[cells["papers"] > 1].reset_index(drop=True)
+    alike = cells[cells["papers"] > 1]
+    by_run = _with_runs(reported).groupby([*_CELL, "value", "run"])["paper"].nunique()
+    most = by_run.groupby([*_CELL, "value"]).max().rename("most")
+    copied = alike.join(most, on=[*_CELL, "value"])["most"] > 1
+    kind = copied.map({True: "copied baseline", False: "coincidence"})
+    alike.insert(0, "kind", kind.mask(alike["method"] == "none", "unpruned row"))
+    return _by_kind(alike, ALIKE, "papers")
 
 
 def contradictions(reported: pd.DataFrame) -> pd.DataFrame:
-    """Cells that tables print differently, the largest spread first.
+    """Cells that tables print differently, the most serious kind first, then the largest spread.
 
-    Columns: model, method, budget, task, metric, low, high, spread (percent of the lower value),
-    values ("59.3: SCOPE Table 1 | 60.1: DiffPrune Table 1").
+    Columns: kind ("separate runs"; "copied with a change": rows that are otherwise one run;
+    "unpruned row"; "open metric": the papers do not say which metric they print), model, method,
+    budget, task, metric, low, high, spread_percent (of the lower value; empty if it is 0), values
+    ("59.3: SCOPE Table 1 | 60.1: DiffPrune Table 1").
     """
     cells = _by_cell(reported).assign(
         text=lambda frame: frame["value"].map("{:g}".format) + ": " + frame["where"]
     )
     grouped = cells.groupby(_CELL, as_index=False)
     wide = grouped.agg(low=("value", "min"), high=("value", "max"), values=("text", " | ".join))
-    wide.insert(len(wide.columns) - 1, "spread", 100 * (wide["high"] / wide["low"] - 1))
-    return wide[wide["high"] > wide["low"]].sort_values(
-        "spread", ascending=False, ignore_index=True
-    )
+    spread = 100 * (wide["high"] / wide["low"].where(wide["low"] > 0) - 1)
+    wide.insert(len(wide.columns) - 1, "spread_percent", spread.round(1))
+    wide = wide[wide["high"] > wide["low"]]
+    number = _with_runs(reported).groupby(_CELL)["run"].nunique().rename("runs")
+    one_run = wide.join(number, on=_CELL)["runs"] == 1
+    kind = one_run.map({True: "copied with a change", False: "separate runs"})
+    kind = kind.mask(wide["metric"].str.endswith("_as_printed"), "open metric")
+    wide.insert(0, "kind", kind.mask(wide["method"] == "none", "unpruned row"))
+    return _by_kind(wide, DIFFERENT, "spread_percent")
