@@ -126,6 +126,19 @@ def test_an_unpruned_score_of_0_gives_no_average_and_everything_else_is_there():
     assert "inf" not in markdown(cells, table)
 
 
+def test_a_task_in_which_the_unpruned_model_scores_0_is_left_out_of_the_average():
+    cells = [
+        *grid(tasks=("pope", "gqa"), scope=0.7),
+        cell(MODEL, "none", "full", "mmstar", rows("mmstar", 0.0), 576),
+        cell(MODEL, "scope", "64", "mmstar", rows("mmstar", 0.3), 64),
+    ]
+    table = compare(cells, 200).set_index(["task", "method"])
+    assert "no baseline" in table.loc[("mmstar", "scope"), "mark"]
+    assert table.loc[("average", "none"), "value"] == pytest.approx(100)
+    two = compare(cells[:4], 200).set_index(["task", "method"])
+    assert table.loc[("average", "scope"), "value"] == two.loc[("average", "scope"), "value"]
+
+
 def test_mcnemar_is_given_where_every_image_has_one_question():
     table = compare(grid(tasks=["scienceqa_img"], scope=0.78), 200).set_index("method")
     assert table.loc["scope", "mcnemar"] == pytest.approx(2 / 2**40)
@@ -204,9 +217,12 @@ def test_a_record_that_its_samples_contradict_is_marked():
     )
 
 
-def test_without_an_unpruned_cell_there_is_no_comparison():
-    with pytest.raises(ValueError, match="gqa has no unpruned cell"):
-        compare(grid(tasks=["gqa"], scope=0.7)[1:])
+def test_without_an_unpruned_cell_there_are_scores_and_no_comparison():
+    cells = grid(tasks=["gqa"], scope=0.7)[1:]
+    table = compare(cells, 200)
+    assert table["value"].tolist() == pytest.approx([70])
+    assert table["difference"].isna().all()
+    assert "gqa, all rows: task gqa has no unpruned cell" in markdown(cells, table)
 
 
 def test_a_task_without_an_unpruned_cell_is_marked_and_the_others_are_compared():

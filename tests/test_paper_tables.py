@@ -104,7 +104,11 @@ def test_rows_and_columns_stand_in_the_order_of_the_paper():
     ]
     first = text.groups["128 tokens"][-1][1]
     assert [entry.printed for entry in first][:3] == ["1422.4", "86.7", "63.1"]
-    assert {entry.verdict for entry in first} == {"not run"}
+    assert {
+        entry.verdict for group in text.groups.values() for _, row in group for entry in row
+    } == {""}
+    assert not any(note.startswith(("Each cell", "Printed numbers")) for note in text.notes)
+    assert render.SUSPECT in text.notes
 
 
 def test_a_table_tells_which_settings_its_source_states():
@@ -188,6 +192,10 @@ def test_averages_are_only_over_what_was_run():
     missing = "Avg. is not recomputed: no cells of mmbench_en, mme, textvqa, seedbench, mmvet; "
     assert any(note.startswith(missing + "no task here: ") for note in table.notes)
     assert over.loc[("fastv", "64"), "verdict"] == "not run"
+    text = render.sheet(table)
+    row = dict(text.groups["64 tokens"])["VisionZip"]
+    said = [name for name, entry in zip(text.header[1:], row, strict=True) if entry[2] == "not run"]
+    assert said == ["SQA", "over tasks run"]  # of the other columns nothing was run
 
 
 def test_a_papers_average_is_judged_where_all_its_columns_were_run():
@@ -522,9 +530,11 @@ def files(tmp_path_factory):
 
 def test_markdown_has_printed_ours_and_verdict_in_a_cell(files):
     assert re.search(
-        r"\| SCOPE \| 58\.3 · 58\.\d\* ± \d\.\d · match [+-]0\.\d \| 61\.7 · not run \|",
+        r"\| SCOPE \| 58\.3 · 58\.\d\* ± \d\.\d · match [+-]0\.\d \| 61\.7 \|",
         files[".md"],
     )
+    assert re.search(r"\| SparseVLM \| 52\.7 \| 56\.2 \|", files[".md"])
+    assert "column (MMBench, MME sum, SQA, TextVQA, SEED, MM-Vet) was run." in files[".md"]
     assert re.search(
         r"\| FastV \| 46\.1 · \d+\.\d ± \d\.\d · undecided \+\d\.\d \[\d\]", files[".md"]
     )
@@ -588,6 +598,7 @@ def test_latex_compiles(files, tmp_path):
 def test_the_script_writes_all_tables_and_refuses_what_it_must(tmp_path, monkeypatch, capsys):
     for one in ours({("scope", "64"): 0.3}, tasks=("gqa",)):
         save(tmp_path, one)
+    save(tmp_path, cell("shapes_llava", "scope", "16", "gqa", rows("gqa", 0.5), 16, suite="shapes"))
     monkeypatch.setattr(
         sys, "argv", ["tables.py", "--results", str(tmp_path), "--resamples", "200"]
     )
@@ -595,9 +606,12 @@ def test_the_script_writes_all_tables_and_refuses_what_it_must(tmp_path, monkeyp
         runpy.run_path(str(ROOT / "scripts" / "tables.py"), run_name="__main__")
     out = capsys.readouterr().out
     assert ended.value.code == 0
-    assert "SCOPE Table 1, llava_1_5_7b: 142 not run, 2 match" in out
+    assert "SCOPE Table 1, llava_1_5_7b: 2 match, 142 not run" in out
+    assert "SCOPE Table 2, llava_next_7b: nothing was run" in out
+    assert out.count("Each cell: printed") == 1
     assert "ZSPAPrune: no table of it is public" in out
-    assert "cells printed differently" in out
+    assert "cells are printed differently (" in out
+    assert "task gqa has no unpruned cell" in out  # said of the other suite, and no failure
     for stem in LAYOUTS:
         assert all(
             (tmp_path / "tables" / "papers" / f"{stem}.{suffix}").exists()
@@ -605,7 +619,7 @@ def test_the_script_writes_all_tables_and_refuses_what_it_must(tmp_path, monkeyp
         )
     assert (tmp_path / "tables" / "intervals_hub_llava_1_5_7b_all.md").exists()
 
-    record = next((tmp_path / "runs").glob("*/*/*/scope_*/record.json"))
+    record = next((tmp_path / "runs").glob("hub/*/*/scope_*/record.json"))
     whole = record.read_text()
     record.write_text(whole.replace("0.", "1.", 1))
     with pytest.raises(SystemExit) as ended:
@@ -613,7 +627,7 @@ def test_the_script_writes_all_tables_and_refuses_what_it_must(tmp_path, monkeyp
     out = capsys.readouterr().out
     assert ended.value.code == 1
     assert f"REFUSED the record in {record.parent} was changed" in out
-    assert "SCOPE Table 1, llava_1_5_7b: 143 not run, 1 match" in out
+    assert "SCOPE Table 1, llava_1_5_7b: 1 match, 143 not run" in out
     record.write_text(whole)
 
     other = changed(ours({("scope", "64"): 0.3}, tasks=("gqa",))[1:], {"identity.seed": 1})

@@ -76,6 +76,14 @@ def test_every_task_has_a_title_and_a_headline():
     assert TASKS["mme"].headline == "mme_total"
 
 
+def test_a_task_in_which_the_unpruned_model_scores_0_spoils_no_average():
+    zero = record("mme", "none", "full", 144, {"mme_total_score": 0.0})
+    table = tables.accuracy([*RANDOM, UNPRUNED[0], zero])
+    assert table["relative %"].tolist() == pytest.approx([100, 75, 50])
+    nothing = record("pope", "none", "full", 144, {"pope_f1_score": 0.0})
+    assert tables.accuracy([*RANDOM, nothing, zero])["relative %"].isna().all()
+
+
 def test_without_an_unpruned_row_nothing_is_relative():
     assert "relative %" not in tables.accuracy(RANDOM)
 

@@ -60,7 +60,7 @@ def usual_budget(
     Raises:
         ValueError: there is neither.
     """
-    rows = reported[(reported["model"] == model) & (reported["method"] != "none")]
+    rows = _with_budget(reported, model)
     counts = rows.groupby("budget").size()
     own = [rows[rows["method"] == name].groupby("budget").size() for name in names]
     if own:
@@ -79,7 +79,7 @@ def spellings(reported: pd.DataFrame, cells: Sequence[Cell], model: str, budget:
     Raises:
         ValueError: neither a published number nor a cell has it; the message has those that exist.
     """
-    rows = reported[(reported["model"] == model) & (reported["method"] != "none")]
+    rows = _with_budget(reported, model)
     written: dict[str, set[str]] = {}
     columns = ["budget", "budget_tokens", "retention_pct"]
     for name, tokens, share in rows[columns].drop_duplicates().itertuples(index=False):
@@ -95,6 +95,12 @@ def spellings(reported: pd.DataFrame, cells: Sequence[Cell], model: str, budget:
         exist = ", ".join(_sorted([*written, *run]))
         raise ValueError(f"no number of {model} at budget {budget!r}; budgets: {exist or 'none'}")
     return found
+
+
+def _with_budget(reported: pd.DataFrame, model: str) -> pd.DataFrame:
+    """The pruned rows of a model whose budget is known."""
+    rows = reported[(reported["model"] == model) & (reported["method"] != "none")]
+    return rows[rows["budget"] != "unknown"]
 
 
 def _sorted(budgets: Iterable[str]) -> list[str]:

@@ -182,7 +182,8 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
 
     Returns:
         One row per task, method and budget, and rows of task "average" for the methods that ran
-        every task. What cannot be computed is NaN. Columns:
+        every task, over the tasks in which the unpruned model does not score 0. What cannot be
+        computed is NaN. Columns:
         task, metric, method, budget, tokens, documents, images;
         value, low, high: the metric with its interval;
         difference, difference_low, difference_high, p, p_holm: to the unpruned model, the last
@@ -196,11 +197,12 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
         mark: what limits the row, e.g. why it has no interval.
 
     Raises:
-        ValueError: cells of different settings; two cells for one row; no unpruned cell at all.
+        ValueError: cells of different settings; two cells for one row.
     """
     check_one_setting(cells)
     rows: list[dict[str, Any]] = []
     estimates: list[stats.Estimates | None] = []
+    based: list[stats.Estimates] = []  # those with a baseline
     present = {cell.task for cell in cells}
     for task in (name for name in [*TASKS, *sorted(present - set(TASKS))] if name in present):
         own: dict[str, Cell] = {}
@@ -214,8 +216,6 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
         unpruned = next((key for key, cell in own.items() if cell.name == "none"), None)
         if unpruned is None:
             missing = f"task {task} has no unpruned cell to compare with; run it with pruner=none"
-            if all(cell.name != "none" for cell in cells):
-                raise ValueError(missing)
             for fact in (_facts(cell, cell) for cell in own.values()):
                 rows.append(fact | {"mark": [*fact["mark"], missing]})
             estimates.append(None)
@@ -230,14 +230,16 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
         else:
             _infer(facts, found, unpruned)
             estimates.append(found)
+            if found.values[unpruned] > 0:
+                based.append(found)
         rows += facts.values()
     complete = [found for found in estimates if found is not None]
     without = {row["task"] for row in rows if row["name"] == "none" and not row["value"] > 0}
     for row in rows:
         if row["task"] in without:
             row["mark"].append("no baseline: the unpruned model scores 0")
-    if len(complete) == len(estimates) > 1 and not without:
-        rows += _average(rows, complete)
+    if len(complete) == len(estimates) and len(based) > 1:
+        rows += _average([row for row in rows if row["task"] not in without], based)
     frame = pd.DataFrame(rows).drop(columns=["key", "name"])
     for p in ("p", "mcnemar"):
         adjusted = pd.concat(

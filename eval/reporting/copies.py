@@ -36,7 +36,7 @@ def runs(reported: pd.DataFrame) -> pd.DataFrame:
         papers print, else "run", as far as is known.
     """
     scores = reported[reported["metric"] != "relative_average"]
-    values = {key: _values(rows) for key, rows in scores.groupby(ROW)}
+    values = {tuple(map(str, key)): _values(rows) for key, rows in scores.groupby(ROW)}
     keys = list(values)
     together: dict[tuple[str, ...], list[int]] = {}
     for number, key in enumerate(keys):

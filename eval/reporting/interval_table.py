@@ -29,9 +29,11 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
         "Value ± half of the 95 % interval (images resampled). **Bold**: not significantly below "
         "the best of its budget (paired, Holm, 5 %). ▾ or ▴: below or above the unpruned model "
         f"(paired, Holm over the rows of the task, 5 %). Neither below {FEW_IMAGES} images.",
-        "Average: mean over the tasks of the score in percent of the unpruned model's."
+        "Average: mean of the score in percent of the unpruned model's, over the tasks that have "
+        "a baseline."
         if "average" in order
-        else "No average: a task has no interval or no baseline, or there is one task only.",
+        else "No average: a task has no interval or no unpruned cell, or fewer than two tasks have "
+        "a baseline.",
         "Smallest difference to the unpruned model that so many documents show with power 80 % "
         "(median over the methods): "
         + ", ".join(

@@ -114,7 +114,9 @@ def build(
     run = [
         column
         for column in columns
-        if column.found is not None and not foreign_documents(column.task)
+        if column.found is not None
+        and not column.no_baseline
+        and not foreign_documents(column.task)
     ]
     if len(run) > 1:
         found += [_over_run(formula, row, run) for row in rows]
@@ -336,7 +338,8 @@ class _Column:
         return self.printed[key]["value"] if key in self.printed else NAN
 
     def ratio(self, key: str) -> float:
-        return 100 * self.score(key) / self.score(self.unpruned)
+        unpruned = self.score(self.unpruned)
+        return 100 * self.score(key) / unpruned if unpruned > 0 else NAN
 
     def has(self, row: Row) -> bool:
         return self.found is not None and row.key in self.own

@@ -1,11 +1,14 @@
 """Paper tables as Markdown, LaTeX, HTML and CSV."""
 
 import html
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console
+from rich.table import Table
 
 from secateur.reporting.layouts import PaperLayout
 from secateur.reporting.paper_tables import PaperTable
@@ -59,9 +62,9 @@ LEGEND = (
     f"the print; close: at most {POINTS.close:g}, or {MME_POINTS.close:g} of MME; else miss; "
     "baseline off: our unpruned score is a miss; undecided: the paper leaves more than one "
     "reading. The interval decides nothing; docs/VERDICTS.md states the rules. "
-    "Marked *: not significantly below our best at its budget. "
-    "Marked ?: suspect in the source."
+    "Marked *: not significantly below our best at its budget."
 )
+SUSPECT = "Marked ?: suspect in the source."
 _LATEX = str.maketrans(
     {character: rf"\{character}" for character in "&%$#_{}"}
     | {
@@ -76,7 +79,7 @@ _LATEX = str.maketrans(
 
 
 class Entry(NamedTuple):
-    """A cell as text; `own` is empty if nothing was run."""
+    """A cell as text; `own` is empty if it was not run, `verdict` if nothing of its row was."""
 
     printed: str
     own: str
@@ -93,8 +96,14 @@ class Sheet(NamedTuple):
 
 
 def sheet(table: PaperTable) -> Sheet:
-    """A paper table as text, in the paper's order of columns and rows."""
+    """A paper table as text, in the paper's order of columns and rows.
+
+    "not run" is said only where something of the row and of the column was run.
+    """
     causes: dict[str, int] = {}
+    cells_run = table.cells[table.cells["verdict"] != "not run"]
+    started = set(cells_run["column"])
+    started_rows = set(zip(cells_run["budget"], cells_run["method"], strict=True))
     groups: dict[str, list[tuple[str, list[Entry]]]] = {}
     columns = table.cells[["column", "metric"]].drop_duplicates().itertuples(index=False)
     headers = [_heading(column, metric, table.layout) for column, metric in columns]
@@ -104,10 +113,34 @@ def sheet(table: PaperTable) -> Sheet:
             if budget == "full"
             else f"{budget}{'' if str(budget).endswith('%') else ' tokens'}"
         )
-        entries = [_entry(cell, causes) for _, cell in cells.iterrows()]
+        entries = [
+            _entry(cell, causes, cell["column"] in started and (budget, method) in started_rows)
+            for _, cell in cells.iterrows()
+        ]
         groups.setdefault(heading, []).append((METHODS.get(str(method), str(method)), entries))
     reasons = [f"[{number}] {cause}." for cause, number in causes.items()]
-    return Sheet(table.layout.title, ["Method", *headers], groups, [LEGEND, *table.notes, *reasons])
+    missing = [
+        heading
+        for heading, column in zip(headers, table.cells["column"].unique(), strict=True)
+        if column not in started and column != AVERAGE
+    ]
+    notes = [LEGEND] * bool(started)
+    notes += [SUSPECT] * bool(table.cells["suspect"].any())
+    if started and any(not entry.verdict for _, row in chain(*groups.values()) for entry in row):
+        without = f" ({', '.join(missing)})" if missing else ""
+        notes.append(f"Printed numbers alone: nothing of the row or column{without} was run.")
+    return Sheet(table.layout.title, ["Method", *headers], groups, [*notes, *table.notes, *reasons])
+
+
+def counts(table: PaperTable) -> str:
+    """How many cells have which verdict, in words."""
+    found = table.cells["verdict"].value_counts()
+    run = found.drop("not run", errors="ignore")
+    if run.empty:
+        return "nothing was run"
+    words = [f"{count} {verdict}" for verdict, count in run.items()]
+    absent = int(found.get("not run", 0))
+    return ", ".join([*words, *[f"{absent} not run"] * bool(absent)])
 
 
 def _heading(column: str, metric: str, layout: PaperLayout) -> str:
@@ -123,7 +156,7 @@ def heading(column: str, metric: str) -> str:
     return task.heading(metric) if metric in task.metrics else task.title
 
 
-def _entry(cell: pd.Series, causes: dict[str, int]) -> Entry:
+def _entry(cell: pd.Series, causes: dict[str, int], started: bool) -> Entry:
     # as the papers print it: one decimal, but MME only with the decimals that it has
     digits = ".1f" if cell["printed"] < 200 else "g"
     printed = (
@@ -136,12 +169,30 @@ def _entry(cell: pd.Series, causes: dict[str, int]) -> Entry:
         own = f"{cell['reproduced']:.1f}" + "*" * bool(cell["tied_best"])
         if pd.notna(cell["low"]):
             own += f" ± {(cell['high'] - cell['low']) / 2:.1f}"
-    verdict = cell["verdict"]
+    verdict = cell["verdict"] if started else ""
     if pd.notna(cell["difference"]):
         verdict += f" {cell['difference']:+.1f}"
     if cell["cause"] and cell["verdict"] not in (*JUDGED, "not run"):
         verdict += f" [{causes.setdefault(cell['cause'], len(causes) + 1)}]"
     return Entry(printed, own, verdict)
+
+
+def show(sheet: Sheet, console: Console) -> None:
+    """Print a sheet with its notes; the legend, which all sheets share, is left out."""
+    console.print(sheet.title, style="bold")
+    view = Table()
+    view.add_column(sheet.header[0], overflow="fold")
+    for name in sheet.header[1:]:
+        view.add_column(name, justify="right")
+    for heading, rows in sheet.groups.items():
+        view.add_section()
+        view.add_row(heading, style="bold")
+        for label, entries in rows:
+            view.add_row(label, *("\n".join(filter(None, entry)) for entry in entries))
+    console.print(view, soft_wrap=False)
+    for note in sheet.notes:
+        if note != LEGEND:
+            console.print(f"- {note}")
 
 
 def markdown(sheet: Sheet) -> str:

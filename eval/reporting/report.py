@@ -265,14 +265,6 @@ def published(cells: list[Cell], resamples: int) -> list[Published]:
         except ValueError as error:
             tables.append(Published(layout.title, 0, refused=str(error)))
             continue
-        counts = table.cells["verdict"].value_counts()
-        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-        tables.append(
-            Published(
-                layout.title,
-                int(counts.drop("not run", errors="ignore").sum()),
-                render.sheet(table),
-                verdicts,
-            )
-        )
+        run = int((table.cells["verdict"] != "not run").sum())
+        tables.append(Published(layout.title, run, render.sheet(table), render.counts(table)))
     return sorted(tables, key=lambda table: -table.run)

@@ -44,9 +44,9 @@ def accuracy(records: Records) -> pd.DataFrame:
 
     Column tokens: visual tokens per prompt, mean over layers and documents, then over the tasks of
     the row, since a method may keep more of a budget in one task than in another. Column
-    relative %: mean over tasks of the score in percent of the unpruned score. The unpruned row
-    comes first, then the rows from many to few tokens. Tasks that a row did not run are empty, and
-    so is its relative %; it is empty too if the unpruned model scores 0 in a task. The columns of
+    relative %: mean over tasks of the score in percent of the unpruned score, without tasks in
+    which that is 0. The unpruned row comes first, then the rows from many to few tokens. Tasks that
+    a row did not run are empty, and so is its relative %. The columns of
     `COUNTS` give shares of a row's documents; a column without any is left out.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -77,9 +77,8 @@ def accuracy(records: Records) -> pd.DataFrame:
     unpruned_rows = table[table["method"] == "none"]
     if len(unpruned_rows) == 1:
         unpruned = unpruned_rows[tasks].iloc[0]
-        table["relative %"] = (100 * table[tasks] / unpruned.where(unpruned > 0)).mean(
-            axis=1, skipna=False
-        )
+        based = [name for name in tasks if not unpruned[name] <= 0]
+        table["relative %"] = (100 * table[based] / unpruned[based]).mean(axis=1, skipna=False)
     for heading, field in COUNTS.items():
         shares = [share(own[key], field) for key in order]
         if any(shares):
@@ -160,7 +159,8 @@ def write(records: Records, stem: Path) -> list[Path]:
         *(f"{text}\n" for text in mixtures(records)),
         f"{len(records)} cells, commit {', '.join(commits)}. "
         "`tokens`: visual tokens per prompt, mean over layers and tasks. "
-        "`relative %`: mean over tasks of the score as a share of the unpruned model's.",
+        "`relative %`: mean over tasks of the score as a share of the unpruned model's, "
+        "without tasks in which that is 0.",
         "",
     ]
     paths = [stem.with_name(stem.name + suffix) for suffix in (".md", ".csv")]
