@@ -326,6 +326,10 @@ class Pruner(Method):
         """Names of the captures that `select` reads."""
         return frozenset({"features"})
 
+    def tokens_after(self, tokens: int, keep: int) -> int:
+        """Tokens after `prune` of `tokens` with `keep`, for a method that is not adaptive."""
+        return keep
+
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` of N tokens (1 <= keep < N) per row; inputs are float32 and finite."""
         raise NotImplementedError
@@ -356,7 +360,9 @@ class Pruner(Method):
             raise_first([finite])  # the cause, if it is the input
             raise
         # together, since asking makes a GPU wait
-        raise_first([finite, *selection.conditions(self.name, batch, count)])
+        conditions = answer_conditions(self, selection, batch, count)
+        raise_first([finite, *conditions])
+        check_count(self, selection, count, self.tokens_after(count, keep))
         return selection
 
     def _check_input(self, tokens: VisualTokens, keep: int) -> Condition:
@@ -430,6 +436,28 @@ def check_keep(method: Method, keep: int, tokens: int) -> None:
         method.fail(
             f"cannot keep {keep!r} of {tokens} tokens; "
             f"the budget must be an integer between 1 and {tokens}"
+        )
+
+
+def check_answer(method: Method, answer: Any, batch: int, tokens: int, kept: int) -> None:
+    """Raise PrunerError unless `answer` is a sound Selection of `kept` tokens per row."""
+    raise_first(answer_conditions(method, answer, batch, tokens))
+    check_count(method, answer, tokens, kept)
+
+
+def answer_conditions(method: Method, answer: Any, batch: int, tokens: int) -> "list[Condition]":
+    """The conditions of an answer; raises PrunerError if it is no Selection."""
+    if not isinstance(answer, Selection):
+        method.fail(f"select() returned a {type(answer).__name__}, expected a Selection")
+    return answer.conditions(method.name, batch, tokens)
+
+
+def check_count(method: Method, answer: Selection, tokens: int, kept: int) -> None:
+    """Raise PrunerError unless `answer` has `kept` of `tokens` tokens per row."""
+    if not method.adaptive and answer.counts is None and answer.indices.shape[1] != kept:
+        method.fail(
+            f"select() returned {answer.indices.shape[1]} of {tokens} tokens, expected {kept}; a "
+            "method with a count of its own per image says so with adaptive = True"
         )
 
 

@@ -8,7 +8,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from secateur.pruners.base import Method, Selection, check_keep, check_shape, is_finite
+from secateur.pruners.base import (
+    Method,
+    Selection,
+    check_answer,
+    check_keep,
+    check_shape,
+    is_finite,
+)
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ class InLLMPruner(Method):
         floats = {name: getattr(tokens, name).float().contiguous() for name in self.needs}
         with torch.no_grad():
             selection = self.select(dataclasses.replace(tokens, **floats), keep)
-        selection.check(self.name, batch, count)
+        check_answer(self, selection, batch, count, self.tokens_after(count, keep))
         return selection
 
     def _check_input(self, tokens: LayerTokens, keep: int) -> None:

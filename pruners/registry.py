@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import MISSING
 from functools import cache
 from typing import Any, TypeVar
 
@@ -24,8 +25,19 @@ def register(name: str) -> Callable[[type[P]], type[P]]:
     def add(cls: type[P]) -> type[P]:
         if name in REGISTRY:
             raise PrunerError(
-                f"two pruners are called {name!r}: "
-                f"{REGISTRY[name].__qualname__} and {cls.__qualname__}"
+                f"two pruners are called {name!r}: {REGISTRY[name].__qualname__} "
+                f"({REGISTRY[name].__module__}) and {cls.__qualname__}; rename the latter"
+            )
+        if not (isinstance(cls, type) and issubclass(cls, Pruner | InLLMPruner)):
+            raise PrunerError(f"{name!r} is no subclass of Pruner or InLLMPruner")
+        if "__dataclass_params__" not in vars(cls):
+            raise PrunerError(
+                f"the class of {name!r} is no dataclass; write @dataclass(frozen=True) below "
+                "@register"
+            )
+        if without := [f.name for f in dataclasses.fields(cls) if f.default is MISSING]:
+            raise PrunerError(
+                f"the fields of {name!r} need defaults, and these have none: {', '.join(without)}"
             )
         cls.name = name
         cls.code = digest_of_code(cls.__module__)
@@ -42,7 +54,13 @@ def build(name: str, **options: Any) -> Any:
         PrunerError: unknown name or option (the message lists the known ones), or a wrong value.
     """
     if name not in REGISTRY:
-        raise PrunerError(f"unknown pruner {name!r}; known: {', '.join(sorted(REGISTRY))}")
+        # not an import statement, which would make that file part of every method's digest
+        importlib.import_module(f"{_PACKAGE}.plugins").load_plugins()
+    if name not in REGISTRY:
+        raise PrunerError(
+            f"unknown pruner {name!r}; known: {', '.join(sorted(REGISTRY))}. "
+            "A method of your own needs its file: plugins=[path/to/it.py]"
+        )
     known = [f.name for f in dataclasses.fields(REGISTRY[name])]
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -54,10 +72,11 @@ def build(name: str, **options: Any) -> Any:
 
 
 def digest_of_code(module: str) -> str:
-    """Digest of a module and of the modules of this package that it uses, directly or indirectly.
+    """Digest of a module and of the modules that it uses, directly or indirectly.
 
-    It is taken when a method is registered, so that it tells which code runs, not which code is on
-    the disk when a cell is stored hours later.
+    Only modules of this package count, and those of the package that the module itself is in. The
+    digest is taken when a method is registered, so that it tells which code runs, not which code
+    is on the disk when a cell is stored hours later.
     """
     found, waiting = set[str](), {module}
     while waiting:
@@ -68,18 +87,39 @@ def digest_of_code(module: str) -> str:
 
 @cache
 def _imported(module: str) -> tuple[str, ...]:
-    """The modules of this package that a module imports, also inside functions."""
+    """The modules that count for a digest and that a module imports, also inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(_code(module))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == _PACKAGE:
-            names |= {f"{_PACKAGE}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            names |= _imported_from(module, node)
+    own = module if module.startswith(f"{_PACKAGE}.") else module.split(".")[0]
     return tuple(
-        name for name in names if name.startswith(f"{_PACKAGE}.") and importlib.util.find_spec(name)
+        name
+        for name in names
+        if (name.startswith(f"{_PACKAGE}.") or f"{name}.".startswith(f"{own}."))
+        and _is_module(name)
     )
+
+
+def _imported_from(module: str, node: ast.ImportFrom) -> set[str]:
+    """What `from x import a, b` imports: x, and the modules that hold or are a and b."""
+    source = "." * node.level + (node.module or "")
+    if node.level:
+        source = importlib.util.resolve_name(source, sys.modules[module].__package__)
+    inside = {f"{source}.{alias.name}" for alias in node.names}
+    if source != _PACKAGE:  # whose __init__ imports every method
+        return {source, *inside}
+    homes = (getattr(sys.modules[_PACKAGE], alias.name, None) for alias in node.names)
+    return inside | {str(home.__module__) for home in homes if hasattr(home, "__module__")}
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a name inside a module, which is no package
+        return False
 
 
 @cache

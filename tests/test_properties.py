@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import KINDS, in_llm, label, layer_tokens, rows_of, variants, visual_tokens
+from synthetic import KINDS, in_llm, joined, label, layer_tokens, rows_of, variants, visual_tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.pruners import (
     REGISTRY,
     InLLMPruner,
-    LayerTokens,
     Pruner,
     PrunerError,
     Selection,
@@ -24,6 +23,7 @@ from secateur.pruners import (
 )
 from secateur.pruners.base import EXTRA
 from secateur.pruners.tower import TowerPruner
+from secateur.testing import check_pruner, check_selection, filled, row_of, same
 
 BEFORE, INSIDE = variants(Pruner), variants(InLLMPruner)
 NAMES = sorted(name for name in REGISTRY if not in_llm(name))
@@ -55,60 +55,10 @@ def allowed(pruner: Pruner, tokens: VisualTokens, keep: int) -> int:
     return max(1, tokens.shape[1] // 4) if quarter else keep
 
 
-def promise(selection: Selection, batch: int, count: int, passed: int, adaptive: bool) -> None:
-    """Right count, in range, distinct, ascending unless the method has an order of its own."""
-    index = selection.indices
-    assert index.shape[0] == batch
-    counts = [index.shape[1]] * batch if selection.counts is None else selection.counts.tolist()
-    if adaptive:
-        assert all(1 <= n <= index.shape[1] for n in counts)
-    else:
-        assert counts == [passed] * batch
-    for row, n in zip(index.tolist(), counts, strict=True):
-        patches = [i for i in row[:n] if i != EXTRA]
-        assert all(0 <= i < count for i in patches)
-        assert len(set(patches)) == len(patches)
-        assert selection.custom_order or patches == sorted(patches)
-    if selection.features is None:
-        assert bool((index != EXTRA).all())
-    else:
-        assert selection.features.shape[:2] == index.shape
-        assert bool(torch.isfinite(selection.features).all())
-
-
-def same(a: Selection, b: Selection) -> bool:
-    """Equal indices, close features, equal counts, up to padding."""
-    width = min(a.indices.shape[1], b.indices.shape[1])
-    for x, y in ((a.counts, b.counts), (a.indices[:, :width], b.indices[:, :width])):
-        if (x is None) != (y is None) or (
-            x is not None and y is not None and not torch.equal(x, y)
-        ):
-            return False
-    if a.features is None or b.features is None:
-        return a.features is b.features
-    return torch.allclose(a.features[:, :width], b.features[:, :width], atol=1e-5)
-
-
-def copy(tokens: VisualTokens | LayerTokens) -> dict[str, Tensor]:
-    return {
-        f.name: v.clone()
-        for f in dataclasses.fields(tokens)
-        if isinstance(v := getattr(tokens, f.name), Tensor)
-    }
-
-
 def unlike(make: Any, size: Any, seed: int) -> Any:
     """Three rows as unlike as the images of a call: independent, clustered and duplicate tokens."""
-    rows = [
-        make(1, size, seed=seed + row, width=48, kind=kind)
-        for row, kind in enumerate(("gauss", "clusters", "duplicates"))
-    ]
-    parts: dict[str, Any] = {
-        key: torch.cat([getattr(row, key) for row in rows]) for key in copy(rows[0])
-    }
-    if isinstance(rows[0], VisualTokens):
-        parts["sample_ids"] = tuple(f"document|{row}" for row in range(3))
-    return dataclasses.replace(rows[0], **parts)
+    kinds = enumerate(("gauss", "clusters", "duplicates"))
+    return joined([make(1, size, seed=seed + row, width=48, kind=kind) for row, kind in kinds])
 
 
 def without_twins(selection: Selection, ahead: int) -> Selection:
@@ -138,11 +88,12 @@ def test_contract(
     width, text = data.draw(st.sampled_from([2, 16])), data.draw(st.integers(0, 3))
     tokens = visual_tokens(batch, grid, seed=seed, width=width, kind=kind, text=text)
     keep = allowed(pruner, tokens, data.draw(st.integers(1, grid[0] * grid[1])))
-    before = copy(tokens)
+    before = filled(tokens)
     selection = pruner.prune(tokens, keep)
-    promise(selection, batch, grid[0] * grid[1], keep, pruner.adaptive and keep < grid[0] * grid[1])
+    count = grid[0] * grid[1]
+    check_selection(selection, batch, count, keep, pruner.adaptive and keep < count)
     assert same(selection, pruner.prune(tokens, keep))
-    assert all(torch.equal(before[key], value) for key, value in copy(tokens).items())
+    assert all(torch.equal(before[key], value) for key, value in filled(tokens).items())
 
 
 @pytest.mark.parametrize(("name", "options"), INSIDE, ids=label)
@@ -159,11 +110,11 @@ def test_contract_inside(
     pruner = build(name, **options)
     tokens = layer_tokens(batch, count, seed=seed, kind=kind)
     keep = data.draw(st.integers(1, count))
-    before = copy(tokens)
+    before = filled(tokens)
     selection = pruner.prune(tokens, keep)
-    promise(selection, batch, count, pruner.tokens_after(count, keep), pruner.adaptive)
+    check_selection(selection, batch, count, pruner.tokens_after(count, keep), pruner.adaptive)
     assert same(selection, pruner.prune(tokens, keep))
-    assert all(torch.equal(before[key], value) for key, value in copy(tokens).items())
+    assert all(torch.equal(before[key], value) for key, value in filled(tokens).items())
 
 
 @pytest.mark.parametrize(
@@ -185,12 +136,7 @@ def test_a_batch_equals_its_rows(
     together = pruner.prune(tokens, keep)
     for row in range(3):
         alone = pruner.prune(rows_of(tokens, [row]), keep)
-        parts = {"indices": together.indices[[row]]}
-        if together.features is not None:
-            parts["features"] = together.features[[row]]
-        if together.counts is not None:
-            parts["counts"] = together.counts[[row]]
-        mine = dataclasses.replace(together, **parts)
+        mine = row_of(together, row)
         if row == 2:
             mine, alone = (
                 without_twins(selection, 3 if in_llm(name) else 0) for selection in (mine, alone)
@@ -228,6 +174,11 @@ def test_permuted_tokens_give_the_same_choice(name: str, data: Any, seed: int, c
     assert chosen(pruner.prune(tokens, keep), torch.arange(count)) == chosen(
         pruner.prune(moved, keep), order
     )
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_the_public_check(name: str) -> None:
+    check_pruner(build(name))
 
 
 def sample(name: str) -> tuple[Any, Any, int]:
@@ -345,7 +296,7 @@ def test_all_tokens_go_through_untouched(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_half_precision_is_scored_in_float32(name: str) -> None:
     pruner, tokens, keep = sample(name)
-    half = {key: v.half() for key, v in copy(tokens).items() if v.is_floating_point()}
+    half = {key: v.half() for key, v in filled(tokens).items() if v.is_floating_point()}
     single = {key: v.float() for key, v in half.items()}
     a = pruner.prune(dataclasses.replace(tokens, **half), keep)
     b = pruner.prune(dataclasses.replace(tokens, **single), keep)
@@ -357,7 +308,7 @@ def test_half_precision_is_scored_in_float32(name: str) -> None:
 def test_strided_tensors(name: str) -> None:
     pruner, tokens, keep = sample(name)
     strided = {
-        key: v.transpose(0, -1).contiguous().transpose(0, -1) for key, v in copy(tokens).items()
+        key: v.transpose(0, -1).contiguous().transpose(0, -1) for key, v in filled(tokens).items()
     }
     assert same(
         pruner.prune(dataclasses.replace(tokens, **strided), keep), pruner.prune(tokens, keep)
