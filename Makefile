@@ -9,6 +9,8 @@ UV := .venv/tools/bin/uv
 # Other NAME=value words on the command line go to Hydra: make sweep pruner=scope budget=16,32
 OURS := EXPERIMENT=% PYTHON=% PYTHON3=% OUT=% MATRIX=%
 OVERRIDES = $(foreach word,$(filter-out $(OURS),$(MAKEOVERRIDES)),'$(word)')
+# files with methods of your own, as `make sweep` takes them: make tables plugins=[mine.py]
+PLUGINS = $(if $(plugins),--plugins '$(plugins)')
 # make splits values at spaces: a word without a "=" is the rest of one
 REST = $(strip $(foreach word,$(MAKEOVERRIDES),$(if $(findstring =,$(word)),,$(word))))
 WHOLE = $(if $(REST),$(error make takes no value with a space ("$(REST)"); \
@@ -67,7 +69,7 @@ test-thorough: $(READY)  ## run the property tests on three times as many genera
 	$(PYTHON) -m pytest tests/test_properties.py --hypothesis-profile=thorough
 
 tables: $(READY)  ## print published numbers beside those of the records in OUT (default: results)
-	$(PYTHON) scripts/tables.py --results $(or $(OUT),results)
+	$(PYTHON) scripts/tables.py --results $(or $(OUT),results) $(PLUGINS)
 
 coverage: $(READY)  ## count the papers' numbers that one command recomputes; write the page
 	$(PYTHON) scripts/coverage.py
@@ -89,7 +91,7 @@ compare: $(READY)  ## which of the methods A and B is better, of MODEL at BUDGET
 	  $(NOT_COMPARED)))$(PYTHON) scripts/compare.py --results $(or $(OUT),results) $(COMPARED)
 
 report: $(READY)  ## write an HTML page and a summary from the records in OUT (default: results)
-	$(PYTHON) scripts/report.py --results $(or $(OUT),results)
+	$(PYTHON) scripts/report.py --results $(or $(OUT),results) $(PLUGINS)
 
 bench: $(READY)  ## latency and memory of the methods on this CPU, small models (two minutes)
 	$(PYTHON) scripts/bench.py --config-name bench_cpu $(OVERRIDES)

@@ -18,6 +18,7 @@ from pydantic import (
 from secateur import cell
 from secateur.budget import Budget
 from secateur.pruners import InLLMPruner, Pruner, build
+from secateur.pruners.plugins import load_plugins
 from secateur.settings import Count, EngineSettings, ModelSettings, SuiteSettings
 from secateur.store import Store, StoredCell
 from secateur.tasks import canonical
@@ -37,6 +38,7 @@ class Job(EngineSettings):
     """The settings of one Hydra job: one model, one method, one budget, several tasks."""
 
     model: ModelSettings
+    plugins: list[str] | str  # files with methods, loaded before this is checked
     pruner: Annotated[
         Pruner | InLLMPruner,
         PlainValidator(lambda fields: build(**fields)),
@@ -50,7 +52,7 @@ class Job(EngineSettings):
         AfterValidator(lambda tasks: [canonical(name) for name in tasks]),
     ]
     limit: Count | None
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    task_seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
     shard: Annotated[  # number and count
         tuple[int, int],
         PlainValidator(_parse_shard),
@@ -69,6 +71,7 @@ class Job(EngineSettings):
                 message names the fix.
         """
         values: Any = OmegaConf.to_container(config, resolve=True)
+        load_plugins(values["plugins"] or [])  # a worker's process has not loaded them
         if values["limit"] == "suite":
             values["limit"] = values["suite"]["limit"]
         job = cls.checked(values)
@@ -110,6 +113,6 @@ class Job(EngineSettings):
             self.suite,
             task,
             self.limit,
-            self.seed,
+            self.task_seed,
         )
         return self.store.cell(identity)

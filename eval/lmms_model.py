@@ -7,6 +7,7 @@ from secateur.budget import Budget
 from secateur.cache import EncodeCache
 from secateur.models import PrunedModel
 from secateur.pruners import build
+from secateur.pruners.plugins import load_plugins
 
 _FIELD = "pruner."  # before a pruner's own fields: pruner.order=picked
 
@@ -23,6 +24,7 @@ class Secateur(PrunedModel):
         pruner: the method.
         budget: tokens per image, or a retention.
         batch_size: must be 1; `batch_tokens` sets the size of batches.
+        plugins: files with methods of your own, separated as in PATH.
         cache_gb: limit of the image encoder's output kept in memory.
         fields: `pruner.<field>` of the method, all others of `PrunedModel`.
 
@@ -38,6 +40,7 @@ class Secateur(PrunedModel):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        plugins: str = "",
         cache_gb: float = 4,
         **fields: Any,
     ) -> None:
@@ -56,6 +59,7 @@ class Secateur(PrunedModel):
             for name in list(fields)
             if name.startswith(_FIELD)
         }
+        load_plugins(plugins)
         method, positions = build(pruner, **options), fields.pop("positions", None)
         try:
             super().__init__(

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.settings import ModelIdentity, SuiteIdentity
 from secateur.tasks import Task, entry
@@ -29,7 +29,7 @@ class _Data(BaseModel):
 
     def as_json(self) -> dict[str, Any]:
         """The content as it is written. Fields that a file did not hold are not added."""
-        return self.model_dump(mode="json", exclude_unset=True)
+        return self.model_dump(mode="json", exclude_unset=True, by_alias=True)
 
 
 class MethodIdentity(_Data):
@@ -57,11 +57,13 @@ class MethodIdentity(_Data):
         """The fields that differ from `expected`, or from the class's defaults.
 
         Fields that `expected` does not name are compared with the defaults. A field that the
-        method got after the record was written counts as its default.
+        method got after the record was written counts as its default. Of a method that is not
+        registered here, all fields are named.
         """
         from secateur.pruners import REGISTRY  # imports PyTorch, which takes more than a second
 
-        defaults = {field.name: field.default for field in dataclasses.fields(REGISTRY[self.name])}
+        known = dataclasses.fields(REGISTRY[self.name]) if self.name in REGISTRY else ()
+        defaults = {field.name: field.default for field in known}
         own, usual = (
             json.loads(json.dumps(fields))
             for fields in (defaults | self.fields, defaults | (expected or {}))
@@ -94,7 +96,7 @@ class Identity(_Data):
     suite: SuiteIdentity
     task: str
     limit: int | None
-    seed: int
+    task_seed: int = Field(alias="seed")  # of lmms-eval; files keep the name of the first release
     versions: dict[str, str]
     clip: str = ""  # the weights of CLIP, for a method that compares with the question in it
     definition: str = ""  # digest of a task that is not in the table of tasks
@@ -119,10 +121,8 @@ class Identity(_Data):
         Cells of one configuration are versions of one cell. A field that an old record does not
         hold counts as its default.
         """
-        from secateur.pruners import REGISTRY  # imports PyTorch, which takes more than a second
-
         method = self.pruner
-        fields = method.changed() if method.name in REGISTRY else method.fields
+        fields = method.changed()
         return digest([self._shared, method.name, fields, self.budget, self.task])
 
     @cached_property
@@ -133,7 +133,7 @@ class Identity(_Data):
     @property
     def _shared(self) -> list[Any]:
         model = self.model.model_dump(exclude={"weights"})
-        return [self.suite.model_dump(), model, self.limit, self.seed]
+        return [self.suite.model_dump(), model, self.limit, self.task_seed]
 
     @property
     def stem(self) -> str:
@@ -146,7 +146,8 @@ class Identity(_Data):
         documents = (
             "all documents" if self.limit is None else f"the first {self.limit} documents per task"
         )
-        return f"suite {self.suite.name}, model {self.model.name}, {documents}, seed {self.seed}"
+        where = f"suite {self.suite.name}, model {self.model.name}"
+        return f"{where}, {documents}, task seed {self.task_seed}"
 
 
 class Environment(_Data):

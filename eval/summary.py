@@ -1,14 +1,12 @@
 """What Hydra calls before and after a sweep: counts the jobs; prints tables, errors and counts."""
 
 import json
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -45,18 +43,7 @@ class Summary(Callback):
         begin(jobs)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-        overrides = OverridesParser.create().parse_overrides(
-            [*params, *config.hydra.overrides.task]
-        )
-        # a value on the command line replaces the experiment's list of the same field
-        counts = {
-            o.get_key_element(): len(list(o.sweep_string_iterator()))
-            if o.is_sweep_override()
-            else 1
-            for o in overrides
-        }
-        self._start(config, math.prod(counts.values()))
+        self._start(config, jobs=1)  # the sweeper knows how many
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         self._sum_up(

@@ -64,12 +64,14 @@ class Sweep:
         Cells that another process is running are left for `finish`.
         """
         from secateur.job import Job
+        from secateur.precheck import check_schedule
 
         self.interrupt.catch()
         outcomes: list[Outcome] = []
         cells = [f"pruner={config.pruner.name} budget={config.budget}"]
         try:
             job = Job.of(config)
+            check_schedule(job)
             cells = [f"{task} {job.pruner.name} {job.budget}" for task in job.tasks]
             for task in job.tasks:
                 self.bar.show(len(job.tasks), f"{job.pruner.name} {job.budget} {task}")
@@ -231,7 +233,7 @@ class Sweep:
 
             model.use(job.pruner, job.budget, job.model.positions)
             model.answers, model.shard, model.on_answer = answers, job.shard, on_answer
-            return cell.run(model, loaded, job.suite.find(task), job.limit, job.seed, files)
+            return cell.run(model, loaded, job.suite.find(task), job.limit, job.task_seed, files)
 
 
 # The only global of a sweep: Hydra calls the summary and the job function by name and hands

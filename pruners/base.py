@@ -326,10 +326,6 @@ class Pruner(Method):
         """Names of the captures that `select` reads."""
         return frozenset({"features"})
 
-    def tokens_after(self, tokens: int, keep: int) -> int:
-        """Tokens after `prune` of `tokens` with `keep`, for a method that is not adaptive."""
-        return keep
-
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` of N tokens (1 <= keep < N) per row; inputs are float32 and finite."""
         raise NotImplementedError
@@ -360,9 +356,7 @@ class Pruner(Method):
             raise_first([finite])  # the cause, if it is the input
             raise
         # together, since asking makes a GPU wait
-        conditions = answer_conditions(self, selection, batch, count)
-        raise_first([finite, *conditions])
-        check_count(self, selection, count, self.tokens_after(count, keep))
+        raise_first([finite, *answer_conditions(self, selection, batch, count)])
         return selection
 
     def _check_input(self, tokens: VisualTokens, keep: int) -> Condition:
@@ -439,10 +433,9 @@ def check_keep(method: Method, keep: int, tokens: int) -> None:
         )
 
 
-def check_answer(method: Method, answer: Any, batch: int, tokens: int, kept: int) -> None:
-    """Raise PrunerError unless `answer` is a sound Selection of `kept` tokens per row."""
+def check_answer(method: Method, answer: Any, batch: int, tokens: int) -> None:
+    """Raise PrunerError unless `answer` is a sound Selection."""
     raise_first(answer_conditions(method, answer, batch, tokens))
-    check_count(method, answer, tokens, kept)
 
 
 def answer_conditions(method: Method, answer: Any, batch: int, tokens: int) -> "list[Condition]":
@@ -450,15 +443,6 @@ def answer_conditions(method: Method, answer: Any, batch: int, tokens: int) -> "
     if not isinstance(answer, Selection):
         method.fail(f"select() returned a {type(answer).__name__}, expected a Selection")
     return answer.conditions(method.name, batch, tokens)
-
-
-def check_count(method: Method, answer: Selection, tokens: int, kept: int) -> None:
-    """Raise PrunerError unless `answer` has `kept` of `tokens` tokens per row."""
-    if not method.adaptive and answer.counts is None and answer.indices.shape[1] != kept:
-        method.fail(
-            f"select() returned {answer.indices.shape[1]} of {tokens} tokens, expected {kept}; a "
-            "method with a count of its own per image says so with adaptive = True"
-        )
 
 
 def is_finite(x: Tensor) -> Tensor:

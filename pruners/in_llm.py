@@ -169,7 +169,7 @@ class InLLMPruner(Method):
         floats = {name: getattr(tokens, name).float().contiguous() for name in self.needs}
         with torch.no_grad():
             selection = self.select(dataclasses.replace(tokens, **floats), keep)
-        check_answer(self, selection, batch, count, self.tokens_after(count, keep))
+        check_answer(self, selection, batch, count)
         return selection
 
     def _check_input(self, tokens: LayerTokens, keep: int) -> None:

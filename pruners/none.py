@@ -14,9 +14,6 @@ class NoPruning(Pruner):
     paper = "-"
     status = "baseline"
 
-    def tokens_after(self, tokens: int, keep: int) -> int:
-        return tokens
-
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         batch, count = tokens.shape
         return Selection(torch.arange(count, device=tokens.features.device).expand(batch, -1))

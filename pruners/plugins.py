@@ -28,7 +28,8 @@ def load_plugins(files: str | Iterable[str | Path] = ()) -> list[str]:
     A file that was loaded before is not read again.
 
     Args:
-        files: Python files; as one string, separated as in PATH.
+        files: Python files; as one string, separated by commas or as in PATH, with or without
+            brackets around.
 
     Returns:
         The names of these methods.
@@ -37,10 +38,11 @@ def load_plugins(files: str | Iterable[str | Path] = ()) -> list[str]:
         PrunerError: a file that is missing, fails to import, registers nothing or a known name, or
             a method with a field or an attribute that the project cannot use.
     """
-    parts = files.split(os.pathsep) if isinstance(files, str) else files
+    if isinstance(files, str):
+        files = [part for part in re.split(f"[,{os.pathsep}]", files.strip("[]")) if part.strip()]
     names = list(_entry_points())
-    for file in parts:
-        path = Path(file).expanduser().resolve()
+    for file in files:
+        path = Path(str(file).strip()).expanduser().resolve()
         if path not in _loaded:
             if not path.is_file():
                 raise PrunerError(f"plugins: there is no file {path}")

@@ -35,7 +35,7 @@ def cells(results: Path) -> dict[str, tuple[dict[str, float], Path]]:
         record = read(path.parent)
         own = record.identity
         method = own.pruner.name, own.pruner.fields
-        setting = own.suite.name, own.model.name, own.limit, own.seed
+        setting = own.suite.name, own.model.name, own.limit, own.task_seed
         key = json.dumps([*setting, method, own.budget, own.task])
         found[key] = (record.metrics, path.with_name("samples.parquet"))
     return found

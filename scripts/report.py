@@ -33,6 +33,9 @@ def main() -> int:
         help="folder of a sweep (default: results)",
     )
     parser.add_argument(
+        "--plugins", default="", metavar="FILE,...", help="files with methods of your own"
+    )
+    parser.add_argument(
         "--resamples",
         type=count,
         default=RESAMPLES,
@@ -61,6 +64,13 @@ def main() -> int:
     options = parser.parse_args()
     if not options.results.is_dir():
         parser.error(f"--results {options.results}: no such folder")
+    from secateur.pruners import PrunerError
+    from secateur.pruners.plugins import load_plugins
+
+    try:
+        load_plugins(options.plugins)
+    except PrunerError as error:
+        parser.error(str(error))
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # of lmms-eval's index of tasks
     os.environ.setdefault("TQDM_DISABLE", "1")
     from secateur.reporting.report import Report

@@ -1,4 +1,8 @@
-"""Run cells: `python scripts/sweep.py pruner=scope budget=16`; `-m` combines comma lists."""
+"""Run cells: `python scripts/sweep.py pruner=scope budget=16`; `-m` combines comma lists.
+
+`plugins=[mine.py]` adds methods, `scope.alpha=1,2` is for one method, `seeds=0,1,2` for those that
+draw random numbers.
+"""
 
 import gc
 import logging
@@ -8,7 +12,8 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from secateur.progress import KEPT
+from secateur.grid import arguments
+from secateur.progress import KEPT, print_error
 
 
 @hydra.main(config_path="../configs", config_name="sweep", version_base="1.3")
@@ -27,6 +32,11 @@ if __name__ == "__main__":
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("numexpr").setLevel(logging.WARNING)
+    try:
+        sys.argv[1:] = arguments(sys.argv[1:])
+    except ValueError as error:
+        print_error(str(error))
+        sys.exit(1)
     try:
         main()
     except KeyboardInterrupt:

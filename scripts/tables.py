@@ -20,6 +20,8 @@ from rich.table import Table
 
 from secateur.paths import ROOT
 from secateur.progress import count, run_script
+from secateur.pruners import PrunerError
+from secateur.pruners.plugins import load_plugins
 from secateur.reporting import (
     averages,
     comparison,
@@ -49,6 +51,9 @@ def main() -> int:
         help="folder of a sweep (default: results)",
     )
     parser.add_argument(
+        "--plugins", default="", metavar="FILE,...", help="files with methods of your own"
+    )
+    parser.add_argument(
         "--resamples",
         type=count,
         default=RESAMPLES,
@@ -57,6 +62,10 @@ def main() -> int:
     options = parser.parse_args()
     if not options.results.is_dir():
         parser.error(f"--results {options.results}: no such folder")
+    try:
+        load_plugins(options.plugins)
+    except PrunerError as error:
+        parser.error(str(error))
     folder, failed, started = options.results / "tables", False, False
     width = None if sys.stdout.isatty() else WIDTH
     console = Console(width=width, soft_wrap=True, highlight=False, markup=False)

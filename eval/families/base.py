@@ -337,6 +337,10 @@ class Family:
         """The crops of prompts with so many visual tokens; None where the number does not tell."""
         return None
 
+    def visual_tokens(self, config: Any) -> int | None:
+        """Visual tokens of every image, before pruning; None if they depend on the image."""
+        return None
+
     def as_seen(self, model: "ModelIdentity", image: Image.Image) -> Image.Image | None:
         """The part of an image that one square grid of tokens covers; None where no grid does.
 

@@ -1,5 +1,6 @@
 """LLaVA-1.5: a CLIP tower with CLS, a projector, a Llama."""
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -237,6 +238,9 @@ class Llava(Family):
     def crops_of(self, config: Any, visual_tokens: int) -> list[tuple[int, int]] | None:
         grid = clip_grid(config)
         return [grid] * (visual_tokens // grid[0] ** 2)
+
+    def visual_tokens(self, config: Any) -> int | None:
+        return math.prod(clip_grid(config))
 
     def as_seen(self, model: "ModelIdentity", image: Image.Image) -> Image.Image | None:
         if model.geometry == "pad":

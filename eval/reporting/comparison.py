@@ -112,7 +112,10 @@ def _unknown(record: Record) -> str:
     """What of a record this installation does not know; empty if nothing."""
     own = record.identity
     if own.pruner.name not in REGISTRY:
-        return f"is of the method {own.pruner.name!r}, which is not registered here"
+        return (
+            f"is of the method {own.pruner.name!r}, which is not registered here; name the file "
+            "that it is in: plugins=[path/to/it.py]"
+        )
     if own.task not in TASKS and record.unlisted is None:
         return f"is of the task {own.task!r}, which is not known here"
     task = record.entry

@@ -53,7 +53,7 @@ def _facts(cells: Sequence[Cell]) -> dict[str, str]:
             if value is not None
         },
         "documents per task": "all" if first.limit is None else f"the first {first.limit}",
-        "seed": str(first.seed),
+        "task seed": str(first.task_seed),
         "versions": _listed(
             f"{name} {version}"
             for identity in identities

@@ -1,4 +1,4 @@
-"""Hydra's own sweeper, but it composes the config of each job once instead of twice."""
+"""Hydra's own sweeper with axes that only some methods have; it composes each job once."""
 
 import dataclasses
 import multiprocessing
@@ -6,11 +6,17 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
+
+from secateur import grid
+from secateur.progress import console, print_error
+from secateur.sweep import current
 
 _PATIENCE = 60  # seconds to wait for the fork after the import
 Configs = dict[tuple[str, ...], DictConfig]  # by the overrides of the job
@@ -33,10 +39,35 @@ class _Composed:
 
 
 class ComposedOnce(BasicSweeper):
-    """Composes every job before the first one runs, as Hydra does to find mistakes early.
+    """Composes and checks every job before the first one runs.
 
-    Hydra's launcher in this process then runs these configs; other launchers compose again.
+    Hydra's launcher in this process then runs these configs; other launchers compose again. The
+    sweep ends here if a job cannot run; see `secateur.grid` for its jobs.
     """
+
+    def split_arguments(  # type: ignore[override] # there a static method
+        self, overrides: list[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        assert self.hydra_context is not None
+        assert self.config is not None
+        loader: Any = self.hydra_context.config_loader
+        names = loader.get_group_options("pruner", ObjectType.CONFIG)
+
+        def fields(name: str) -> list[str]:
+            if name not in names:  # Hydra's message lists the known ones
+                return []
+            return [str(key) for key in loader.repository.load_config(f"pruner/{name}").config]
+
+        usual = str(self.config.hydra.runtime.choices.get("pruner"))
+        methods = grid.Methods(frozenset(set(names) - set(self.config)), fields, usual)
+        try:
+            jobs, notes = grid.jobs(overrides, methods)
+        except ValueError as error:
+            _stop([str(error)])
+        current().bar.jobs = len(jobs)
+        for note in notes:
+            console.print(note, highlight=False)
+        return list(self.split_overrides_to_chunks(jobs, max_batch_size))
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         assert self.hydra_context is not None
@@ -46,13 +77,25 @@ class ComposedOnce(BasicSweeper):
             assert master is not None
             return {tuple(job): loader.load_sweep_config(master, list(job)) for job in batch}
 
-        if not isinstance(self.launcher, BasicLauncher):
-            compose()
+        in_this_process = isinstance(self.launcher, BasicLauncher)
+        configs = _while_importing(compose) if in_this_process else compose()
+        from secateur.precheck import problems  # imports the methods, and these PyTorch
+
+        if found := problems(configs.values()):
+            _stop(found)
+        if not in_this_process:
             return
-        handing_over: Any = _Composed(loader, _while_importing(compose))
+        handing_over: Any = _Composed(loader, configs)
         self.launcher.hydra_context = dataclasses.replace(
             self.hydra_context, config_loader=handing_over
         )
+
+
+def _stop(messages: list[str]) -> NoReturn:
+    for message in messages:
+        print_error(f"REFUSED {message}")
+    print_error("Nothing was run.")
+    sys.exit(1)
 
 
 def _while_importing(compose: Callable[[], Configs]) -> Configs:
