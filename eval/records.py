@@ -75,7 +75,12 @@ class MethodIdentity(_Data):
     @property
     def label(self) -> str:
         """Name, fields that differ from their defaults, and a status that qualifies its numbers."""
-        words = [self.name, *(f"{name}={value}" for name, value in self.changed().items())]
+        return self.label_without()
+
+    def label_without(self, *fields: str) -> str:
+        """The label, without these fields."""
+        shown = {name: value for name, value in self.changed().items() if name not in fields}
+        words = [self.name, *(f"{name}={value}" for name, value in shown.items())]
         return " ".join(words) + (f" ({self.status})" if self.qualified else "")
 
     @property

@@ -72,6 +72,25 @@ class Summary(Callback):
             sys.exit(1)
 
 
+def _ablations(records: "Records", results: Path, stem: Path) -> list[Path]:
+    """Draw the score against every field that the sweep varied; returns the files."""
+    from secateur.reporting import ablation  # imports matplotlib
+
+    varied = ablation.varied(record.identity for record in records)
+    if not varied:
+        return []
+    from secateur.reporting.comparison import cell_of, compare
+
+    store = Store(results)
+    try:
+        compared = compare([cell_of(record, store) for record in records])
+    except ValueError as error:
+        print_error(f"no figure of the varied fields: {error}")
+        return []
+    title = records[0].identity.title
+    return [path for one in varied for path in ablation.write(one, compared, title, stem)]
+
+
 def _logger(config: DictConfig) -> "Callable[[Records], bool]":
     """A function that logs the records of a sweep; returns whether all were logged."""
     if config.logger.name == "none":
@@ -104,10 +123,10 @@ def _report(files: list[Path], results: Path, log: "Callable[[Records], bool]") 
             records.append(read(Path(folder)))
         except DamagedRecord as error:
             by_cell[folder] = {"state": "failed", "cell": "table", "message": str(error)}
-    groups = tables.by_setting(records)
-    for group, stem in zip(groups, tables.stems(groups), strict=True):
+    for group in tables.by_setting(records):
         tables.show(group)
-        for path in tables.write(group, results / "tables" / stem):
+        stem = results / "tables" / tables.grid_stem(group)
+        for path in [*tables.write(group, stem), *_ablations(group, results, stem)]:
             console.print(f"written: {path}", highlight=False)
     messages = {o["message"]: o["cell"] for o in reversed(by_cell.values()) if "message" in o}
     for message, where in messages.items():

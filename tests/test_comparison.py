@@ -48,9 +48,10 @@ def test_known_effects_are_found(compared):
         "visionzip": 78,
         "divprune": 60,
         "random": 70,
-        "random seed=1": 70,
-        "random seed=2": 70,
     }
+    assert gqa.loc["random", "seeds"] == 3
+    assert gqa.loc["random", "sd"] == pytest.approx(0)
+    assert gqa.loc["scope", "seeds"] == 1
     assert gqa.loc["scope", "difference"] == pytest.approx(-2)
     assert gqa.loc["scope", ["right_to_wrong", "wrong_to_right"]].tolist() == [40, 0]
     assert gqa.loc["scope", "agreement"] == pytest.approx(0.98)
@@ -74,7 +75,8 @@ def test_the_average_is_over_all_tasks(compared):
 def test_the_table_says_what_it_shows(compared, tmp_path):
     cells, table = compared
     text = markdown(cells, table)
-    assert "| 64       | divprune      | 64.0     | 60.0 ± " in text
+    assert "| 64       | divprune        | 64.0     | 60.0 ± " in text
+    assert "| 64       | random, 3 seeds | 64.0     | " in text
     assert "power 80 %" in text
     assert f"{len(cells)} cells, commit abc." in text
     assert "three seeds" not in text

@@ -322,15 +322,27 @@ def test_the_difference_to_random_includes_the_seeds():
         for i in range(3)
     }
     found = estimate("gqa", "accuracy", {"a": samples(base, 4), **seeds}, 2000)
-    over = found.over_random("a", list(seeds))
+    rows = found.over_seeds({"a": ["a"], "random": list(seeds)})
+    over = rows.difference("a", "random")
     assert over.value == pytest.approx(
         found.values["a"] - np.mean([found.values[name] for name in seeds])
     )
     one = found.difference("a", "random 0")
     assert over.low < over.value < over.high
     assert over.high - over.low < one.high - one.low  # a mean of three
-    with pytest.raises(ValueError, match="at least three seeds, not 2"):
-        found.over_random("a", ["random 0", "random 1"])
+    assert rows.draws["a"].equals(found.draws["a"])
+
+
+def test_seeds_are_resampled_with_the_spread_of_a_mean_and_alike_in_every_task():
+    values = {"r 0": 1.0, "r 1": 2.0, "r 2": 4.0}
+    # without documents: every resample has the values themselves
+    one_task = Estimates(pd.Series(values), pd.DataFrame([values] * 20_000))
+    rows = {"r": list(values), "one": ["r 0"]}
+    found = one_task.over_seeds(rows)
+    assert found.values.to_dict() == {"r": pytest.approx(7 / 3), "one": 1}
+    assert found.draws["r"].var() == pytest.approx(np.var([1, 2, 4], ddof=1) / 3, rel=0.05)
+    assert found.draws["one"].eq(1).all()
+    assert one_task.over_seeds(rows).draws.equals(found.draws)
 
 
 def test_a_detectable_difference_is_found_four_times_in_five():

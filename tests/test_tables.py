@@ -120,7 +120,7 @@ def test_other_limits_get_tables_of_their_own():
 def test_the_files_name_suite_model_limit_and_commit(tmp_path):
     markdown, csv = tables.write(RANDOM + UNPRUNED, tmp_path / "made" / "shapes.v2")
     text = markdown.read_text()
-    assert "suite shapes, model shapes_llava, the first 60 documents per task, seed 0" in text
+    assert "suite shapes, model shapes_llava, the first 60 documents per task, task seed 0" in text
     assert "commit abc" in text
     assert "| random seed=3 | 48 | 48.0 | 60.0 | - | - |" in text
     assert pd.read_csv(csv)["tokens"].tolist() == [144, 48, 16]

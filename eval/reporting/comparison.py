@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from secateur.pruners import REGISTRY
 from secateur.records import Record
 from secateur.reporting import stats
+from secateur.reporting.seeds import row_names, seed_of
 from secateur.reporting.tables import by_setting
 from secateur.reporting.versions import Stale, differences, newest
 from secateur.store import DamagedRecord, Store
@@ -50,6 +51,11 @@ class Cell(NamedTuple):
     @property
     def method(self) -> str:
         return self.record.identity.pruner.label
+
+    @property
+    def seed(self) -> Any:
+        """The method's own seed; None if it has none."""
+        return seed_of(self.record.identity.pruner)
 
     @property
     def budget(self) -> str:
@@ -98,14 +104,16 @@ def load(
             continue
         if not record.entry.metrics:  # a server scores it
             continue
-        path = store.cell(record.identity).folder / "samples.parquet"
-        stored = pq.read_schema(path).names
-        cells.append(
-            Cell(
-                record, pd.read_parquet(path, columns=[name for name in _COLUMNS if name in stored])
-            )
-        )
+        cells.append(cell_of(record, store))
     return cells
+
+
+def cell_of(record: Record, store: Store) -> Cell:
+    """A stored cell with the columns of its rows that a comparison needs."""
+    path = store.cell(record.identity).folder / "samples.parquet"
+    stored = pq.read_schema(path).names
+    columns = [name for name in _COLUMNS if name in stored]
+    return Cell(record, pd.read_parquet(path, columns=columns))
 
 
 def _unknown(record: Record) -> str:
@@ -185,16 +193,18 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
 
     Returns:
         One row per task, method and budget, and rows of task "average" for the methods that ran
-        every task, over the tasks in which the unpruned model does not score 0. What cannot be
+        every task, over the tasks in which the unpruned model does not score 0. Cells that differ
+        in the method's seed alone share a row, which shows means over the seeds. What cannot be
         computed is NaN. Columns:
-        task, metric, method, budget, tokens, documents, images;
-        value, low, high: the metric with its interval;
+        task, metric, method, budget, seeds, tokens, documents, images;
+        value, low, high: the metric with its interval, over documents and seeds;
+        sd: standard deviation over the seeds;
         difference, difference_low, difference_high, p, p_holm: to the unpruned model, the last
         adjusted over the rows of a task;
         detectable: the smallest difference that the test finds with the usual power;
         mcnemar, mcnemar_holm, right_to_wrong, wrong_to_right, agreement: flips; the tests only
         where every image has one question;
-        over_random, over_random_low, over_random_high: difference to random;
+        over_random, over_random_low, over_random_high: difference to random of three seeds;
         tied_best: whether it ties with the best of its budget; none where images are few;
         few_images: whether the row has too few images for its intervals and tests;
         mark: what limits the row, e.g. why it has no interval.
@@ -203,6 +213,7 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
         ValueError: cells of different settings; two cells for one row.
     """
     check_one_setting(cells)
+    names = row_names(cell.record.identity for cell in cells)
     rows: list[dict[str, Any]] = []
     estimates: list[stats.Estimates | None] = []
     based: list[stats.Estimates] = []  # those with a baseline
@@ -216,14 +227,16 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
                     f"{own[cell.key].record.identity.folder} and {cell.record.identity.folder}"
                 )
             own[cell.key] = cell
+        by_row = _by_row(own, names)
         unpruned = next((key for key, cell in own.items() if cell.name == "none"), None)
         if unpruned is None:
             missing = f"task {task} has no unpruned cell to compare with; run it with pruner=none"
-            for fact in (_facts(cell, cell) for cell in own.values()):
+            for group in by_row.values():
+                fact = _facts(group, names, None)
                 rows.append(fact | {"mark": [*fact["mark"], missing]})
             estimates.append(None)
             continue
-        facts = {key: _facts(cell, own[unpruned]) for key, cell in own.items()}
+        facts = {key: _facts(group, names, own[unpruned]) for key, group in by_row.items()}
         try:
             found = estimate(own[unpruned].record.entry.headline, own, resamples)
         except ValueError as error:
@@ -231,6 +244,7 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
             for fact in facts.values():
                 fact["mark"].append(str(error))
         else:
+            found = found.over_seeds({key: list(group) for key, group in by_row.items()})
             _infer(facts, found, unpruned)
             estimates.append(found)
             if found.values[unpruned] > 0:
@@ -243,7 +257,7 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
             row["mark"].append("no baseline: the unpruned model scores 0")
     if len(complete) == len(estimates) and len(based) > 1:
         rows += _average([row for row in rows if row["task"] not in without], based)
-    frame = pd.DataFrame(rows).drop(columns=["key", "name"])
+    frame = pd.DataFrame(rows).drop(columns=["key", "name", "by_seed"])
     for p in ("p", "mcnemar"):
         adjusted = pd.concat(
             [pd.Series(stats.holm(own), own.index) for _, own in frame.groupby("task")[p]]
@@ -252,12 +266,43 @@ def compare(cells: list[Cell], resamples: int = stats.RESAMPLES) -> pd.DataFrame
     return frame.assign(mark=frame["mark"].map("; ".join))
 
 
-def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
-    """The part of a row that needs no resampling."""
+def _by_row(cells: dict[str, Cell], names: dict[str, str]) -> dict[str, dict[str, Cell]]:
+    """The cells of a task by row, each row with its cells by their keys."""
+    rows: dict[str, dict[str, Cell]] = {}
+    for key, cell in cells.items():
+        rows.setdefault(f"{names[cell.method]} at {cell.budget}", {})[key] = cell
+    return rows
+
+
+def _facts(cells: dict[str, Cell], names: dict[str, str], unpruned: Cell | None) -> dict[str, Any]:
+    """The part of a row that needs no resampling; the cells are of one method and its seeds."""
+    facts = [_facts_of_cell(cell, unpruned) for cell in cells.values()]
+    first = next(iter(cells.values()))
+    by_seed = {cell.seed: fact["value"] for cell, fact in zip(cells.values(), facts, strict=True)}
+    method = names[first.method]
+    row = facts[0] | {
+        "key": f"{method} at {first.budget}",
+        "method": method,
+        "seeds": len(cells),
+        "by_seed": by_seed,
+    }
+    if len(cells) == 1:
+        return row
+    for column in ("tokens", "value", "right_to_wrong", "wrong_to_right", "agreement"):
+        row[column] = float(np.mean([fact[column] for fact in facts]))
+    return row | {
+        "sd": float(np.std([fact["value"] for fact in facts], ddof=1)),
+        "mcnemar": np.nan,
+        "mark": list(dict.fromkeys(text for fact in facts for text in fact["mark"])),
+    }
+
+
+def _facts_of_cell(cell: Cell, unpruned: Cell | None) -> dict[str, Any]:
+    """What is known of one cell. Without an unpruned cell there is no comparison of answers."""
     metric = cell.record.entry.headline
     images, answers = cell.rows["image_id"].nunique(), cell.rows["answer"].str.strip().str.lower()
     mark = []
-    if other := differences(cell.record, unpruned.record):
+    if unpruned and (other := differences(cell.record, unpruned.record)):
         mark.append(f"other {', '.join(other)} than the unpruned cell")
     if answers.nunique() == 1:
         mark.append(f"every answer is {answers.iloc[0]!r}")
@@ -268,21 +313,25 @@ def _facts(cell: Cell, unpruned: Cell) -> dict[str, Any]:
             mark.append(f"{number} of {cell.record.documents} {text}")
     if images < FEW_IMAGES:
         mark.append(f"{images} image{'s' * (images != 1)}: intervals are too short")
-    paired = cell.key != unpruned.key and sorted(cell.rows["doc_id"]) == sorted(
-        unpruned.rows["doc_id"]
-    )
-    flips = stats.flips(unpruned.rows, cell.rows) if paired else stats.Flips(*[np.nan] * 4)
+    flips = stats.Flips(*[np.nan] * 4)
+    if (
+        unpruned
+        and cell.key != unpruned.key
+        and sorted(cell.rows["doc_id"]) == sorted(unpruned.rows["doc_id"])
+    ):
+        flips = stats.flips(unpruned.rows, cell.rows)
     return {
         "task": cell.task,
         "metric": metric,
-        "key": cell.key,
         "name": cell.name,
         "method": cell.method,
         "budget": cell.budget,
+        "seeds": 1,
         "tokens": cell.tokens,
         "documents": len(cell.rows),
         "images": images,
         "value": cell.stored(metric),
+        "sd": np.nan,
         **dict.fromkeys(_INFERRED, np.nan),
         "mcnemar": flips.p,
         "right_to_wrong": flips.right_to_wrong,
@@ -328,9 +377,9 @@ def _infer(rows: dict[str, dict[str, Any]], found: stats.Estimates, unpruned: st
             for key in found.tied_best(equal):
                 group[key]["tied_best"] = True
         randoms = [key for key in equal if group[key]["name"] == "random"]
-        for key in equal if len(randoms) >= 3 else []:
+        for key in equal if sum(group[key]["seeds"] for key in randoms) >= 3 else []:
             if key not in randoms:
-                over = found.over_random(key, randoms)
+                over = found.difference(key, randoms[0])
                 group[key] |= {
                     "over_random": over.value,
                     "over_random_low": over.low,
@@ -358,9 +407,22 @@ def _average(rows: list[dict[str, Any]], estimates: list[stats.Estimates]) -> li
             "documents": sum(row["documents"] for row in own),
             "images": sum(row["images"] for row in own),
             "value": float(whole.values[key]),
+            "sd": _spread_of_average(own, rows),
             "tied_best": False,
             "few_images": any(row["few_images"] for row in own),
             "mark": sorted({f"{row['task']}: {text}" for row in own for text in row["mark"]}),
         }
     _infer(averages, whole, unpruned)
     return list(averages.values())
+
+
+def _spread_of_average(own: list[dict[str, Any]], rows: list[dict[str, Any]]) -> float:
+    """Standard deviation over the seeds of a method's relative average; NaN with one seed."""
+    full = {row["task"]: row["value"] for row in rows if row["name"] == "none"}
+    seeds = set.intersection(*(set(row["by_seed"]) for row in own))
+    if len(seeds) < 2:
+        return np.nan
+    means = [
+        np.mean([100 * row["by_seed"][seed] / full[row["task"]] for row in own]) for seed in seeds
+    ]
+    return float(np.std(means, ddof=1))

@@ -1,13 +1,16 @@
 """What the cells of a sweep cost, by task, method and budget."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple, cast
 
 import pandas as pd
 
 from secateur.reporting.comparison import TOKENS, Cell
+from secateur.reporting.seeds import row_names
 
 
 class Costs(NamedTuple):
@@ -34,12 +37,14 @@ def first_token_flops(cells: Sequence[Cell]) -> Costs:
             f"the records of {len(without)} cells, such as {without[0].key}, have no FLOPs; "
             "run them again"
         )
-    means, uncounted = {}, set()
+    names = row_names(cell.record.identity for cell in cells)
+    by_row, uncounted = defaultdict(list), set()
     for cell in cells:
-        flops = cell.record.flops or {}
-        means[cell.task, cell.method, cell.budget] = flops["first_token"] or math.nan
+        flops, method = cell.record.flops or {}, names[cell.method]
+        by_row[cell.task, method, cell.budget].append(flops["first_token"] or math.nan)
         if flops["pruner"] is None:
-            uncounted.add(cell.method)
+            uncounted.add(method)
+    means = {key: fmean(values) for key, values in by_row.items()}
     return Costs(_with_average(means, len({cell.task for cell in cells})), sorted(uncounted))
 
 
@@ -52,6 +57,7 @@ def prefill_times(cells: Sequence[Cell], results: Path) -> dict[str, pd.Series]:
     tokens per image; a method's average is left out if one of its tasks is.
     """
     found: dict[str, pd.Series] = {}
+    names = row_names(cell.record.identity for cell in cells)
     model = cells[0].record.identity.model.name
     for path in sorted((results / "bench").glob("bench-*.parquet")):
         samples = pd.read_parquet(path)
@@ -67,9 +73,10 @@ def prefill_times(cells: Sequence[Cell], results: Path) -> dict[str, pd.Series]:
                 own_tokens = cell.per_image(cell.tokens)
                 for key, time in medians.items():
                     method, tokens = cast(tuple[str, float], key)
-                    same = method == ("unpruned" if cell.name == "none" else cell.method)
+                    own_names = (cell.method, names[cell.method])  # the time needs no seed
+                    same = method in (("unpruned",) if cell.name == "none" else own_names)
                     if same and abs(tokens - own_tokens) <= TOKENS * own_tokens:
-                        times[cell.task, cell.method, cell.budget] = time
+                        times[cell.task, names[cell.method], cell.budget] = time
             if times:
                 found[f"prefill, ms ({', '.join(map(str, where))})"] = _with_average(
                     times, len({cell.task for cell in cells})

@@ -67,9 +67,9 @@ def accuracy_against(comparison: pd.DataFrame, cost: pd.Series, axis: str, capti
     )
     if points.empty:
         raise ValueError(f"no row has a cost ({axis})")
-    figure, panels = _panels(comparison, caption, 3.4)
+    figure, tasks = panels(comparison, caption, 3.4)
     look = looks(comparison)
-    for task, panel in panels.items():
+    for task, panel in tasks.items():
         own = points[points["task"] == task].dropna(subset=["value"]).sort_values("cost")
         front = own[pareto(own["cost"], own["value"])]
         panel.plot(
@@ -139,12 +139,12 @@ def bars(comparison: pd.DataFrame, caption: str) -> Figure:
 
     A line shows the unpruned value, a band its interval.
     """
-    figure, panels = _panels(comparison, caption, 3.0)
+    figure, tasks = panels(comparison, caption, 3.0)
     look = looks(comparison)
     tokens = comparison[comparison["method"] != UNPRUNED].groupby("budget")["tokens"].mean()
     budgets = list(tokens.sort_values(ascending=False).index)
     width = 0.86 / max(1, len(look))
-    for task, panel in panels.items():
+    for task, panel in tasks.items():
         own = comparison[comparison["task"] == task]
         for row in own.to_dict("records"):
             if row["method"] == UNPRUNED:
@@ -261,18 +261,16 @@ def agreement_matrices(shares: dict[str, pd.DataFrame], caption: str) -> Figure:
     return figure
 
 
-def _panels(
-    comparison: pd.DataFrame, caption: str, height: float
-) -> tuple[Figure, dict[str, Axes]]:
+def panels(comparison: pd.DataFrame, caption: str, height: float) -> tuple[Figure, dict[str, Axes]]:
     """A titled figure with one panel per task, the average first."""
     tasks = sorted(dict.fromkeys(comparison["task"]), key=lambda task: task != "average")
     columns = min(_COLUMNS, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(max(5.0, 4.0 * columns), height * rows + 0.8), layout="constrained")
     figure.suptitle(_wrapped(caption, max(5.0, 4.0 * columns)), fontsize=9)
-    panels = {}
+    found = {}
     for number, task in enumerate(tasks):
-        panel = panels[task] = figure.add_subplot(rows, columns, number + 1)
+        panel = found[task] = figure.add_subplot(rows, columns, number + 1)
         panel.set_title(
             "average, % of unpruned"
             if task == "average"
@@ -283,7 +281,7 @@ def _panels(
         )
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    return figure, panels
+    return figure, found
 
 
 def _finished(figure: Figure, handles: list[Line2D | Patch]) -> Figure:

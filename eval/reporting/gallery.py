@@ -10,6 +10,7 @@ from PIL import Image
 
 from secateur.families import family_of
 from secateur.reporting.comparison import Cell
+from secateur.reporting.seeds import row_names
 from secateur.settings import ModelIdentity
 from secateur.store import Store
 
@@ -117,12 +118,15 @@ def disagreements(
         Their number by task and by the method that is right; the first `PER_SIDE` of each.
     """
     counts: dict[str, dict[str, int]] = {}
+    names = row_names(cell.record.identity for cell in cells)
     shown = []
     for task in dict.fromkeys(cell.task for cell in cells):
+        at_budget = [cell for cell in cells if (cell.task, cell.budget) == (task, pair.budget)]
+        # of several seeds of a method, the first one
         own = {
-            cell.method: cell
-            for cell in cells
-            if (cell.task, cell.budget) == (task, pair.budget) and cell.method in pair.methods
+            names[cell.method]: cell
+            for cell in sorted(at_budget, key=lambda cell: -(cell.seed or 0))
+            if names[cell.method] in pair.methods
         }
         if len(own) < 2:
             continue

@@ -13,6 +13,7 @@ from secateur.reporting.versions import mixtures
 
 def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
     """The comparison as a table with notes: one row per method and budget, one column per task."""
+    comparison = comparison.assign(method=_with_seeds(comparison))
     shown = comparison.assign(cell=comparison.apply(_shown, axis=1))
     order = list(dict.fromkeys(comparison["task"]))
     wide = shown.pivot_table(
@@ -45,7 +46,12 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
     if comparison["over_random"].isna().all():
         notes.append(
             "No difference to random: it needs three seeds of random at a budget "
-            "(`pruner=random pruner.seed=0,1,2`)."
+            "(`pruner=random seeds=0,1,2`)."
+        )
+    if (comparison["seeds"] > 1).any():
+        notes.append(
+            "Rows of several seeds: means over the seeds, intervals over documents and seeds "
+            "together; in parentheses the standard deviation over the seeds."
         )
     marked = comparison[(comparison["mark"] != "") & (comparison["task"] != "average")]
     for (task, mark), rows in marked.groupby(["task", "mark"], sort=False):
@@ -64,10 +70,24 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
     return f"{heading}\n\n{table}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
 
 
+def _with_seeds(comparison: pd.DataFrame) -> pd.Series:
+    """The methods, with the number of seeds where there are several."""
+    most = comparison.groupby(["method", "budget"])["seeds"].transform("max")
+    return pd.Series(
+        [
+            f"{method}, {count} seeds" if count > 1 else method
+            for method, count in zip(comparison["method"], most, strict=True)
+        ],
+        comparison.index,
+    )
+
+
 def _shown(row: pd.Series) -> str:
     text = f"{row['value']:.1f}" + DAGGER * ("answers are unusable" in row["mark"])
     if row["low"] == row["low"]:
         text += f" ± {(row['high'] - row['low']) / 2:.1f}"
+    if row["sd"] == row["sd"]:
+        text += f" (sd {row['sd']:.1f})"
     if row["p_holm"] < 1 - LEVEL and not row["few_images"]:
         text += " ▾" if row["difference"] < 0 else " ▴"
     return f"**{text}**" if row["tied_best"] else text

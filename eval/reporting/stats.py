@@ -88,24 +88,23 @@ class Estimates:
         draws = 100 * self.draws[method] / self.draws[other]
         return Interval.of(100 * self.values[method] / self.values[other], draws.to_numpy())
 
-    def over_random(self, method: str, randoms: Sequence[str], seed: int = 0) -> Interval:
-        """`method` minus the mean of random pruning, over documents and over seeds.
+    def over_seeds(self, rows: Mapping[str, Sequence[str]], seed: int = 0) -> "Estimates":
+        """Means over the seeds of each method, over documents and over seeds.
 
-        Raises:
-            ValueError: fewer than three seeds.
+        In each resample n - 1 of a method's n seeds are drawn, as images are. A row draws the same
+        seeds in every task, and rows draw independently of each other.
+
+        Args:
+            rows: name of the row -> the methods in it, one per seed.
         """
-        if len(randoms) < 3:
-            raise ValueError(
-                f"the difference to random needs at least three seeds, not {len(randoms)}"
-            )
-        drawn = np.random.default_rng(seed).integers(
-            len(randoms), size=(len(self.draws), len(randoms) - 1)
-        )
-        floor = np.take_along_axis(self.draws[list(randoms)].to_numpy(), drawn, axis=1).mean(axis=1)
-        return Interval.of(
-            self.values[method] - self.values[list(randoms)].mean(),
-            self.draws[method].to_numpy() - floor,
-        )
+        values, draws = {}, {}
+        for row, members in rows.items():
+            own = self.draws[list(members)].to_numpy()
+            if (count := len(members)) > 1:
+                rng = np.random.default_rng((seed, zlib.crc32(row.encode())))
+                own = np.take_along_axis(own, rng.integers(count, size=(len(own), count - 1)), 1)
+            values[row], draws[row] = self.values[list(members)].mean(), own.mean(axis=1)
+        return Estimates(pd.Series(values), pd.DataFrame(draws), self.freedom)
 
     def detectable(self, method: str, other: str) -> float:
         """The smallest true difference that a test at 5 % finds with power 80 %.

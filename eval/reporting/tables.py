@@ -12,7 +12,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from secateur.records import Record
+from secateur.records import Record, digest
+from secateur.reporting.seeds import SPREAD, row_names, seed_of
 from secateur.reporting.versions import mixtures
 from secateur.tasks import TASKS
 
@@ -24,6 +25,8 @@ COUNTS = {
     "cut off %": "cut_off_answers",
     "rewritten %": "rewritten_prompts",
 }
+RELATIVE = "relative %"
+SD = " sd"  # ends the names of columns with standard deviations over seeds
 DAGGER = "†"
 NOTE = (
     f"{DAGGER}: from some answers the task's own scoring reads nothing; they are wrong, or guessed."
@@ -48,23 +51,20 @@ def accuracy(records: Records) -> pd.DataFrame:
     which that is 0. The unpruned row comes first, then the rows from many to few tokens. Tasks that
     a row did not run are empty, and so is its relative %. The columns of
     `COUNTS` give shares of a row's documents; a column without any is left out.
+
+    Records that differ in the method's seed alone share a row of means. Then there are columns
+    seeds, their number, and `<column> sd`, the standard deviation over them.
     """
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    tokens: dict[tuple[str, str], list[float]] = {}
+    names = row_names(record.identity for record in records)
     own: dict[tuple[str, str], Records] = {}
     for record in records:
-        identity = record.identity
-        task, key = record.entry, (identity.pruner.label, identity.budget)
-        rows.setdefault(key, {})
-        if task.metrics:
-            metric = task.metrics[task.headline]
-            rows[key][task.heading()] = metric.factor * record.metrics[metric.stored]
-        tokens.setdefault(key, []).append(record.average_tokens)
+        key = names[record.identity.pruner.label], record.identity.budget
         own.setdefault(key, []).append(record)
-    means = {key: fmean(own) for key, own in tokens.items()}
-    order = sorted(rows, key=lambda key: (key[0] != "none", -means[key], *key))
-    table = pd.DataFrame(
-        [{"method": key[0], "budget": key[1], "tokens": means[key], **rows[key]} for key in order]
+    means = {key: fmean(one.average_tokens for one in group) for key, group in own.items()}
+    order = sorted(own, key=lambda key: (key[0] != "none", -means[key], *key))
+    by_seed = pd.concat(
+        {key: pd.DataFrame(_by_seed(own[key])).T.rename_axis("seed") for key in order},
+        names=["method", "budget"],
     )
     listed = [task.heading() for task in TASKS.values()]
     others = sorted(
@@ -72,18 +72,37 @@ def accuracy(records: Records) -> pd.DataFrame:
         for record in records
         if not record.entry.listed and record.entry.metrics
     )
-    tasks = [heading for heading in dict.fromkeys([*listed, *others]) if heading in table]
-    table = table[["method", "budget", "tokens", *tasks]]
-    unpruned_rows = table[table["method"] == "none"]
-    if len(unpruned_rows) == 1:
-        unpruned = unpruned_rows[tasks].iloc[0]
-        based = [name for name in tasks if not unpruned[name] <= 0]
-        table["relative %"] = (100 * table[based] / unpruned[based]).mean(axis=1, skipna=False)
+    tasks = [heading for heading in dict.fromkeys([*listed, *others]) if heading in by_seed]
+    scores = by_seed[tasks]
+    unpruned = scores[scores.index.get_level_values("method") == "none"]
+    if len(unpruned) == 1:
+        full = unpruned.iloc[0]
+        based = [name for name in tasks if not full[name] <= 0]
+        ratios = 100 * scores[based] / full[based]
+        scores = scores.assign(**{RELATIVE: ratios.mean(axis=1, skipna=False)})
+    groups = scores.groupby(["method", "budget"], sort=False)
+    table = groups.mean().reset_index()
+    table.insert(2, "tokens", [means[key] for key in order])
+    seeds = groups.size().to_numpy()
+    if (seeds > 1).any():
+        table.insert(2, "seeds", seeds)
+        table = table.join(groups.std().reset_index(drop=True).add_suffix(SD))
     for heading, field in COUNTS.items():
         shares = [share(own[key], field) for key in order]
         if any(shares):
             table[heading] = [100 * value for value in shares]
     return table
+
+
+def _by_seed(records: Records) -> dict[Any, dict[str, float]]:
+    """The scores of a row by the method's seed and the heading of the task."""
+    scores: dict[Any, dict[str, float]] = {}
+    for record in records:
+        task, own = record.entry, scores.setdefault(seed_of(record.identity.pruner), {})
+        if task.metrics:  # else a server scores it
+            metric = task.metrics[task.headline]
+            own[task.heading()] = metric.factor * record.metrics[metric.stored]
+    return scores
 
 
 def share(records: Records, field: str) -> float:
@@ -95,28 +114,40 @@ def share(records: Records, field: str) -> float:
 def _cells(records: Records) -> pd.DataFrame:
     """The table as printed: one decimal, a dash if nothing was run, a dagger (see `NOTE`)."""
     table = accuracy(records)
+    names = row_names(record.identity for record in records)
     shown = table.map(
         lambda value: (
             "-" if value != value else f"{value:.1f}" if isinstance(value, float) else str(value)
         )
     )
+    for column in [name for name in table if f"{name}{SD}" in table]:
+        spread = table[f"{column}{SD}"]
+        shown[column] += spread.map(lambda value: "" if value != value else f" ± {value:.1f}")
+        shown = shown.drop(columns=f"{column}{SD}")
     for record in records:
         own = record.identity
         if share([record], "unusable_answers") and record.entry.metrics:
-            row = (table["method"] == own.pruner.label) & (table["budget"] == own.budget)
-            shown.loc[row, record.entry.heading()] += DAGGER
+            row = (table["method"] == names[own.pruner.label]) & (table["budget"] == own.budget)
+            heading = record.entry.heading()
+            shown.loc[row, heading] = shown.loc[row, heading].str.rstrip(DAGGER) + DAGGER
     return shown
 
 
 def _notes(records: Records) -> list[str]:
-    """What a reader needs to know of the table's marks, and of tasks without a score."""
-    found = [NOTE] * bool(share(records, "unusable_answers"))
+    """What a reader of the table has to know of its marks and gaps."""
+    notes = [NOTE] * bool(share(records, "unusable_answers"))
+    names = row_names(record.identity for record in records)
+    notes += [SPREAD] * (len(set(names.values())) < len(names))
+    if all(record.identity.pruner.name != "none" for record in records):
+        notes.append(
+            "No unpruned model among these cells, so nothing is relative to it: add pruner=none."
+        )
     for name in sorted({one.identity.task for one in records if not one.entry.metrics}):
-        found.append(
+        notes.append(
             f"{name} has no score here: its server scores the file in the folder submissions of "
             "each cell's folder."
         )
-    return found
+    return notes
 
 
 def show(records: Records) -> None:
@@ -131,6 +162,15 @@ def show(records: Records) -> None:
     console.print(view)
     for note in _notes(records):
         console.print(note, markup=False, highlight=False)
+
+
+def grid_stem(records: Records) -> str:
+    """The file name of one sweep's table, without suffix: the setting and a digest of the cells.
+
+    The same sweep writes the same file again; another one has a file of its own.
+    """
+    cells = sorted(record.identity.configuration for record in records)
+    return f"{records[0].identity.stem}_{digest(cells)[:8]}"
 
 
 def stems(groups: Sequence[Records]) -> list[str]:
