@@ -30,18 +30,23 @@ from secateur.pruners import (
     vispruner,
     zspaprune,
 )
-from secateur.pruners.base import EXTRA, Pruner, PrunerError, Selection, VisualTokens
-from secateur.pruners.in_llm import InLLMPruner, LayerTokens
-from secateur.pruners.registry import REGISTRY, build
+from secateur.pruners.base import EXTRA, ImageShape, Pruner, PrunerError, Selection, VisualTokens
+from secateur.pruners.in_llm import InLLMPruner, LayerTokens, PromptShape
+from secateur.pruners.registry import REGISTRY, build, register
+from secateur.pruners.scoring import ScoreTopK
 
 __all__ = [
     "EXTRA",
     "REGISTRY",
+    "ImageShape",
     "InLLMPruner",
     "LayerTokens",
+    "PromptShape",
     "Pruner",
     "PrunerError",
+    "ScoreTopK",
     "Selection",
     "VisualTokens",
     "build",
+    "register",
 ]

@@ -234,11 +234,12 @@ def test_a_failing_cell_is_retried_once_a_sweep(sweeps, broken, tmp_path, monkey
     assert tries == ["pope", "gqa"] * 2
 
 
-def test_an_odd_limit_of_mme_stops_that_job_only(sweeps, tmp_path):
+def test_an_odd_limit_of_mme_is_told_before_anything_runs(sweeps, tmp_path):
     code, printed = sweeps.here(tmp_path, "-m", "pruner=random", "tasks=[mme],[pope]", "limit=3")
     assert code == 1
     assert "limit=3 is odd, and MME scores pairs of questions; use limit=4" in printed
-    assert "cells: 1 done, 0 skipped, 1 failed" in printed
+    assert "(1 of 2 jobs: random at budget 16) Nothing was run." in printed
+    assert not cells(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "edited"])

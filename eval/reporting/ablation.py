@@ -1,6 +1,5 @@
 """Scores against a field of a method, for sweeps that vary it."""
 
-import dataclasses
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
@@ -61,7 +60,7 @@ def figure(one: Varied, comparison: pd.DataFrame, caption: str) -> Figure:
     pruned = comparison[comparison["method"].isin(one.rows.values())]
     budgets = list(pruned.groupby("budget")["tokens"].mean().sort_values(ascending=False).index)
     colors = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-    fields = {own.name: own.default for own in dataclasses.fields(REGISTRY[one.method])}
+    default = getattr(REGISTRY[one.method], one.field, None)
     for task, panel in by_task.items():
         own = comparison[comparison["task"] == task]
         for row in own[own["method"] == UNPRUNED].to_dict("records"):
@@ -79,12 +78,12 @@ def figure(one: Varied, comparison: pd.DataFrame, caption: str) -> Figure:
             )  # fmt: skip
         if not numeric:
             panel.set_xticks(range(len(values)), [textwrap.fill(str(v), 12) for v in values])
-        if fields.get(one.field) in place:
-            panel.axvline(place[fields[one.field]], color="gray", linewidth=0.8, linestyle=":")
+        if default in place:
+            panel.axvline(place[default], color="gray", linewidth=0.8, linestyle=":")
         panel.set_xlabel(one.field, fontsize=8)
     handles = [
         Line2D([], [], color="#222222", linestyle="--", label="unpruned"),
-        Line2D([], [], color="gray", linestyle=":", label=f"default {one.field}"),
+        *[Line2D([], [], color="gray", linestyle=":", label="default")] * (default in place),
         *(
             Line2D([], [], color=colors[n % len(colors)], marker="o", label=f"budget {budget}")
             for n, budget in enumerate(budgets)

@@ -25,6 +25,10 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
         .sort_values(ascending=False, kind="stable")
     )
     wide.insert(0, "tokens", tokens.map("{:.1f}".format))
+    last = comparison[comparison["task"] == ("average" if "average" in order else order[-1])]
+    if last["over_random"].notna().any():
+        over = last.set_index(["budget", "method"]).apply(_over_random, axis=1)
+        wide["over random"] = over.reindex(wide.index).fillna("")
     detectable = comparison.groupby("task", sort=False)["detectable"].median()
     notes = [
         "Value ± half of the 95 % interval (images resampled). **Bold**: not significantly below "
@@ -53,6 +57,8 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
             "Rows of several seeds: means over the seeds, intervals over documents and seeds "
             "together; in parentheses the standard deviation over the seeds."
         )
+    if "over random" in wide:
+        notes.append(f"Over random: the difference in the column {last['task'].iloc[0]}.")
     marked = comparison[(comparison["mark"] != "") & (comparison["task"] != "average")]
     for (task, mark), rows in marked.groupby(["task", "mark"], sort=False):
         who = (
@@ -68,6 +74,14 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
     table = wide.loc[tokens.index].reset_index().to_markdown(index=False, disable_numparse=True)
     heading = f"Intervals: {cells[0].record.identity.title}."
     return f"{heading}\n\n{table}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
+
+
+def _over_random(row: pd.Series) -> str:
+    """The difference to random with its interval; empty where there is none."""
+    value, low, high = (row[f"over_random{end}"] for end in ("", "_low", "_high"))
+    if value != value:
+        return ""
+    return f"{value:+.1f}" + (f" [{low:+.1f}, {high:+.1f}]" if low == low else "")
 
 
 def _with_seeds(comparison: pd.DataFrame) -> pd.Series:

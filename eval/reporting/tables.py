@@ -26,6 +26,7 @@ COUNTS = {
     "rewritten %": "rewritten_prompts",
 }
 RELATIVE = "relative %"
+OVER_RANDOM = "over random"
 SD = " sd"  # ends the names of columns with standard deviations over seeds
 DAGGER = "†"
 NOTE = (
@@ -53,7 +54,8 @@ def accuracy(records: Records) -> pd.DataFrame:
     `COUNTS` give shares of a row's documents; a column without any is left out.
 
     Records that differ in the method's seed alone share a row of means. Then there are columns
-    seeds, their number, and `<column> sd`, the standard deviation over them.
+    seeds, their number, and `<column> sd`, the standard deviation over them. With three seeds of
+    random there is a column over random: the difference of relative % to random at the budget.
     """
     names = row_names(record.identity for record in records)
     own: dict[tuple[str, str], Records] = {}
@@ -87,11 +89,20 @@ def accuracy(records: Records) -> pd.DataFrame:
     if (seeds > 1).any():
         table.insert(2, "seeds", seeds)
         table = table.join(groups.std().reset_index(drop=True).add_suffix(SD))
+        if RELATIVE in table and (over := _over_random(table)).notna().any():
+            table.insert(list(table).index(RELATIVE) + 1, OVER_RANDOM, over)
     for heading, field in COUNTS.items():
         shares = [share(own[key], field) for key in order]
         if any(shares):
             table[heading] = [100 * value for value in shares]
     return table
+
+
+def _over_random(table: pd.DataFrame) -> pd.Series:
+    """Each row's relative score minus that of random at its budget, of three seeds or more."""
+    randoms = table[(table["method"] == "random") & (table["seeds"] >= 3)]
+    floor = table["budget"].map(randoms.set_index("budget")[RELATIVE])
+    return (table[RELATIVE] - floor).where(~table["method"].isin(["none", "random"]))
 
 
 def _by_seed(records: Records) -> dict[Any, dict[str, float]]:
@@ -137,7 +148,8 @@ def _notes(records: Records) -> list[str]:
     """What a reader of the table has to know of its marks and gaps."""
     notes = [NOTE] * bool(share(records, "unusable_answers"))
     names = row_names(record.identity for record in records)
-    notes += [SPREAD] * (len(set(names.values())) < len(names))
+    if len(set(names.values())) < len(names):
+        notes.append(f"{SPREAD} Intervals: `make tables`.")
     if all(record.identity.pruner.name != "none" for record in records):
         notes.append(
             "No unpruned model among these cells, so nothing is relative to it: add pruner=none."
