@@ -59,11 +59,7 @@ def arguments(given: Sequence[str]) -> list[str]:
             files += value if isinstance(value, list) else [str(value)]
     known = {path.stem for path in (CONFIGS / "pruner").glob("*.yaml")}
     if files or entry_points(group="secateur.pruners"):
-        from secateur.pruners.plugins import load_plugins  # imports PyTorch
-
-        names = load_plugins(files)
-        _store_configs(names)
-        known |= set(names)
+        known |= set(add_methods(files))
     words = [word for word in given if word not in ("-m", "--multirun")]
     axes = {word for word in words if _is_axis(_key(word), known)}
     words = [_as_axis(parser.parse_override(word)) if word in axes else word for word in words]
@@ -90,10 +86,16 @@ def _as_axis(override: Override) -> str:
     return f"{key}=choice({value})"
 
 
-def _store_configs(names: Sequence[str]) -> None:
-    """Give Hydra a config of each method: its name and the defaults of its class."""
-    from secateur.pruners import REGISTRY
+def add_methods(files: Sequence[str]) -> list[str]:
+    """Load plug-ins; give Hydra a config of each of their methods: its name and its defaults.
 
+    Raises:
+        ValueError: a plug-in that cannot be loaded.
+    """
+    from secateur.pruners import REGISTRY  # imports PyTorch
+    from secateur.pruners.plugins import load_plugins
+
+    names = load_plugins(files)
     for name in names:
         defaults = {f.name: f.default for f in dataclasses.fields(REGISTRY[name])}
         plain = {
@@ -101,6 +103,7 @@ def _store_configs(names: Sequence[str]) -> None:
             for key, value in defaults.items()
         }
         ConfigStore.instance().store(group="pruner", name=name, node={"name": name, **plain})
+    return names
 
 
 def jobs(overrides: Sequence[Override], methods: Methods) -> tuple[list[list[str]], list[str]]:

@@ -53,7 +53,9 @@ def measure(settings: dict[str, Any]) -> list[str]:
     from secateur.efficiency.bench_report import write
     from secateur.efficiency.hardware import check_alone, describe, find_device
     from secateur.geometry import config_of, reduced
+    from secateur.grid import add_methods
 
+    add_methods(settings["plugins"])
     device = find_device(settings["device"])
     deadline = time.monotonic() + 60 * settings["minutes"]
     if not settings["shared"]:

@@ -9,7 +9,15 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from secateur.reporting import comparison, figures, gallery, interval_table, paper_tables, render
+from secateur.reporting import (
+    ablation,
+    comparison,
+    figures,
+    gallery,
+    interval_table,
+    paper_tables,
+    render,
+)
 from secateur.reporting.comparison import Cell
 from secateur.reporting.costs import first_token_flops, prefill_times
 from secateur.reporting.layouts import layouts
@@ -151,6 +159,12 @@ class Report:
             figures.bars(compared, f"Scores by task, {caption}"),
             "Scores by task and budget, with 95 % intervals.",
         )
+        for one in ablation.varied(cell.record.identity for cell in cells):
+            add(
+                f"{one.method}_{one.others}_{one.field}.png",
+                ablation.figure(one, compared, caption),
+                f"Scores against {one.field} of {one.method}, with 95 % intervals.",
+            )
         if shares := figures.agreement(cells):
             text = (
                 "Documents that two methods answer alike, mean over the tasks. "
