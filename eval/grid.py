@@ -129,8 +129,8 @@ def jobs(overrides: Sequence[Override], methods: Methods) -> tuple[list[list[str
     _check_fields(own, run, methods)
     _check_shared(axes, run, methods)
     found = []
-    for values in product(*axes.values()):
-        job = dict(zip(axes, values, strict=True))
+    for base in product(*axes.values()):
+        job = dict(zip(axes, base, strict=True))
         method = _method(job.get("pruner", "{}"), methods)
         extra = dict(own.get(method, {}))
         if seeds and SEED in methods.fields(method):

@@ -99,7 +99,7 @@ def layer_tokens(
 def rows_of(tokens: VisualTokens | LayerTokens, rows: list[int]) -> typing.Any:
     """The same with some rows only."""
     values = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
-    picked = {
+    picked: dict[str, typing.Any] = {
         name: value[rows] for name, value in values.items() if isinstance(value, torch.Tensor)
     }
     if values.get("sample_ids"):
@@ -109,7 +109,7 @@ def rows_of(tokens: VisualTokens | LayerTokens, rows: list[int]) -> typing.Any:
 
 def joined(rows: list[typing.Any]) -> typing.Any:
     """One batch of inputs of one row each."""
-    parts = {
+    parts: dict[str, typing.Any] = {
         field.name: torch.cat([getattr(row, field.name) for row in rows])
         for field in dataclasses.fields(rows[0])
         if isinstance(getattr(rows[0], field.name), torch.Tensor)

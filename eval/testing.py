@@ -133,9 +133,9 @@ def _check_refusals(pruner: Any, tokens: Any, what: str) -> None:
 def _check_batches(pruner: Any) -> None:
     """Three unlike rows together give the answers of each alone."""
     inside = isinstance(pruner, InLLMPruner)
-    make, size = (layer_tokens, 16) if inside else (visual_tokens, (4, 4))
-    options = [{"seed": seed, "width": 48, "kind": KINDS[seed % 2]} for seed in range(3)]
-    tokens = joined([make(1, size, **own) for own in options])  # type: ignore[operator]
+    make: Any = layer_tokens if inside else visual_tokens
+    size: Any = 16 if inside else (4, 4)
+    tokens = joined([make(1, size, seed=seed, width=48, kind=KINDS[seed % 2]) for seed in range(3)])
     for keep in (3, 4, 8):
         try:
             together = pruner.prune(tokens, keep)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from secateur.lmms_model import Secateur
+from secateur.pruners import REGISTRY, build
 from secateur.shapes.datasets import SIZES
 from secateur.shapes.datasets import build as build_shapes
 
@@ -61,6 +62,7 @@ def test_the_entry_point_runs_a_pruned_task(tmp_path):
         ("pruner=scope,pruner.beta=2,budget=16", "has no option beta"),
         ("pruner=scopes,budget=16", "unknown pruner 'scopes'"),
         ("pruner=scope,budget=0", "at least 1 visual token"),
+        ("pruner=mine,plugins=/nowhere/mine.py", "plugins: there is no file /nowhere/mine.py"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
@@ -68,6 +70,31 @@ def test_wrong_arguments_are_named(arguments, message):
         Secateur.create_from_arg_string(
             f"pretrained={WEIGHTS},dtype=float32,{arguments}", {"batch_size": 1, "device": "cpu"}
         )
+
+
+def test_methods_from_files_are_known(tmp_path):
+    for name in ("their_norms", "their_sums"):
+        (tmp_path / f"{name}.py").write_text(
+            "from dataclasses import dataclass\n"
+            "from secateur.pruners import ScoreTopK, register\n"
+            f"@register({name!r})\n"
+            "@dataclass(frozen=True)\n"
+            "class Theirs(ScoreTopK):\n"
+            "    paper, status = '-', 'official'\n"
+            "    def score(self, tokens):\n"
+            "        return tokens.features.sum(-1)\n"
+        )
+    files = os.pathsep.join(str(path) for path in sorted(tmp_path.glob("*.py")))
+    try:
+        model = Secateur.create_from_arg_string(
+            f"pretrained={WEIGHTS},dtype=float32,pruner=their_sums,budget=16,plugins={files}",
+            {"batch_size": 1, "device": "cpu"},
+        )
+        assert model.method == build("their_sums")
+        assert {"their_norms", "their_sums"} <= set(REGISTRY)
+    finally:
+        REGISTRY.pop("their_norms", None)
+        REGISTRY.pop("their_sums", None)
 
 
 def test_batch_sizes_are_refused():
