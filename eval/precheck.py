@@ -23,7 +23,7 @@ def problems(configs: Iterable[DictConfig]) -> list[str]:
         total += 1
         try:
             # hydra's own part has values that a job gets when it starts
-            own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             check_schedule(Job.of(own))
         except (ValueError, OSError) as error:
             name = f"{config.pruner.name} at budget {config.budget}"

@@ -1,7 +1,7 @@
 """Finished cells as runs of Weights & Biases.
 
 They are written from the records when a sweep ends, so that logging can be repeated. The cells of
-one setting (suite, model, limit, seed) may share a table: they are a group, and the group's tables
+one setting (suite, model, limit, task seed) share a table: they are a group, and the group's tables
 are one more run.
 """
 

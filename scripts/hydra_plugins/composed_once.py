@@ -77,18 +77,17 @@ class ComposedOnce(BasicSweeper):
             assert master is not None
             return {tuple(job): loader.load_sweep_config(master, list(job)) for job in batch}
 
-        in_this_process = isinstance(self.launcher, BasicLauncher)
-        configs = _while_importing(compose) if in_this_process else compose()
+        launcher = self.launcher
+        here = isinstance(launcher, BasicLauncher)
+        configs = _while_importing(compose) if here else compose()
         from secateur.precheck import problems  # imports the methods, and these PyTorch
 
         if found := problems(configs.values()):
             _stop(found)
-        if not in_this_process:
+        if not isinstance(launcher, BasicLauncher):
             return
         handing_over: Any = _Composed(loader, configs)
-        self.launcher.hydra_context = dataclasses.replace(
-            self.hydra_context, config_loader=handing_over
-        )
+        launcher.hydra_context = dataclasses.replace(self.hydra_context, config_loader=handing_over)
 
 
 def _stop(messages: list[str]) -> NoReturn:
