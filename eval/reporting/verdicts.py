@@ -201,7 +201,7 @@ def foreign_documents(task: str) -> str:
 
     Numbers of tasks that are not here have no cells.
     """
-    return str(getattr(TASKS.get(task), "other_documents", ""))
+    return TASKS[task].other_documents if task in TASKS else ""
 
 
 def off_budget(cell: Cell, full_tokens: int | None, keep: float | None) -> str:
