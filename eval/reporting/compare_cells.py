@@ -12,7 +12,6 @@ from secateur.reporting.layouts import yaml
 from secateur.reporting.reported import AVERAGE
 from secateur.reporting.variants import variant
 from secateur.reporting.verdicts import choices
-from secateur.tasks import TASKS
 
 
 def measured(
@@ -38,7 +37,8 @@ def measured(
             sides = [_of(group, name, task, budgets) for name in (a, b)]
             if not all(sides):
                 continue
-            row: dict[str, Any] = {"setting": title, "task": task, "metric": TASKS[task].headline}
+            metric = sides[0][0].record.entry.headline
+            row: dict[str, Any] = {"setting": title, "task": task, "metric": metric}
             own = {name: side[0] for name, side in zip((a, b), sides, strict=True)}
             note = _limits(own[a], own[b])
             if any(len(side) > 1 for side in sides):
@@ -83,7 +83,8 @@ def measured_matrix(
             by_task.setdefault(cell.task, {})[name] = cell
     found = []
     for task, own in by_task.items():
-        estimates = estimate(TASKS[task].headline, own, resamples)
+        headline = next(iter(own.values())).record.entry.headline
+        estimates = estimate(headline, own, resamples)
         if "none" in own and estimates.values["none"] > 0:
             found.append(estimates)
     if not found:
