@@ -283,11 +283,11 @@ def test_the_script_answers_which_is_better(tmp_path, monkeypatch, capsys):
 
 
 def test_the_script_names_what_is_missing(tmp_path, monkeypatch, capsys):
-    words = ("--a", "scope", "--b", "pact", "--model", "qwen2_vl_7b")
+    words = ("--a", "scope", "--b", "mustdrop", "--model", "llava_next_7b")
     code, out, _ = run(monkeypatch, capsys, tmp_path, *words)
     assert code == 0
     assert "is published for these. Published:" in out
-    assert "No method of this project: pact." in out
+    assert "No method of this project: mustdrop." in out
     code, out, _ = run(monkeypatch, capsys, tmp_path, "--a", "scope", "--b", "divprune")
     assert "pruner=none,scope,divprune budget=" in out
 

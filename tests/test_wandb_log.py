@@ -193,10 +193,8 @@ def test_what_cannot_be_computed_is_noted_and_the_rest_logged(tmp_path):
         "No interval of accuracy: resampling the images does not change it." in found["run"].notes
     )
     assert "No pictures of kept tokens: the data set" in found["run"].notes
-    assert (
-        tables["run"].notes
-        == "No comparison: task gqa has no unpruned cell to compare with; run it with pruner=none."
-    )
+    missing = "task gqa has no unpruned cell to compare with; run it with pruner=none"
+    assert missing in tables["run"].notes
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_logged(tmp_path, printed):

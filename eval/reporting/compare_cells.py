@@ -82,7 +82,7 @@ def measured_matrix(
             name = "none" if cell.name == "none" else cell.method
             by_task.setdefault(cell.task, {})[name] = cell
     found = []
-    for task, own in by_task.items():
+    for own in by_task.values():
         headline = next(iter(own.values())).record.entry.headline
         estimates = estimate(headline, own, resamples)
         if "none" in own and estimates.values["none"] > 0:
