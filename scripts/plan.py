@@ -27,8 +27,8 @@ from secateur.store import read
 from secateur.tasks import TASKS, Task
 
 DEVICES = (1, 8, 64)
-# what a question and its answer cost beside a whole prompt; results/bench/prefixes-cpu.md: 0.1 to
-# 0.3 on models with the visual tokens of LLaVA-1.5
+# what a question and its answer cost beside a whole prompt: an assumption, on the safe side; measure
+# it with scripts/bench_prefixes.py
 TAIL = 0.3
 
 
