@@ -377,6 +377,7 @@ TASKS: dict[str, Task] = {
             documents=214354,
             metrics={"accuracy": metrics.accuracy("exact_match")},
             image_field="image_id",
+            images=40504,
             target=_answers,
             other_documents="papers print test-dev, scored by the server; this is the validation "
             "split",
