@@ -27,8 +27,8 @@ from secateur.store import read
 from secateur.tasks import TASKS, Task
 
 DEVICES = (1, 8, 64)
-# what a question and its answer cost beside a whole prompt: an assumption, on the safe side; measure
-# it with scripts/bench_prefixes.py
+# what a question and its answer cost beside a whole prompt: an assumption on the safe side, which
+# scripts/bench_prefixes.py measures
 TAIL = 0.3
 
 
