@@ -26,7 +26,7 @@ def test_hours_follow_from_documents_and_the_given_rate(tmp_path, monkeypatch, c
     assert f"{13 * 8} |" in row
     assert f"{documents:,} |" in row
     # of an image's questions, all but the first cost 0.3 of a prompt
-    images = {9000: 500, 12578: 398, 2374: 1187}
+    images = {9000: 500, 12578: 398, 2374: 1187, 214354: 40504}
     shared = sum(0.7 * (every - own) for every, own in images.items())
     assert f"{documents / 36000 - 13 * shared / 36000:.1f} |" in row
 
