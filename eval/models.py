@@ -338,7 +338,7 @@ class PrunedModel(lmms):
         try:
             prefixes.empty_cache(self.model)
             self._penalties = prefixes.penalties(self.generation_defaults())
-        except NotImplementedError as error:
+        except prefixes.CannotShare as error:
             if not self._told:
                 log.warning("questions about one image do not share a prefill: %s", error)
             self._told = True

@@ -26,6 +26,10 @@ from transformers.cache_utils import DynamicLayer
 from secateur.families.contract import Arguments, cache_of
 
 
+class CannotShare(Exception):
+    """What keeps prompts from sharing a prefix; they can be answered alone."""
+
+
 @dataclass(frozen=True)
 class Prefix:
     """Prefilled prefixes of several prompts."""
@@ -48,12 +52,12 @@ def penalties(defaults: dict[str, Any]) -> LogitsProcessorList:
     """What generation defaults do to logits.
 
     Raises:
-        NotImplementedError: a default that is not known here.
+        CannotShare: a default that is not known here.
     """
     known = LogitsProcessorList()
     for name, value in defaults.items():
         if name != "repetition_penalty":
-            raise NotImplementedError(f"the checkpoint's generation default {name}={value}")
+            raise CannotShare(f"the checkpoint's generation default {name}={value}")
         known.append(RepetitionPenaltyLogitsProcessor(value))
     return known
 
@@ -62,12 +66,12 @@ def empty_cache(model: PreTrainedModel) -> DynamicCache:
     """A cache for prefixes.
 
     Raises:
-        NotImplementedError: it has layers whose rows cannot be copied, such as sliding windows.
+        CannotShare: it has layers whose rows cannot be copied, such as sliding windows.
     """
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     for layer in cache.layers:
         if type(layer) is not DynamicLayer:
-            raise NotImplementedError(f"a cache with {type(layer).__name__}")
+            raise CannotShare(f"a cache with {type(layer).__name__}")
     return cache
 
 
@@ -76,7 +80,7 @@ def prefill(model: PreTrainedModel, inputs: BatchFeature) -> Any:
     """The cache that prefixes fill; to be called inside an injection block.
 
     Raises:
-        NotImplementedError: as `empty_cache`.
+        CannotShare: as `empty_cache`.
     """
     core: Any = model.model
     keywords = {**inputs, "cache": empty_cache(model), "use_cache": True}

@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=8, help="images of a cell (default 8)")
+    parser.add_argument("--images", type=int, default=8, help="images per cell (default 8)")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +159,7 @@ def _write(rows: pd.DataFrame, options: argparse.Namespace) -> None:
     flips, answers = int(exact["changed, shared"].sum()), int(exact["documents"].sum())
     text = f"""# Sharing the prefix of an image's questions
 
-{machine}, torch {torch.__version__}. {options.images} images a cell, at most 2 new tokens,
+{machine}, torch {torch.__version__}. {options.images} images per cell, at most 2 new tokens,
 batch_tokens 8192. Both sides are the harness in one process, and take turns; the fastest of
 {TURNS} turns counts, with documents prepared and images not encoded. `whole prompts`: the same
 engine, batches of whole prompts. `changed`: answers that differ from those of every prompt alone
