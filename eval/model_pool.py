@@ -18,6 +18,8 @@ class ModelPool:
     """Keeps the last model loaded until other settings are asked for."""
 
     def __init__(self) -> None:
+        # what the methods of the jobs to come need of the image encoder
+        self.captures: frozenset[str] = frozenset()
         self._settings: Any = None
         self._model: PrunedModel | None = None
 
@@ -38,6 +40,7 @@ class ModelPool:
                 batch_tokens=0 if engine.strict else engine.batch_tokens,
                 cache=engine.encode_cache(),
             )
+            model.expect(self.captures)
             source.check_unchanged()  # every model imports modules of its own
             self._model, self._settings = model, wanted
         return self._model

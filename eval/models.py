@@ -170,7 +170,7 @@ class PrunedModel(lmms):
             for each in (layout, self._unpruned_layout)
         }
         # here, since it may warn about transformers: later lmms-eval's output is captured
-        adapter_for(model, layout)
+        self._captures = frozenset(adapter_for(model, layout).SOURCES)
         self.tokenizer: Any = self._inputs[layout].processor.tokenizer
         self._clip_name, self._most = clip, max_new_tokens
         self._clip: ClipRelevance | None = None
@@ -187,6 +187,10 @@ class PrunedModel(lmms):
         self.on_answer: Callable[[], None] = lambda: None
         self._told = False  # why prefixes are not shared
         self.use(build("none"), Budget(), None)
+
+    def expect(self, captures: Iterable[str]) -> None:
+        """Name what coming methods need of the image encoder: an image is then encoded once."""
+        self.images.asked |= frozenset(captures) & self._captures
 
     def use(
         self, pruner: Pruner | InLLMPruner, budget: Budget, positions: Positions | None

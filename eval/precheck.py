@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from secateur.checkpoints import locate
 from secateur.job import Job
-from secateur.pruners import InLLMPruner
+from secateur.pruners import InLLMPruner, Pruner, build
 
 
 def problems(configs: Iterable[DictConfig]) -> list[str]:
@@ -32,6 +32,12 @@ def problems(configs: Iterable[DictConfig]) -> list[str]:
         f"{message} ({len(names)} of {total} jobs: {', '.join(dict.fromkeys(names))})"
         for message, names in found.items()
     ]
+
+
+def captures(configs: Iterable[DictConfig]) -> frozenset[str]:
+    """What the methods of jobs need of the image encoder, as far as families provide it."""
+    pruners = [build(**OmegaConf.to_container(config.pruner)) for config in configs]
+    return frozenset[str]().union(*(one.needs for one in pruners if isinstance(one, Pruner)))
 
 
 def check_schedule(job: Job) -> None:

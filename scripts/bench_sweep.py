@@ -152,6 +152,7 @@ def main() -> None:
             "one at a time": PrunedModel(WEIGHTS, **fields),
             "lmms-eval": Theirs(pretrained=WEIGHTS, device_map="cpu", **fields),
         }
+        sides["sweep"].expect(set[str]().union(*(build(name).needs for name in PRUNERS)))
         clocks = {side: Clock(model.model) for side, model in sides.items()}
         pruners, budgets = (PRUNERS[:5:4], BUDGETS[:1]) if options.quick else (PRUNERS, BUDGETS)
         grid = [(p, Budget(tokens=b), t) for p in pruners for b in budgets for t in TRAINED_TASKS]

@@ -169,6 +169,19 @@ def test_an_image_is_encoded_and_pruned_once_in_a_cell(tmp_path_factory, monkeyp
     assert model.documents.tensors.counts.misses == 2 * 12 + 3  # another data set: texts anew
 
 
+def test_methods_to_come_are_known_when_an_image_is_encoded(tmp_path_factory):
+    model, methods = loaded(tmp_path_factory, "llava"), ("random", "fastervlm", "visionzip")
+    for expected, times in ((False, 3), (True, 1)):
+        model.images.cache.clear()
+        model.images.asked = frozenset()
+        before = model.images.cache.counts.misses
+        if expected:
+            model.expect({need for method in methods for need in build(method).needs})
+        for method in methods:
+            answered(model, requests_of(model, [((0,), "why?")]), method, 0)
+        assert model.images.cache.counts.misses - before == times
+
+
 def test_penalties_of_a_checkpoint_are_applied(tmp_path_factory):
     model = loaded(tmp_path_factory, "llava")
     requests = requests_of(model)

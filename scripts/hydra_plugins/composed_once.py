@@ -80,12 +80,13 @@ class ComposedOnce(BasicSweeper):
         launcher = self.launcher
         here = isinstance(launcher, BasicLauncher)
         configs = _while_importing(compose) if here else compose()
-        from secateur.precheck import problems  # imports the methods, and these PyTorch
+        from secateur.precheck import captures, problems  # imports the methods, and these PyTorch
 
         if found := problems(configs.values()):
             _stop(found)
         if not isinstance(launcher, BasicLauncher):
             return
+        current().pool.captures = captures(configs.values())
         handing_over: Any = _Composed(loader, configs)
         launcher.hydra_context = dataclasses.replace(self.hydra_context, config_loader=handing_over)
 
