@@ -7,13 +7,15 @@ python scripts/plan.py --rate llava_1_5_7b=8.3 llava_next_7b=3.9   a rate for ea
 Rates come from the finished cells in --results, by model; --rate gives a rate for models without
 finished cells. Without either, the hours stay open. First run one small cell of each model:
 python scripts/sweep.py model=... suite=hub limit=200. docs/PLANNING.md shows the sum for the whole
-grid.
+grid. --seeds 3 adds what `random.seed=0,1,2` runs: differences to random need three seeds.
 
 A rate is of prompts that are answered alone. Where questions about an image share its prefill,
 every question but the first counts as TAIL of a prompt.
 """
 
 import argparse
+from dataclasses import replace
+from itertools import product
 from math import ceil
 from pathlib import Path
 
@@ -22,10 +24,12 @@ import pandas as pd
 from secateur.experiments import jobs, of_papers
 from secateur.job import Job
 from secateur.paths import ROOT
-from secateur.pruners import Pruner
+from secateur.pruners import InLLMPruner, Pruner
+from secateur.pruners.random import Random
 from secateur.store import read
 from secateur.tasks import TASKS, Task
 
+Method = Pruner | InLLMPruner
 DEVICES = (1, 8, 64)
 # what a question and its answer cost beside a whole prompt; by results/bench/prefixes-cpu.md, on a
 # random LLaVA with 576 visual tokens, 0.15 unpruned and 0.34 at 64 tokens
@@ -36,6 +40,13 @@ def shares(job: Job) -> bool:
     """Whether a job's questions about an image share its prefill."""
     pruner = job.pruner
     return not job.strict and isinstance(pruner, Pruner) and pruner.question_agnostic
+
+
+def seeded(pruner: Method, seeds: int) -> list[Method]:
+    """`random` with so many seeds, any other method once."""
+    if not isinstance(pruner, Random):
+        return [pruner]
+    return [replace(pruner, seed=pruner.seed + number) for number in range(seeds)]
 
 
 def prompts(task: Task | None, documents: int, shared: bool) -> float:
@@ -111,7 +122,12 @@ def main() -> None:
         default=[],
         help="prompts per second on one device, if none was measured: 12, or model=12 ...",
     )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="of random, where it is a baseline (default 1)"
+    )
     options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: at least 1")
     if unknown := sorted(set(options.experiments) - set(every)):
         parser.error(f"no experiment {', '.join(unknown)}; there are {', '.join(every)}")
     if not options.results.is_dir():
@@ -120,8 +136,8 @@ def main() -> None:
     measured, cells = rates(options.results), {}
     for experiment in options.experiments:
         for job in jobs(experiment, options.results):
-            for task in job.tasks:
-                cell = job.cell(task)
+            for task, pruner in product(job.tasks, seeded(job.pruner, options.seeds)):
+                cell = job.cell(task, pruner)
                 if not cell.exists():
                     entry = job.suite.find(task)
                     size = entry.documents

@@ -235,6 +235,31 @@ def test_a_variant_of_the_tables_is_its_method_with_those_fields():
     assert compare_cells.measured([eight], "prunesid", "prunesid_k=8", MODEL, {"64"}, 300).empty
 
 
+def test_seeds_of_a_method_are_averaged():
+    shares = {0: 0.6, 1: 0.5, 2: 0.4}
+    randoms = [
+        cell(MODEL, "random", "64", task, rows(task, share), 64, seed=seed)
+        for task in ("gqa", "pope")
+        for seed, share in shares.items()
+    ]
+    cells = [*ours(scope=0.7), *randoms]
+    found = compare_cells.measured(cells, "scope", "random", MODEL, {"64"}, 300).set_index("task")
+    assert found.loc["gqa", ["a", "b", "difference"]].tolist() == pytest.approx([70, 50, 20])
+    assert found.loc["gqa", "note"] == "3 seeds of random"
+    assert found.loc["average", "difference"] == pytest.approx(25)
+    matrix = compare_cells.measured_matrix(cells, {"64"}, 300)
+    assert set(matrix.index) == {("scope", "random"), ("random", "scope")}
+    assert matrix.loc[("scope", "random"), "difference"] == pytest.approx(25)
+
+
+def test_cells_of_two_budgets_are_not_mixed():
+    cells = [*ours(scope=0.7), cell(MODEL, "scope", "11.1%", "gqa", rows("gqa", 0.6), 64)]
+    found = compare_cells.measured(cells, "scope", "none", MODEL, {"64", "11.1%", "full"}, 300)
+    assert found.set_index("task").loc["gqa", "note"] == (
+        "scope has cells at 11.1% and 64; give one of them as the budget"
+    )
+
+
 def test_other_token_numbers_and_few_images_are_noted():
     one = cell(MODEL, "scope", "64", "gqa", rows("gqa", 0.7, documents=300), 64)
     other = cell(MODEL, "divprune", "64", "gqa", rows("gqa", 0.6, documents=300), 80)

@@ -1,6 +1,7 @@
 """Paired differences of the cells of two methods, and of all methods at a budget."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -10,6 +11,7 @@ from secateur.reporting import stats
 from secateur.reporting.comparison import FEW_IMAGES, TOKENS, Cell, estimate, settings
 from secateur.reporting.layouts import yaml
 from secateur.reporting.reported import AVERAGE
+from secateur.reporting.seeds import row_names
 from secateur.reporting.variants import variant
 from secateur.reporting.verdicts import choices
 
@@ -39,20 +41,19 @@ def measured(
                 continue
             metric = sides[0][0].record.entry.headline
             row: dict[str, Any] = {"setting": title, "task": task, "metric": metric}
-            own = {name: side[0] for name, side in zip((a, b), sides, strict=True)}
-            note = _limits(own[a], own[b])
-            if any(len(side) > 1 for side in sides):
-                rows.append(row | {"note": "two cells of one method fit; they differ in its code"})
+            seeds = dict(zip((a, b), sides, strict=True))
+            if several := _budgets(seeds):
+                rows.append(row | {"note": several})
                 continue
             base = [cell for cell in group if cell.task == task and cell.name == "none"]
-            with_base = own | ({"none": base[0]} if len(base) == 1 else {})
+            own = seeds | ({"none": base} if len(base) == 1 else {})
             try:
-                estimates = estimate(row["metric"], with_base, resamples)
+                estimates = _over_seeds(row["metric"], own, resamples)
             except ValueError as error:
                 rows.append(row | {"note": str(error)})
                 continue
-            rows.append(row | _difference(estimates, a, b) | {"note": note})
-            if "none" in with_base and estimates.values["none"] > 0:
+            rows.append(row | _difference(estimates, a, b) | {"note": _limits(seeds)})
+            if "none" in own and estimates.values["none"] > 0:
                 found.append(estimates)
         if len(found) > 1:
             whole = stats.relative_average(found, "none")
@@ -76,15 +77,16 @@ def measured_matrix(
     Raises:
         ValueError: no task has an unpruned cell with a score; or as `comparison.estimate`.
     """
-    by_task: dict[str, dict[str, Cell]] = {}
+    names_of = row_names(cell.record.identity for cell in group)
+    by_task: dict[str, dict[str, list[Cell]]] = {}
     for cell in group:
         if cell.name == "none" or cell.budget in budgets:
-            name = "none" if cell.name == "none" else cell.method
-            by_task.setdefault(cell.task, {})[name] = cell
+            name = "none" if cell.name == "none" else names_of[cell.method]
+            by_task.setdefault(cell.task, {}).setdefault(name, []).append(cell)
     found = []
     for own in by_task.values():
-        headline = next(iter(own.values())).record.entry.headline
-        estimates = estimate(headline, own, resamples)
+        headline = next(iter(own.values()))[0].record.entry.headline
+        estimates = _over_seeds(headline, own, resamples)
         if "none" in own and estimates.values["none"] > 0:
             found.append(estimates)
     if not found:
@@ -104,6 +106,13 @@ def measured_matrix(
     return pd.DataFrame.from_dict(rows, orient="index").rename(columns=columns)
 
 
+def _over_seeds(metric: str, methods: dict[str, list[Cell]], resamples: int) -> stats.Estimates:
+    """A metric of methods, each the mean over its cells, which differ in its seed alone."""
+    cells = {cell.key: cell for own in methods.values() for cell in own}
+    keys = {name: [cell.key for cell in own] for name, own in methods.items()}
+    return estimate(metric, cells, resamples).over_seeds(keys)
+
+
 def _difference(estimates: stats.Estimates, a: str, b: str) -> dict[str, float]:
     found = estimates.difference(a, b)
     scores = {"a": float(estimates.values[a]), "b": float(estimates.values[b])}
@@ -116,7 +125,10 @@ def _difference(estimates: stats.Estimates, a: str, b: str) -> dict[str, float]:
 
 
 def _of(cells: Sequence[Cell], name: str, task: str, budgets: set[str]) -> list[Cell]:
-    """The cells that are a method, as published or by its label here, at a budget."""
+    """The cells that are a method, as published or by its label here, at a budget: all its seeds.
+
+    A name that has a seed of its own stands for that seed alone.
+    """
     try:
         wanted = variant(name, task)
     except KeyError:  # a field of it has no value for this task
@@ -126,17 +138,29 @@ def _of(cells: Sequence[Cell], name: str, task: str, budgets: set[str]) -> list[
         config = CONFIGS / "model" / f"{cell.record.identity.model.name}.yaml"
         usual = yaml(config).get("pruner_fields", {}) if config.is_file() else {}
         pruner = cell.record.identity.pruner
-        return (cell.name, choices(pruner, usual.get(cell.name))) == wanted
+        chosen = choices(pruner, usual.get(cell.name))
+        without = tuple(choice for choice in chosen if not choice.startswith("seed="))
+        return wanted in ((cell.name, chosen), (cell.name, without))
 
     own = [cell for cell in cells if cell.task == task and cell.budget in budgets]
     return [cell for cell in own if fits(cell)]
 
 
-def _limits(a: Cell, b: Cell) -> str:
-    """What limits the comparison of two cells; empty if nothing does."""
-    images, notes = a.rows["image_id"].nunique(), []
-    if abs(a.tokens - b.tokens) > TOKENS * min(a.tokens, b.tokens):
-        notes.append(f"{a.tokens:.1f} and {b.tokens:.1f} tokens per prompt")
+def _budgets(methods: dict[str, list[Cell]]) -> str:
+    """That a method has cells of several budgets; empty if none has."""
+    for name, cells in methods.items():
+        if len(found := sorted({cell.budget for cell in cells})) > 1:
+            return f"{name} has cells at {' and '.join(found)}; give one of them as the budget"
+    return ""
+
+
+def _limits(methods: dict[str, list[Cell]]) -> str:
+    """What limits the comparison of two methods; empty if nothing does."""
+    notes = [f"{len(own)} seeds of {name}" for name, own in methods.items() if len(own) > 1]
+    images = next(iter(methods.values()))[0].rows["image_id"].nunique()
+    a, b = (fmean(cell.tokens for cell in own) for own in methods.values())
+    if abs(a - b) > TOKENS * min(a, b):
+        notes.append(f"{a:.1f} and {b:.1f} tokens per prompt")
     if images < FEW_IMAGES:
         notes.append(f"{images} image{'s' * (images != 1)}: the interval is too short")
     return "; ".join(notes)
