@@ -93,7 +93,7 @@ compare: $(READY)  ## which of the methods A and B is better, of MODEL at BUDGET
 report: $(READY)  ## write an HTML page and a summary from the records in OUT (default: results)
 	$(PYTHON) scripts/report.py --results $(or $(OUT),results) $(PLUGINS)
 
-bench: $(READY)  ## latency and memory of the methods on this CPU, small models (two minutes)
+bench: $(READY)  ## latency and throughput of the methods on this CPU, small models (minutes)
 	$(PYTHON) scripts/bench.py --config-name bench_cpu $(OVERRIDES)
 
 bench-gpu: $(READY)  ## the same on a GPU, true geometry, random weights (ten minutes)

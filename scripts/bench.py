@@ -28,7 +28,8 @@ def main(config: DictConfig) -> None:
     except (ValueError, OSError, SharedGPU, ClockJumped) as error:  # their messages name the fix
         sys.exit(str(error))
     if missing:
-        sys.exit("\n".join(["The benchmark is not complete:", *missing]))
+        kept = "What was measured has names that end in -incomplete; an earlier result stays."
+        sys.exit("\n".join(["The benchmark is not complete:", *missing, kept]))
 
 
 def report(settings: dict[str, Any]) -> list[str]:
@@ -38,68 +39,106 @@ def report(settings: dict[str, Any]) -> list[str]:
     from secateur.efficiency.bench_report import write
 
     path = Path(settings["report"])
-    write(pd.read_parquet(path), path.with_suffix(""), Path(settings["results"]) / "figures")
+    served = path.with_name(f"{path.stem}-serving.parquet")
+    found = pd.read_parquet(served) if served.exists() else pd.DataFrame()
+    write(pd.read_parquet(path), found, path.with_suffix(""), Path(settings["results"]) / "figures")
     return []
 
 
 def measure(settings: dict[str, Any]) -> list[str]:
-    """Measure the models one after the other; write results after each. Returns what is missing."""
-    import pandas as pd
-    import torch
-    from rich.progress import Progress
+    """Measure the models one after the other. Returns what is missing.
 
-    from secateur.budget import Budget
-    from secateur.efficiency.bench import Bench
-    from secateur.efficiency.bench_report import write
+    Results are written after each model under names that end in "incomplete". A run that misses
+    nothing gives them their own names, so that it alone replaces an earlier one.
+    """
+    import pandas as pd
+    from rich.console import Console
+
+    from secateur.efficiency.bench_report import remove, show, write
     from secateur.efficiency.hardware import check_alone, describe, find_device
-    from secateur.geometry import config_of, reduced
+    from secateur.efficiency.serving import Load
     from secateur.grid import add_methods
 
     add_methods(settings["plugins"])
-    device = find_device(settings["device"])
+    device, console = find_device(settings["device"]), Console(width=None)
     deadline = time.monotonic() + 60 * settings["minutes"]
     if not settings["shared"]:
         check_alone(device)
-    plan, models = _plan(settings, device), settings["models"]
+    plan = _plan(settings, device)
+    load = Load(**settings["serving"] | {"batches": tuple(settings["serving"]["batches"])})
     where = "cpu" if device.type == "cpu" else re.sub("[^a-z0-9]+", "-", describe(device).lower())
     results = Path(settings["results"])
-    frames: list[pd.DataFrame] = []
+    stem, figures = results / "bench" / f"bench-{where}", results / "figures"
+    unfinished = stem.with_name(f"{stem.name}-incomplete")
+    phases: list[pd.DataFrame] = []
+    served: list[pd.DataFrame] = []
     left_out: dict[str, str] = {}
     missing: list[str] = []
-    for model in models:
+    for model in settings["models"]:
         if time.monotonic() > deadline:
             missing.append(
                 f"{model['name']}: not begun, the {settings['minutes']} minutes were over"
             )
             continue
-        layout, pruners = _composed(model["name"], settings)
-        config = config_of(model["name"])
-        if settings["layers"]:
-            config = reduced(config, settings["layers"], settings["shrink"])
-        bench = Bench(model["name"], config, plan, layout, model.get("image_side"))
-        work = bench.settings(pruners, [Budget.parse(budget) for budget in model["budgets"]])
-        with Progress(transient=True) as bar:
-            task = bar.add_task(model["name"], total=len(work) * (1 + plan.warm_up + plan.timed))
-            samples, without, failed = bench.run(
-                work, deadline, functools.partial(bar.advance, task)
-            )
+        samples, batches, without, why = _measure_model(settings, model, plan, load, deadline)
         left_out |= without
-        missing += [f"{name} failed: {why}" for name, why in failed.items()]
-        if (rounds := 0 if samples.empty else samples["round"].nunique()) < plan.timed:
-            missing.append(
-                f"{model['name']}: {rounds} of {plan.timed} rounds, "
-                f"the {settings['minutes']} minutes were over"
-            )
-        if rounds > 1:
-            frames.append(samples)
-            together = pd.concat(frames, ignore_index=True)
-            together.attrs["left_out"] = left_out
-            write(together, results / "bench" / f"bench-{where}", results / "figures")
-        del bench
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        missing += why
+        served += [batches] * (not batches.empty)
+        if samples.empty or samples["round"].nunique() < 2:
+            continue
+        phases.append(samples)
+        show(samples, console)
+        together = pd.concat(phases, ignore_index=True)
+        together.attrs["left_out"] = left_out
+        write(together, pd.concat([pd.DataFrame(), *served]), unfinished, figures)
+    if phases and not missing:
+        write(together, pd.concat([pd.DataFrame(), *served]), stem, figures)
+        remove(unfinished, figures)
     return missing
+
+
+def _measure_model(
+    settings: dict[str, Any], model: dict[str, Any], plan: Any, load: Any, deadline: float
+) -> tuple[Any, Any, dict[str, str], list[str]]:
+    """Measure one model: its phases, its batches, what was left out, and what is missing."""
+    import torch
+    from rich.progress import Progress
+
+    from secateur.budget import Budget
+    from secateur.efficiency.bench import Bench
+    from secateur.efficiency.serving import serve
+    from secateur.geometry import config_of, reduced
+
+    name = model["name"]
+    layout, pruners = _composed(name, settings)
+    config = config_of(name)
+    if settings["layers"]:
+        config = reduced(config, settings["layers"], settings["shrink"])
+    bench = Bench(name, config, plan, layout, model.get("image_side"))
+    work = bench.settings(pruners, [Budget.parse(budget) for budget in model["budgets"]])
+    requests = [setting for setting in work if setting.kind != "ceiling"]
+    with Progress() as bar:
+        task = bar.add_task(name, total=len(work) * (1 + plan.warm_up + plan.timed))
+        samples, left_out, failed = bench.run(work, deadline, functools.partial(bar.advance, task))
+        rounds = 1 + load.warm_up + load.timed
+        total = len(requests) * len(load.batches) * rounds
+        task = bar.add_task(f"{name}, batches of {', '.join(map(str, load.batches))}", total=total)
+        batches, without = serve(
+            bench, requests, load, deadline, functools.partial(bar.advance, task)
+        )
+    missing = [f"{setting} failed: {why}" for setting, why in failed.items()]
+    for what, found, asked in (("", samples, plan.timed), (" in batches", batches, load.timed)):
+        done = 0 if found.empty else found["round"].nunique()
+        if done < asked:
+            missing.append(
+                f"{name}{what}: {done} of {asked} rounds, the {settings['minutes']} minutes were "
+                "over"
+            )
+    del bench
+    gc.collect()
+    if plan.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return samples, batches, left_out | without, missing
 
 
 def _plan(settings: dict[str, Any], device: Any) -> Any:

@@ -13,14 +13,16 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from test_inject import hooks
 
 from scripts import bench as script
 from scripts import bundle_gpu, gpu_check
 from secateur.budget import Budget
-from secateur.efficiency import hardware, latency
+from secateur.efficiency import hardware, latency, serving
 from secateur.efficiency.bench import Bench, Plan, Setting
-from secateur.efficiency.bench_report import figure, markdown, published, summarise, write
+from secateur.efficiency.bench_report import figure, markdown, write
+from secateur.efficiency.bench_stats import published, summarise
 from secateur.efficiency.latency import PHASES, ClockJumped, Timeline, ceiling_prompt, phases
 from secateur.geometry import config_of, tiny
 from secateur.injection import inject
@@ -432,7 +434,7 @@ class TestReport:
         assert "Reduced geometry" in text
 
     def test_raw_samples_give_the_same_table_again(self, samples, tmp_path):
-        write(samples, tmp_path / "bench-cpu", tmp_path)
+        write(samples, pd.DataFrame(), tmp_path / "bench-cpu", tmp_path)
         again = pd.read_parquet(tmp_path / "bench-cpu.parquet")
         assert markdown(summarise(again), again) == (tmp_path / "bench-cpu.md").read_text()
         assert {path.name for path in tmp_path.iterdir()} == {
@@ -441,12 +443,51 @@ class TestReport:
         }
 
     def test_figure_holds_every_setting(self, samples):
-        left, right = figure(summarise(samples)).axes
-        assert len(left.get_yticklabels()) == 6
-        assert {text.get_text() for text in right.get_legend().get_texts()} >= {
-            "divprune",
-            "fastv layer=1",
-        }
+        summary = summarise(samples)
+        left, right = figure(summary).axes
+        assert [label.get_text() for label in left.get_yticklabels()] == [
+            "unpruned",
+            "ceiling, 8",
+            "divprune, 8",
+            "fastv layer=1, 8",
+            "ceiling, 2",
+            "divprune, 2",
+        ]
+        (points, *_), *_ = right.containers
+        assert points.get_xdata().tolist() == summary["speed_up"].tolist()
+
+
+class TestServing:
+    def test_batches_hold_a_cache_for_each_request(self, llava):
+        settings = [
+            one for one in llava.settings(METHODS, [Budget(8), Budget(2)]) if one.kind != "ceiling"
+        ]
+        load = serving.Load((1, 3), new_tokens=3, warm_up=0, timed=2)
+        samples, left_out = serving.serve(
+            llava, settings, load, time.monotonic() + 100, lambda: None
+        )
+        assert list(left_out) == [
+            "llava_1_5_7b fastv layer=1 2, batch 1",
+            "llava_1_5_7b fastv layer=1 2, batch 3",
+        ]
+        found = serving.summarise(samples).set_index(["batch", "method", "budget"])
+        assert found.index.tolist() == [
+            (batch, *one)
+            for batch in (1, 3)
+            for one in (("unpruned", 16), ("divprune", 8), ("fastv layer=1", 8), ("divprune", 2))
+        ]
+        kv = found["kv_mb"] * 2**20
+        whole, half, few = kv[1, "unpruned", 16], kv[1, "divprune", 8], kv[1, "divprune", 2]
+        assert (whole - half) / (half - few) == 8 / 6
+        assert kv[3, "divprune", 2] == 3 * kv[1, "divprune", 2]
+        assert found.loc[(3, "unpruned", 16), ["speed_up", "speed_up_low"]].tolist() == [1, 1]
+        assert "| unpruned" in serving.markdown(serving.summarise(samples))
+
+    @pytest.mark.parametrize("field", ["batches", "new_tokens", "timed"])
+    def test_a_load_that_makes_no_sense(self, field):
+        usual = {"batches": (1,), "new_tokens": 2, "warm_up": 0, "timed": 2}
+        with pytest.raises(ValueError, match=f"serving.{field}"):
+            serving.Load(**usual | {field: (0,) if field == "batches" else 0})
 
 
 class TestScripts:
@@ -458,6 +499,7 @@ class TestScripts:
             "layers=2",
             "prompts=2",
             "warm_up=1",
+            "serving={batches: [1, 2], new_tokens: 2, warm_up: 0, timed: 2}",
         ]
         with initialize_config_dir(
             str(Path(script.__file__).parents[1] / "configs"), version_base="1.3"
@@ -465,9 +507,9 @@ class TestScripts:
             composed = compose(
                 "bench_cpu", [*quick, "timed=2", "new_tokens=1", f"results={tmp_path}"]
             )
-            yield dict(composed) | {"results": str(tmp_path)}
+            yield OmegaConf.to_container(composed) | {"results": str(tmp_path)}
 
-    def test_the_benchmark_writes_everything(self, settings, tmp_path):
+    def test_the_benchmark_writes_everything(self, settings, tmp_path, capsys):
         assert script.measure(settings) == []
         stored = pd.read_parquet(tmp_path / "bench/bench-cpu.parquet")
         assert set(stored["method"]) == {
@@ -477,12 +519,30 @@ class TestScripts:
             "cdpruner relevance_space=llm_embed",
         }
         assert set(stored["geometry"]) == {"2 layers, widths / 16"}
+        text = (tmp_path / "bench/bench-cpu.md").read_text()
         (tmp_path / "bench/bench-cpu.md").unlink()
         script.report(
             {"report": str(tmp_path / "bench/bench-cpu.parquet"), "results": str(tmp_path)}
         )
-        assert (tmp_path / "bench/bench-cpu.md").exists()
+        assert (tmp_path / "bench/bench-cpu.md").read_text() == text
         assert (tmp_path / "figures/bench_cpu_llava_1_5_7b.png").exists()
+        served = pd.read_csv(tmp_path / "bench/bench-cpu-serving.csv").set_index("batch")
+        assert served.groupby("batch").size().tolist() == [3, 3]
+        assert not list(tmp_path.glob("*/*incomplete*"))
+        printed = capsys.readouterr().out
+        assert "llava_1_5_7b" in printed
+        assert "divprune" in printed
+
+    def test_an_incomplete_run_replaces_no_complete_one(self, settings, tmp_path, monkeypatch):
+        (tmp_path / "bench").mkdir()
+        complete = tmp_path / "bench/bench-cpu.md"
+        complete.write_text("complete")
+        monkeypatch.setattr(serving, "serve", lambda *_: (pd.DataFrame(), {}))
+        assert script.measure(settings) == [
+            "llava_1_5_7b in batches: 0 of 2 rounds, the 15 minutes were over"
+        ]
+        assert complete.read_text() == "complete"
+        assert "first token" in (tmp_path / "bench/bench-cpu-incomplete.md").read_text()
 
     def test_the_benchmark_says_what_it_had_no_time_for(self, settings):
         assert script.measure(settings | {"minutes": -1}) == [

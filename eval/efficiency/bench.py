@@ -119,7 +119,7 @@ class Bench:
                 "sdpa always is"
             ) from error
         self.config: Any = self.model.config
-        inputs = Inputs(
+        inputs = self.inputs = Inputs(
             random_processor(self.config), self.config, layout=layout, image_side=image_side
         )
         self.adapter = adapter_for(self.model, layout)

@@ -1,6 +1,7 @@
-"""Statistics, tables beside published numbers, and figures from raw samples of the benchmark."""
+"""Tables and figures of the benchmark."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,27 +9,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import bootstrap
+from rich.console import Console
+from rich.table import Table
 
+from secateur.efficiency import serving
+from secateur.efficiency.bench_stats import published, summarise
 from secateur.efficiency.latency import PHASES
-from secateur.reporting.reported import load_efficiency
 
-SETTING = ["model", "kind", "method", "pruner", "budget"]
-# columns that must be equal in samples that are compared
-SAME = [
-    "geometry",
-    "weights",
-    "device",
-    "dtype",
-    "attn_implementation",
-    "new_tokens",
-    "seed",
-    "prompts",
-    "torch",
-    "transformers",
-]
-TIMES = [*PHASES, "first_token", "decode"]
-RESAMPLES, LEVEL = 2000, 0.95
 COLOURS = {
     "vision": "#4c72b0",
     "captures": "#dd8452",
@@ -38,157 +25,21 @@ COLOURS = {
 }
 
 
-def summarise(samples: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting: facts, median, quartiles and p95 of every time, and comparisons.
+def remove(stem: Path, figures: Path) -> None:
+    """Delete the files that `write` made."""
+    for path in [
+        *stem.parent.glob(f"{stem.name}*"),
+        *figures.glob(f"{stem.name.replace('-', '_')}_*"),
+    ]:
+        path.unlink()
 
-    `speed_up`: median first token of the unpruned model over that of the setting.
-    `of_ceiling`: the same for the ceiling over the setting. Both have intervals by resampling of
-    rounds; all settings have the same rounds.
-    `ceiling_speed_up`: the same for the unpruned model over the ceiling.
-    `prefill_to_ceiling`: median prefill of the setting over that of the ceiling.
-    `pruner_share`: captures and selection, in percent of the unpruned model's prefill.
 
-    Raises:
-        ValueError: samples of a model differ in kernel, dtype, device or the like, or settings have
-            other rounds.
+def markdown(summary: pd.DataFrame, samples: pd.DataFrame, served: str = "") -> str:
+    """One table per model, the settings that were left out and why, and the published numbers.
+
+    Args:
+        served: the section on batches.
     """
-    tables = []
-    for model, rows in samples.groupby("model", sort=False):
-        for column in SAME:
-            if len(values := rows[column].unique()) > 1:
-                raise ValueError(
-                    f"{model}: samples of {column} {' and '.join(map(str, values))} cannot be "
-                    f"compared; all must have one {column}"
-                )
-        tables.append(_summarise(str(model), rows))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _summarise(model: str, rows: pd.DataFrame) -> pd.DataFrame:
-    groups = {key: group.sort_values("round") for key, group in rows.groupby(SETTING)}
-    rounds = rows["round"].nunique()
-    for key, group in groups.items():
-        if len(group) != rounds or group["round"].nunique() != rounds:
-            raise ValueError(
-                f"{model}: {key[2]} {key[4]} has {len(group)} samples of {rounds} rounds; every "
-                "round measures all once"
-            )
-    kinds = ["unpruned", "ceiling", "pruned"]
-    unpruned = next((group for key, group in groups.items() if key[1] == "unpruned"), None)
-    ceilings = {key[4]: group for key, group in groups.items() if key[1] == "ceiling"}
-    if unpruned is None or not {key[4] for key in groups if key[1] == "pruned"} <= ceilings.keys():
-        raise ValueError(
-            f"{model}: no samples of the unpruned model, or of the ceiling of a budget: nothing to "
-            "compare with"
-        )
-    found: list[dict[str, Any]] = []
-    for key, group in groups.items():
-        first = group.iloc[0]
-        facts = {
-            name: first[name]
-            for name in (*SETTING, *SAME, "tokens_in", "tokens", "text_tokens", "masked", "asked")
-        }
-        line: dict[str, Any] = facts | {"samples": rounds}
-        for name in TIMES:
-            low, middle, high, late = np.quantile(group[name], [0.25, 0.5, 0.75, 0.95])
-            line |= {name: middle, f"{name}_q1": low, f"{name}_q3": high, f"{name}_p95": late}
-        ceiling = unpruned if key[1] == "unpruned" else ceilings[key[4]]
-        for name, other in (("speed_up", unpruned), ("of_ceiling", ceiling)):
-            line[name], line[f"{name}_low"], line[f"{name}_high"] = ratio(
-                other["first_token"], group["first_token"]
-            )
-        line["ceiling_speed_up"] = (
-            unpruned["first_token"].median() / ceiling["first_token"].median()
-        )
-        line["prefill_to_ceiling"] = line["prefill"] / ceiling["prefill"].median()
-        line["pruner_share"] = (
-            100 * (line["captures"] + line["selection"]) / unpruned["prefill"].median()
-        )
-        line["macs_visual"], line["flops_first_token"] = (
-            first["macs_visual"] / 1e12,
-            first["flops_first_token"] / 1e12,
-        )
-        line["kv_mb"] = sum(first["kv_bytes"]) / 2**20
-        line["peak_gb"], line["peak_delta_gb"] = (
-            _gb(first["peak_bytes"]),
-            _gb(first["peak_delta_bytes"]),
-        )
-        found.append(line)
-    found.sort(key=lambda row: (-row["budget"], kinds.index(row["kind"]), row["method"]))
-    return pd.DataFrame(found)
-
-
-def ratio(above: pd.Series, below: pd.Series) -> tuple[float, float, float]:
-    """Ratio of medians with its interval: value, low, high; both are in the order of rounds."""
-
-    def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
-        return np.median(a, axis=axis) / np.median(b, axis=axis)
-
-    x, y = above.to_numpy(), below.to_numpy()
-    options: dict[str, Any] = {
-        "paired": True,
-        "vectorized": True,
-        "method": "percentile",
-        "n_resamples": RESAMPLES,
-    }
-    interval = bootstrap(
-        (x, y), statistic, confidence_level=LEVEL, rng=np.random.default_rng(0), **options
-    ).confidence_interval
-    return float(np.median(x) / np.median(y)), float(interval.low), float(interval.high)
-
-
-def _gb(size: Any) -> float:
-    return float("nan") if pd.isna(size) else size / 1e9
-
-
-def published(summary: pd.DataFrame) -> pd.DataFrame:
-    """Published times and sizes, with their hardware, beside ours of the same method and tokens.
-
-    Ours are given at true geometry only, and not where the published budget counts the layers after
-    a cut.
-    """
-    printed = load_efficiency()
-    quantities = [
-        "vision",
-        "pruner",
-        "prefill",
-        "first_token",
-        "decode",
-        "kv_cache",
-        "gpu_memory",
-        "speed_up",
-    ]
-    printed = printed[
-        printed["quantity"].isin(quantities) & printed["model"].isin(summary["model"])
-    ]
-    ours = {}
-    for row in summary[(summary["geometry"] == "true") & (summary["kind"] != "ceiling")].to_dict(
-        "records"
-    ):
-        ours[row["model"], row["pruner"], row["budget"]] = {
-            ("pruner", "ms"): row["captures"] + row["selection"],
-            ("first_token", "s"): row["first_token"] / 1e3,
-            ("decode", "ms/token"): row["decode"],
-            ("kv_cache", "MB"): row["kv_mb"],
-            ("gpu_memory", "GB"): row["peak_gb"],
-            ("speed_up", "x"): row["speed_up"],
-            **{(name, "ms"): row[name] for name in ("vision", "prefill", "first_token")},
-        }
-    images = printed["budget_scope"] == "image"
-    keys = printed[["model", "method", "budget_tokens", "quantity", "unit"]].itertuples(index=False)
-    own = [
-        ours.get(key[:3], {}).get(key[3:], float("nan")) if image else float("nan")
-        for key, image in zip(keys, images, strict=True)
-    ]
-    names = ["model", "method", "budget", "quantity", "unit", "value", "hardware", "paper", "table"]
-    table = printed[names].rename(columns={"value": "printed"}).assign(ours=own)
-    return table[[*names[:5], "printed", "ours", *names[6:]]].sort_values(
-        ["model", "quantity", "unit"], kind="stable"
-    )
-
-
-def markdown(summary: pd.DataFrame, samples: pd.DataFrame) -> str:
-    """One table per model, the settings that were left out and why, and the published numbers."""
     first = samples.iloc[0]
     lines = ["# Latency and memory", ""]
     lines += [f"{_where(first)}; batch 1, random weights."]
@@ -240,6 +91,7 @@ def markdown(summary: pd.DataFrame, samples: pd.DataFrame) -> str:
         ]
     if left_out := samples.attrs.get("left_out"):
         lines += ["Left out:", "", *(f"- {name}: {why}" for name, why in left_out.items()), ""]
+    lines += [served] * bool(served)
     table = published(summary)
     table[["printed", "ours"]] = table[["printed", "ours"]].map(
         lambda value: "–" if pd.isna(value) else f"{value:.4g}"
@@ -305,73 +157,90 @@ def _shown(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(summary: pd.DataFrame) -> Figure:
-    """One model: the phases of each setting, and latency against tokens with the ceiling."""
+    """One model, one row per setting: the phases up to the first token, and the speed-up."""
     drawn, (left, right) = plt.subplots(
-        1, 2, figsize=(16, 1.5 + 0.24 * len(summary)), layout="constrained"
+        1,
+        2,
+        figsize=(12, 1.8 + 0.26 * len(summary)),
+        layout="constrained",
+        sharey=True,
+        gridspec_kw={"width_ratios": [3, 2]},
     )
+    places = np.arange(len(summary))
     names = [
-        method if kind == "unpruned" else f"{method} {budget}"
+        method if kind == "unpruned" else f"{method}, {budget}"
         for kind, method, budget in summary[["kind", "method", "budget"]].to_numpy()
     ]
     start = np.zeros(len(summary))
     for phase in PHASES:
-        left.barh(names, summary[phase], left=start, label=phase, color=COLOURS[phase])
+        left.barh(places, summary[phase], left=start, label=phase, color=COLOURS[phase])
         start += summary[phase].to_numpy()
+    left.set_yticks(places, names, fontsize=9)
     left.invert_yaxis()
-    left.set(xlabel="ms to the first token, medians of the phases")
-    left.tick_params(axis="y", labelsize=7)
-    left.legend(fontsize=8)
-    line = summary[summary["kind"] != "pruned"].sort_values("tokens")
-    step = 0.003 * line["tokens"].max()  # bars at the same number of tokens stand side by side
+    left.set(xlabel="ms to the first token, medians of the phases", xlim=(0, 1.02 * start.max()))
+    speed = summary["speed_up"].to_numpy()
+    spread = speed - summary["speed_up_low"], summary["speed_up_high"] - speed
+    right.errorbar(
+        speed, places, xerr=spread, fmt="o", color="#4c72b0", capsize=2, label="setting, 95 %"
+    )
     right.plot(
-        line["tokens"], line["first_token"], "k.--", label="ceiling: unpruned model with as many"
+        summary["ceiling_speed_up"],
+        places,
+        "|",
+        color="black",
+        markersize=11,
+        label="unpruned model with as many tokens",
     )
-    for number, (name, rows) in enumerate(
-        summary[summary["kind"] == "pruned"].groupby("method", sort=False)
-    ):
-        spread = (
-            rows["first_token"] - rows["first_token_q1"],
-            rows["first_token_q3"] - rows["first_token"],
-        )
-        style = "osD^v<>pPX*"[number % 11]
-        right.errorbar(
-            rows["tokens"] + (number - 5) * step,
-            rows["first_token"],
-            yerr=spread,
-            fmt=style,
-            markersize=5,
-            linewidth=1,
-            label=name,
-        )
-    right.set(
-        xlabel="visual tokens, mean over the layers",
-        ylabel="ms to the first token, median and quartiles",
-        ylim=(0, None),
-    )
-    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    right.axvline(1, color="grey", linewidth=0.8)
+    right.set(xlabel="speed-up of the first token")
+    drawn.legend(loc="outside upper center", ncols=len(PHASES) + 2, fontsize=8)
     first = summary.iloc[0]
-    drawn.suptitle(f"{first['model']}, {_where(first)}", fontsize=9)
+    drawn.supxlabel(f"{first['model']}, {_where(first)}", fontsize=9)
     return drawn
 
 
-def write(samples: pd.DataFrame, stem: Path, figures: Path) -> None:
+def show(samples: pd.DataFrame, console: Console) -> None:
+    """Print the main columns of one model's table."""
+    rows = summarise(samples)
+    table = Table(title=f"{rows['model'].iloc[0]}, {_where(rows.iloc[0])}, medians in ms")
+    whole = _shown(rows).assign(**{"first token": rows["first_token"].map("{:.2f}".format)})
+    columns = ("method", "budget", "pruner", "pruner %", "prefill", "first token", "speed-up")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in whole[list(columns)].itertuples(index=False):
+        table.add_row(*row)
+    console.print(table)
+
+
+def write(samples: pd.DataFrame, served: pd.DataFrame, stem: Path, figures: Path) -> None:
     """Write raw samples (.parquet), statistics (.csv), tables (.md) and one figure per model.
 
     Args:
-        stem: path of the first three files without suffix; each is written whole and then renamed.
+        samples: phases of single requests.
+        served: of batches, see `serving.serve`; may be empty. Their files end in "-serving".
+        stem: path of the first files without suffix; each is written whole and then renamed.
         figures: folder of the figures.
     """
-    summary = summarise(samples)
+    summary, text = summarise(samples), ""
+    if not served.empty:
+        batches = serving.summarise(served)
+        text = serving.markdown(batches)
     stem.parent.mkdir(parents=True, exist_ok=True)
     figures.mkdir(parents=True, exist_ok=True)
-    for suffix, store in (
+    files: list[tuple[str, Callable[[Path], Any]]] = [
         (".parquet", lambda path: samples.to_parquet(path, index=False)),
         (".csv", lambda path: summary.to_csv(path, index=False, float_format="%.6g")),
-        (".md", lambda path: path.write_text(markdown(summary, samples), encoding="utf-8")),
-    ):
+        (".md", lambda path: path.write_text(markdown(summary, samples, text), encoding="utf-8")),
+    ]
+    if not served.empty:
+        files += [
+            ("-serving.parquet", lambda path: served.to_parquet(path, index=False)),
+            ("-serving.csv", lambda path: batches.to_csv(path, index=False, float_format="%.6g")),
+        ]
+    for ending, store in files:
         part = stem.with_suffix(".part")
         store(part)
-        os.replace(part, stem.with_suffix(suffix))
+        os.replace(part, stem.with_name(stem.name + ending))
     for model, rows in summary.groupby("model", sort=False):
         drawn = figure(rows)
         drawn.savefig(figures / f"{stem.name.replace('-', '_')}_{model}.png", dpi=90)

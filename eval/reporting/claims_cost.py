@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from secateur.efficiency.bench_report import ratio
+from secateur.efficiency.bench_stats import ratio
 from secateur.efficiency.flops import conventions
 from secateur.efficiency.flops_published import (
     CROPS,
