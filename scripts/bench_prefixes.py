@@ -65,9 +65,9 @@ def requests(model: PrunedModel, task: str, images: int, questions: int) -> list
     ]
 
 
-def random_checkpoint(folder: Path) -> str:
+def random_checkpoint(folder: Path, layers: int = LAYERS, shrink: int = SHRINK) -> str:
     """A LLaVA-1.5 of true image geometry, 576 visual tokens, with few and narrow layers."""
-    config = reduced(config_of("llava_1_5_7b"), LAYERS, SHRINK)
+    config = reduced(config_of("llava_1_5_7b"), layers, shrink)
     random_model(config, "cpu", torch.float32, "sdpa", seed=0, std=0.1).save_pretrained(folder)
     random_processor(config).save_pretrained(folder)
     return str(folder)
