@@ -61,7 +61,7 @@ def identity(
         limit=limit,
         seed=seed,
         versions=_versions(),
-        code=source.code(),
+        code=source.code(model.family),
         clip=_clip(model, pruner),
         data=suite.data_commit(entry.dataset) or "",
         **defined,

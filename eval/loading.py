@@ -32,7 +32,7 @@ def load(
     Raises:
         FileNotFoundError: the checkpoint is neither on disk nor reachable, or its files are
             damaged.
-        ValueError: unknown weights or resize.
+        ValueError: unknown weights or resize; a checkpoint that lacks some of the weights.
     """
     if weights == "random":
         config = config_of(name)
@@ -50,15 +50,23 @@ def load(
             processor.image_processor = AutoImageProcessor.from_pretrained(
                 place, revision=commit, **_backend(resize)
             )
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, found = AutoModelForImageTextToText.from_pretrained(
             place,
             revision=commit,
             dtype=dtype,
             device_map=str(device),
             attn_implementation=attn_implementation,
+            output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
         raise FileNotFoundError(not_loaded(pretrained, revision, error)) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{pretrained} has no weights for {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' * (len(missing) > 3)}, which transformers "
+            f"fills with random numbers: it is no checkpoint of {type(model).__name__}, or its "
+            "keys have other names"
+        )
     return model.eval(), processor
 
 

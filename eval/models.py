@@ -176,9 +176,8 @@ class PrunedModel(lmms):
         self._clip: ClipRelevance | None = None
         self.batch_tokens = batch_tokens
         self._identity = (
-            f"{fingerprint(pretrained, revision)} {source.code()} {name} {weights} {dtype} "
-            f"{attn_implementation} "
-            f"{self.device} {VERSION}"
+            f"{fingerprint(pretrained, revision)} {source.code(self.family)} {name} {weights} "
+            f"{dtype} {attn_implementation} {self.device} {VERSION}"
         )
         # tensors of inputs take a quarter of the cache's memory
         self.documents = Documents(cache.limit_bytes // 4 if cache else 0)

@@ -34,9 +34,23 @@ def _files() -> dict[str, str]:
 _AT_START = _files()  # of this process, before it imports most of them
 
 
-def code() -> str:
-    """Digest of the code that decides answers, as it was when this process started."""
-    return hashlib.sha256(repr(_AT_START).encode()).hexdigest()[:12]
+# model type of a family from a plug-in -> digest of its file
+_OUTSIDE: dict[str, str] = {}
+
+
+def add_family(model_type: str, digest: str) -> None:
+    """Make the code of a family from outside count for the models of this type."""
+    _OUTSIDE[model_type] = digest
+
+
+def code(family: str = "") -> str:
+    """Digest of the code that decides answers, as it was when this process started.
+
+    Args:
+        family: model type; the file of a family from a plug-in counts too.
+    """
+    text = repr(_AT_START) + _OUTSIDE.get(family, "")
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def check_unchanged() -> None:

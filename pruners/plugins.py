@@ -1,4 +1,7 @@
-"""Methods from outside the project: a file, or a package with an entry point."""
+"""Methods from outside the project: a file, or a package with an entry point.
+
+A plug-in may also register families of models (`secateur.families.register_family`).
+"""
 
 import dataclasses
 import hashlib
@@ -16,7 +19,7 @@ from pathlib import Path
 
 from secateur.pruners.base import PrunerError, Status, VisualTokens
 from secateur.pruners.in_llm import InLLMPruner, LayerTokens
-from secateur.pruners.registry import REGISTRY
+from secateur.pruners.registry import EXTENSIONS, REGISTRY
 
 GROUP = "secateur.pruners"  # entry points of this group name a module that registers methods
 _loaded: dict[Path, list[str]] = {}
@@ -82,13 +85,14 @@ def _import(path: Path) -> None:
 
 def _registered(where: str, run: Callable[[], object]) -> list[str]:
     """The names that an import registers, checked; none of them stays if it fails."""
-    before = set(REGISTRY)
+    before, extensions = set(REGISTRY), len(EXTENSIONS)
     try:
         run()
         names = [name for name in REGISTRY if name not in before]
         for name in names:
             _check(name)
-        if not names and not where.startswith("the entry point"):
+        nothing = not names and len(EXTENSIONS) == extensions
+        if nothing and not where.startswith("the entry point"):
             raise PrunerError('it registers no method; write @register("my_name") above its class')
     except Exception as error:
         for name in REGISTRY.keys() - before:

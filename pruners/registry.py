@@ -15,6 +15,8 @@ from secateur.pruners.base import Pruner, PrunerError
 from secateur.pruners.in_llm import InLLMPruner
 
 REGISTRY: dict[str, type[Pruner] | type[InLLMPruner]] = {}
+# what plug-ins registered that is no method, such as families of models
+EXTENSIONS: list[str] = []
 P = TypeVar("P", Pruner, InLLMPruner)
 _PACKAGE = "secateur.pruners"
 

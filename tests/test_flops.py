@@ -370,7 +370,7 @@ def test_errors_name_the_fix():
     assert count_row(config, row | {"crops": CLIP * 5}).tower == tower(config, CLIP * 5)
     with pytest.raises(ValueError, match="3 counts in layer_tokens for 32 layers"):
         count(config, layer_tokens=[64] * 3, text_tokens=1, crops=CLIP)
-    with pytest.raises(ValueError, match="'clip' models are not known"):
+    with pytest.raises(ValueError, match="model type 'clip' is not supported"):
         tower(AutoConfig.for_model("clip"), CLIP)
 
 

@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.protocol import ChatMessages
 from PIL import ImageFile
+from safetensors.torch import load_file, save_file
 from tenacity import stop_after_attempt
 
 from scripts.training.train_shapes import Recipe, train
@@ -114,6 +115,16 @@ def test_damaged_weights_are_named(tmp_path, damage):
     with pytest.raises(
         FileNotFoundError, match="could not be loaded: a file is missing or damaged"
     ):
+        PrunedModel(str(folder), dtype="float32", device="cpu")
+
+
+def test_weights_that_are_missing_are_no_random_numbers(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(WEIGHTS, folder)
+    tensors = load_file(folder / "model.safetensors")
+    without = {name: value for name, value in tensors.items() if "lm_head" not in name}
+    save_file(without, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no weights for lm_head\.weight, which transformers"):
         PrunedModel(str(folder), dtype="float32", device="cpu")
 
 
@@ -375,6 +386,9 @@ def test_one_model_is_loaded_at_a_time_and_only_when_its_settings_change(monkeyp
                 "the model before is still there"
             )
             alive.append(weakref.ref(self))
+
+        def expect(self, captures):
+            pass
 
     monkeypatch.setattr(models, "PrunedModel", Held)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from secateur.families import MODULES, family_of
+from secateur.families import family_of
 from secateur.families.base import Family
 from secateur.pruners import InLLMPruner, Pruner
 from secateur.pruners.base import ImageShape
@@ -180,7 +180,7 @@ def tower(
     Raises:
         ValueError: an image encoder that is not known.
     """
-    family, total = _family(config), Work()
+    family, total = family_of(config.model_type), Work()
     for rows, columns in crops:
         merged = _merged(family, config, pruner, rows * columns, _share(crops, kept))
         total += Work(*family.tower_flops(config, rows, columns, merged))
@@ -194,7 +194,7 @@ def projector(
     kept: int = 0,
 ) -> Work:
     """The projector, over all tokens that leave the image encoder; arguments as of `tower`."""
-    family, tokens = _family(config), 0
+    family, tokens = family_of(config.model_type), 0
     for rows, columns in crops:
         size = rows * columns
         tokens += size - sum(_merged(family, config, pruner, size, _share(crops, kept)))
@@ -217,14 +217,6 @@ def _merged(
     if not isinstance(pruner, TowerPruner):
         return []
     return pruner.merged_per_block(size, family.merging_blocks(config), round(share * size))
-
-
-def _family(config: PreTrainedConfig) -> Family:
-    if config.model_type not in MODULES:
-        raise ValueError(
-            f"FLOPs of {config.model_type!r} models are not known; known: {', '.join(MODULES)}"
-        )
-    return family_of(config.model_type)
 
 
 def prefill(
@@ -278,7 +270,7 @@ def _pruner(
     sizes, kept = [rows * columns for rows, columns in crops], layer_tokens[0]
     if kept >= sum(sizes):
         return 0
-    family, vision, share = _family(config), config.vision_config, kept / sum(sizes)
+    family, vision, share = family_of(config.model_type), config.vision_config, kept / sum(sizes)
     encoder = (
         getattr(vision, family.VISION_WIDTHS[0]),
         family.merging_blocks(config),

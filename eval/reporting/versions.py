@@ -44,7 +44,8 @@ def newest(records: Iterable[Record]) -> tuple[list[Record], list[Stale]]:
 def _of_code_here(record: Record) -> bool:
     own = record.identity
     method = REGISTRY.get(own.pruner.name)
-    return own.code == source.code() and method is not None and own.pruner.source == method.code
+    here = source.code(own.model.family)
+    return own.code == here and method is not None and own.pruner.source == method.code
 
 
 def left_out(stale: list[Stale]) -> list[str]:
