@@ -148,7 +148,9 @@ class Inputs:
         """
         first, *rest = text.split(self.processor.image_token)
         words = zip(places, rest, strict=True)
-        expanded = first + "".join(self.processor.image_token * n + after for n, after in words)
+        expanded = first + "".join(
+            self.family.expanded(self.processor, n) + after for n, after in words
+        )
         tensors = dict(self.processor.tokenizer([expanded], return_tensors="pt"))
         if "mm_token_type_ids" in self.processor.model_input_names:
             tensors["mm_token_type_ids"] = (tensors["input_ids"] == self.placeholder).long()

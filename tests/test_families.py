@@ -29,6 +29,7 @@ FAMILIES = {
     "llava_next": {"layout": "fixed2880"},
     "qwen2_vl": {},
     "qwen2_5_vl": {},
+    "internvl": {},
 }
 QWEN = ["qwen2_vl", "qwen2_5_vl"]
 # fields that a tiny model needs, and those that a family without CLS and CLIP needs
@@ -49,7 +50,7 @@ WITHOUT_CLS = {
 }
 # no model here has CLIP's text tower beside it
 WITHOUT_CLIP = {"trim": "compares with the question in CLIP's space"}
-# what Qwen2-VL and Qwen2.5-VL cannot have: scores of a CLS row, blocks of 2 x 2 in a grid of 3 x 3
+# what Qwen's models cannot have: scores of a CLS row, blocks of 2 x 2 in a grid of 3 x 3
 REFUSED = {
     "hired": "do not provide first_saliency",
     "prumerge": "do not provide",
@@ -57,6 +58,24 @@ REFUSED = {
     "pooling": "sides have to be even",
     "tome": "tokens cannot be merged inside the image encoder of qwen2.* models",
 }
+REFUSED_BY_INTERNVL = {
+    "prumerge": "do not provide last_keys, last_queries",
+    "prumerge_plus": "do not provide last_keys, last_queries",
+    "tome": "tokens cannot be merged inside the image encoder of InternVL models",
+}
+
+
+def options_of(family: str, method: str) -> dict:
+    """The fields of a method for a tiny model of a family."""
+    with_cls = family in ("llava", "llava_next")
+    return OPTIONS.get(method, {}) | ({} if with_cls else WITHOUT_CLS.get(method, {}))
+
+
+def refused_by(family: str) -> dict[str, str]:
+    """The methods before the language model that a family refuses, and parts of its messages."""
+    if family in QWEN:
+        return REFUSED
+    return REFUSED_BY_INTERNVL if family == "internvl" else {}
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +128,10 @@ def requests(model, tasks):
 
 @pytest.mark.parametrize("method", sorted(REGISTRY))
 def test_every_method_answers_every_task(model, requests, method):
-    options = OPTIONS.get(method, {}) | (
-        WITHOUT_CLS.get(method, {}) if model.family in QWEN else {}
-    )
+    options = options_of(model.family, method)
     budget = Budget.parse("25%" if method == "pooling" else "50%")
     model.use(build(method, **options), budget, None)
-    refused = WITHOUT_CLIP | (REFUSED if model.family in QWEN else {})
+    refused = WITHOUT_CLIP | refused_by(model.family)
     if method in refused:
         with pytest.raises((DocumentError, ValueError), match=refused[method]):
             model.generate_until(requests)

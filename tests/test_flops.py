@@ -30,6 +30,7 @@ MODELS = {
     "qwen2_vl_7b": ([(36, 36)], 1296),
     "qwen2_5_vl_7b": ([(36, 36)], 1296),
     "qwen2_5_vl_3b": ([(36, 36)], 1296),
+    "internvl3_1b": ([(16, 16)] * 3, 768),
 }
 
 
@@ -95,10 +96,13 @@ def test_decoding_at_true_width(name):
     assert count(config, layer_tokens=[100, 100], text_tokens=62, crops=CLIP).decode == 0
 
 
-@pytest.mark.parametrize("name", ["llava_1_5_7b", "llava_next_7b", "llava_next_13b"])
-def test_a_clip_tower_at_true_geometry(name):
+@pytest.mark.parametrize(
+    "name", ["llava_1_5_7b", "llava_next_7b", "llava_next_13b", "internvl3_1b"]
+)
+def test_a_tower_of_crops_at_true_geometry(name):
     config, (crops, _) = config_of(name), MODELS[name]
-    vision_tower, pixels = shapes(config).model.vision_tower, empty(len(crops), 3, 336, 336)
+    side = 448 if "internvl" in name else 336
+    vision_tower, pixels = shapes(config).model.vision_tower, empty(len(crops), 3, side, side)
     assert measured(lambda: vision_tower(pixels)) == tower(config, crops).total
 
 
@@ -127,7 +131,9 @@ def test_the_projector_at_true_geometry(name):
     if "qwen" in name:
         seen = measured(lambda: core.visual.merger(empty(4 * visual, 1280)))
     else:
-        seen = measured(lambda: core.multi_modal_projector(empty(len(crops), 576, 1024)))
+        channels = 4 * 1024 if "internvl" in name else 1024
+        entering = empty(len(crops), visual // len(crops), channels)
+        seen = measured(lambda: core.multi_modal_projector(entering))
     assert seen == projector(config, crops).total
 
 

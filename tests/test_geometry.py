@@ -16,8 +16,11 @@ SIZES = {
     "qwen2_vl_7b": 8_291_375_616,
     "qwen2_5_vl_7b": 8_292_166_656,
     "qwen2_5_vl_3b": 3_754_622_976,
+    "internvl3_1b": 938_193_024,
+    "internvl3_2b": 2_088_957_440,
+    "internvl3_8b": 7_944_373_760,
 }
-FAMILIES = ["llava", "llava_next", "llava_next_fixed", "qwen2_vl", "qwen2_5_vl"]
+FAMILIES = ["llava", "llava_next", "llava_next_fixed", "qwen2_vl", "qwen2_5_vl", "internvl"]
 
 
 def small(family: str):
@@ -103,8 +106,9 @@ def test_processor_and_model_fit_through_a_saved_folder(family, tmp_path):
     inputs = prompt(config, pictures=2)
     count = int((inputs["input_ids"] == config.image_token_id).sum())
     # 48 x 64 px: 16 tokens and, without padding, 4 rows of 6 (two crops) or 6 rows of 8 (four
-    # crops), each with a newline; Qwen resizes to 56 x 56
+    # crops), each with a newline; Qwen resizes to 56 x 56; InternVL cuts 3 x 4 tiles
     tokens = {"llava": 16, "llava_next": 16 + 4 * 7, "llava_next_fixed": 16 + 6 * 9}
+    tokens["internvl"] = (12 + 1) * 16
     assert count == 2 * tokens.get(family, 4)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=8, min_new_tokens=8)
     text = processor.tokenizer.decode(
@@ -121,7 +125,7 @@ def test_processor_and_model_fit_through_a_saved_folder(family, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "internvl"])
 def test_a_reduced_model_runs_with_the_tokens_of_the_whole_one(family):
     config = tiny(family)
     less = reduced(config, layers=2, shrink=2)

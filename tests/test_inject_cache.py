@@ -5,7 +5,7 @@ The other images of a batch do not matter, nor which method asks first.
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import picture, tiny_model
 from test_inject import STEPS, logits
 from test_inject import encode as encode_llava
 from test_inject_next import encode as encode_next
@@ -23,23 +23,27 @@ from secateur.pruners import build
 METHODS = ("divprune", "fastervlm", "hiprune", "promprune")
 
 
-@pytest.fixture(params=["llava", "anyres", "crops", "fixed2880", "qwen2_5_vl", "qwen2_vl"])
+@pytest.fixture(
+    params=["llava", "anyres", "crops", "fixed2880", "qwen2_5_vl", "qwen2_vl", "internvl"]
+)
 def case(request, processor):
-    """A model, its layout, and prompts of two images."""
+    """A model, its layout, prompts of two images, and the entries of these in the cache."""
     if request.param in ("anyres", "crops", "fixed2880"):
         model, inputs = setting(request.param, "sdpa")
-        return model, request.param, encode_next(inputs, 2)
+        return model, request.param, encode_next(inputs, 2), 2
     if request.param == "llava":
-        return tiny_model("llava", "sdpa"), None, encode_llava(processor, 2)
-    return (
-        tiny_model(request.param, "sdpa"),
-        None,
-        encode_qwen(random_processor(tiny(request.param)), [[SIZES[0]], [SIZES[1]]]),
-    )
+        return tiny_model("llava", "sdpa"), None, encode_llava(processor, 2), 2
+    model, own = tiny_model(request.param, "sdpa"), random_processor(tiny(request.param))
+    if request.param == "internvl":  # two tiles and the whole image; one tile
+        images = [picture(0).resize((240, 120)), picture(1).resize((100, 100))]
+        texts = ["<IMG_CONTEXT> what is this, and why?", "<IMG_CONTEXT> short"]
+        inputs = own(text=texts, images=images, padding=True, return_tensors="pt")
+        return model, None, inputs, 4
+    return model, None, encode_qwen(own, [[SIZES[0]], [SIZES[1]]]), 2
 
 
 def answers(case, name: str, images: ImageCache) -> torch.Tensor:
-    model, layout, inputs = case
+    model, layout, inputs, _ = case
     with inject(model, build(name), "50%", layout=layout, cache=images):
         return logits(model.generate(**inputs, **STEPS))
 
@@ -50,14 +54,17 @@ def counted(images: ImageCache) -> tuple[int, int, int]:
 
 
 def test_what_is_cached_depends_on_no_order_of_methods(case, tmp_path):
+    entries = case[-1]
     plain = {name: answers(case, name, ImageCache(EncodeCache(0), "")) for name in METHODS}
     first = ImageCache(EncodeCache(10**8, tmp_path, 10**9), "")
     for number, name in enumerate(METHODS, start=1):
         assert torch.equal(answers(case, name, first), plain[name])
         # an image is encoded again for what no method has asked for before
-        assert counted(first) == ((2 * number, 0, 0) if number < 4 else (6, 2, 0))
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
-    for memory, found in ((0, (0, 0, 8)), (10**8, (0, 6, 2))):
+        assert counted(first) == (
+            (entries * number, 0, 0) if number < 4 else (3 * entries, entries, 0)
+        )
+    assert len(list(tmp_path.glob("*.safetensors"))) == entries
+    for memory, found in ((0, (0, 0, 4 * entries)), (10**8, (0, 3 * entries, entries))):
         other = ImageCache(EncodeCache(memory, tmp_path, 10**9), "")  # another process
         for name in reversed(METHODS):
             assert torch.equal(answers(case, name, other), plain[name])
@@ -68,7 +75,7 @@ def test_a_new_image_is_encoded_for_all_methods_so_far(case):
     images = ImageCache(EncodeCache(10**8), "", frozenset({"saliency"}))
     answers(case, "divprune", images)
     answers(case, "fastervlm", images)
-    assert counted(images) == (2, 2, 0)
+    assert counted(images) == (case[-1], case[-1], 0)
 
 
 @pytest.mark.parametrize("layout", ["anyres", "crops", "fixed2880"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import picture
 from datasets import Dataset
-from test_families import OPTIONS, QWEN, REFUSED, WITHOUT_CLIP, WITHOUT_CLS
+from test_families import WITHOUT_CLIP, options_of, refused_by
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from secateur import prefixes
@@ -28,6 +28,7 @@ SETTINGS = {  # name -> family, fields
     "fixed2880": ("llava_next", {"layout": "fixed2880"}),
     "qwen2_vl": ("qwen2_vl", {}),
     "qwen2_5_vl": ("qwen2_5_vl", {}),
+    "internvl": ("internvl", {}),
 }
 SIZES = [(112, 112), (70, 120), (140, 84)]
 # images of a document and its question; the same image comes back out of order
@@ -102,11 +103,9 @@ AGNOSTIC = [
 
 @pytest.mark.parametrize("method", AGNOSTIC)
 def test_shared_answers_and_audits_are_those_of_every_prompt_alone(model, method):
-    if model.family in QWEN and method in REFUSED:
+    if method in refused_by(model.family):
         pytest.skip("the family does not have what the method reads")
-    options = OPTIONS.get(method, {}) | (
-        WITHOUT_CLS.get(method, {}) if model.family in QWEN else {}
-    )
+    options = options_of(model.family, method)
     budget = "25%" if method == "pooling" else "50%"
     requests = requests_of(model)
     alone, none = answered(model, requests, method, 0, budget, **options)

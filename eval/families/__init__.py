@@ -16,6 +16,7 @@ MODULES = {
     "llava_next": "secateur.families.llava_next",
     "qwen2_vl": "secateur.families.qwen2_vl",
     "qwen2_5_vl": "secateur.families.qwen2_5_vl",
+    "internvl": "secateur.families.internvl",
 }
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from secateur.families.contract import require
 from secateur.prompts import PROMPTS
@@ -89,6 +90,8 @@ class Adapter:
     keeps_newlines: bool = True  # False: the embeddings that end rows of tiles are removed
     # True: every crop gets the same share of a budget, rounded down; else the first get one more
     equal_shares: bool = False
+    # True: the crops of an image follow one another in the prompt, each as a whole
+    crops_in_turn: bool = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         require(model, *self.PARTS)
@@ -127,6 +130,23 @@ class Adapter:
     def one_by_one(self, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The arguments of the core's `get_image_features`, one image at a time."""
         raise NotImplementedError
+
+    def output(self, features: list[Tensor]) -> Any:
+        """What the core's `get_image_features` returns for several images.
+
+        Args:
+            features: of each image in `one_by_one`, the embeddings of its placeholders [P, D].
+        """
+        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+
+    def grouped(self, images: list[EncodedImage], visual: Tensor) -> list[EncodedImage]:
+        """The images of a prompt, where the encoder saw parts of images alone.
+
+        Args:
+            images: as `encoded` returned them.
+            visual: [B, L] True at placeholders.
+        """
+        return images
 
     def project(self, features: Tensor) -> Tensor:
         """Encoder features [..., C] -> LLM width [..., D], in the model's dtype."""
@@ -293,6 +313,10 @@ class Family:
         Raises:
             ValueError: an image has fewer.
         """
+
+    def expanded(self, processor: Any, count: int) -> str:
+        """What the processor writes into a prompt's text for an image of `count` tokens."""
+        return processor.image_token * count
 
     def chat(
         self,

@@ -80,7 +80,13 @@ class BeforeLLM(Hooks):
         samples = self.trace.take(len(visual))
         selected = self._select(images, samples, kwargs["inputs_embeds"])
         merged = [
-            merge_crops(image, kept, self.adapter.keeps_newlines, self.pruner.merges)
+            merge_crops(
+                image,
+                kept,
+                self.adapter.keeps_newlines,
+                self.pruner.merges,
+                self.adapter.crops_in_turn,
+            )
             for image, kept in zip(images, selected, strict=True)
         ]
         edits = [edit for edit, _ in merged]
@@ -236,7 +242,11 @@ def _batch(rows: list[VisualTokens], images: list[int]) -> VisualTokens:
 
 
 def merge_crops(
-    image: PlacedImage, kept: list[Kept], keeps_newlines: bool, merges: bool
+    image: PlacedImage,
+    kept: list[Kept],
+    keeps_newlines: bool,
+    merges: bool,
+    in_turn: bool = False,
 ) -> tuple[Edit, ImageAudit]:
     """Put an image's kept tokens into the order in which they enter the language model.
 
@@ -245,7 +255,8 @@ def merge_crops(
     tokens; the extra tokens from the start of the tiles' rows; those from their end, and the tiles'
     tokens that have no place of their own. Tokens of padding, which have no place in the layout,
     are dropped. But where a method merges others into tokens with a place, they come last instead,
-    so that what they hold is not lost.
+    so that what they hold is not lost. With `in_turn` the crops follow one another as in the
+    prompt, each in the order of its selection.
     """
     slots_of, counted = image.slots(), image.tokens != NEWLINE
     if len(kept) < image.crops:  # one selection over the packed sequence
@@ -263,14 +274,16 @@ def merge_crops(
         slots = torch.where(numbers == EXTRA, -1, slots_of[numbers])
         # the base crop's tokens stay as selected
         loose = [
-            (k.loose if k.unplaced else merges & (slot < 0)) & (c > 0)
+            (k.loose if k.unplaced else merges & (slot < 0)) & (c > 0 and not in_turn)
             for c, (k, slot) in enumerate(zip(kept, _by_crop(slots, kept), strict=True))
         ]
         slots = torch.where(torch.cat(loose), -1, slots)
         placeless = torch.cat(loose) | (numbers == EXTRA)
         key = torch.cat(
             [
-                _rank(k.indices, own, slot, c, image)
+                slots_of[c * image.per_crop] + torch.arange(len(slot), device=slot.device)
+                if in_turn
+                else _rank(k.indices, own, slot, c, image)
                 for c, (k, own, slot) in enumerate(
                     zip(kept, loose, _by_crop(slots, kept), strict=True)
                 )

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from secateur.cache import EncodeCache, image_key
 from secateur.families.base import Adapter, EncodedImage
@@ -69,16 +68,14 @@ class Encoder:
         if self.merging is not None:
             alone = [self._run(mine, self.needs) for mine in self.adapter.one_by_one(arguments)]
             self.images = [image for _, (image,) in alone]
-            together: Any = [output.pooler_output[0] for output, _ in alone]
-            return BaseModelOutputWithPooling(pooler_output=together)
+            return self.adapter.output([output.pooler_output[0] for output, _ in alone])
         if self.cache is None:
             output, self.images = self._run(arguments, self.needs)
             return output
         # one by one: the features of an image must not depend on the other images
         found = [self._cached(self.cache, mine) for mine in self.adapter.one_by_one(arguments)]
         self.images = [image for image, _ in found]
-        pooled: Any = [features for _, features in found]
-        return BaseModelOutputWithPooling(pooler_output=pooled)
+        return self.adapter.output([features for _, features in found])
 
     def _run(
         self, arguments: dict[str, Any], needs: frozenset[str]

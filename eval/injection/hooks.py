@@ -129,7 +129,8 @@ class Hooks:
             self.input_ids, visual, cached=cache is not None or bool(kwargs.get("use_cache"))
         )
         # used once: the next prompt must encode its own images
-        images, self.encoder.images = place(self.encoder.images, visual), []
+        images = place(self.adapter.grouped(self.encoder.images, visual), visual)
+        self.encoder.images = []
         for image in images:
             self.adapter.check_positions(
                 kwargs.get("position_ids"), image.grid, image.row, image.places
