@@ -35,6 +35,7 @@ FAMILIES = {
     "llava_next": "USER: <image>\nWhat is this? ASSISTANT:",
     "qwen2_vl": "USER: <|vision_start|><|image_pad|><|vision_end|>What is this? ASSISTANT:",
     "qwen2_5_vl": "USER: <|vision_start|><|image_pad|><|vision_end|>What is this? ASSISTANT:",
+    "internvl": "USER: <IMG_CONTEXT>\nWhat is this? ASSISTANT:",
 }
 STEPS = {
     "do_sample": False,
