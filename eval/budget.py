@@ -1,5 +1,6 @@
 """How many visual tokens of an image are kept."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from math import floor
@@ -89,6 +90,28 @@ class Budget:
                 f"budget={self}: an image has {crops} crops, and at least 1 token of each must stay"
             )
         return [share + (crop < left) for crop in range(crops)]
+
+    def of_sections(self, sizes: Sequence[int]) -> list[int]:
+        """Tokens to keep of each section of an image, in proportion to their `sizes`, at least 1.
+
+        Rounding is the last section's.
+
+        Raises:
+            ValueError: fewer tokens than sections.
+        """
+        whole = sum(sizes)
+        keep = left = self.resolve(whole)
+        if keep < len(sizes):
+            raise ValueError(
+                f"budget={self}: an image has {len(sizes)} sections, and at least 1 token of each "
+                "must stay"
+            )
+        shares = []
+        for number, size in enumerate(sizes[:-1], 1):
+            share = max(1, floor(keep * size / whole + 0.5))
+            shares.append(min(share, left - (len(sizes) - number)))
+            left -= shares[-1]
+        return [*shares, left]
 
     def most(self, available: int) -> int:
         """An upper estimate of the tokens kept of `available`, for any number of crops."""

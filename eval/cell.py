@@ -258,7 +258,11 @@ def _flops(model: "PrunedModel", rows: "pd.DataFrame") -> dict[str, float | None
         count = count_row(config, row, model.method)
         return count.record() | {name: habits[name] for name in ("macs_visual", "flops_prompt")}
 
-    shapes = rows[["layer_tokens", "prompt_tokens", "new_tokens", "crops"]].to_dict("records")
+    columns = ["layer_tokens", "prompt_tokens", "new_tokens", "crops", "sections"]
+    shapes = rows[[name for name in columns if name in rows]].to_dict("records")
+    for shape in shapes:
+        if not isinstance(shape.get("sections"), list):  # NaN in a row without an image
+            shape.pop("sections", None)
     found = [flops(json.dumps(shape)) for shape in shapes]
     means = pd.DataFrame(found).astype(float).mean(skipna=False)
     return {str(name): None if value != value else value for name, value in means.items()}
@@ -290,6 +294,7 @@ def _row(entry: Entry, sample: dict[str, Any], model: "PrunedModel") -> dict[str
         "layer_tokens": list(answer.audit.layer_tokens),
         "kept_indices": [list(indices) for indices in answer.audit.kept_indices],
         "crops": [list(grid) for grid in answer.audit.crops],
+        **({"sections": [list(g) for g in answer.audit.sections]} if answer.audit.sections else {}),
         "prompt_tokens": answer.audit.prompt_tokens,
         "new_tokens": answer.new_tokens,
         "seconds": answer.seconds,

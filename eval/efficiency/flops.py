@@ -92,6 +92,7 @@ def count(
     crops: Crops,
     new_tokens: int = 1,
     pruner: Pruner | InLLMPruner | None = None,
+    sections: Crops = (),
 ) -> Flops:
     """FLOPs of one prompt and its answer.
 
@@ -104,6 +105,8 @@ def count(
         new_tokens: length of the answer; the prefill gives its first token.
         pruner: the method, for its own cost; None: the unpruned model. For methods before the LLM
             the cost is computed as if each crop kept an equal share.
+        sections: what a method before the LLM prunes as one, where that is not the crops: of
+            LLaVA-OneVision the whole image and the mosaic of its tiles.
 
     Raises:
         ValueError: the family is not supported, or `layer_tokens` has another length than the LLM
@@ -124,7 +127,7 @@ def count(
     return Flops(
         tower=tower(config, crops, pruner, layer_tokens[0]),
         projector=projector(config, crops, pruner, layer_tokens[0]),
-        pruner=_pruner(config, pruner, layer_tokens, text_tokens, crops),
+        pruner=_pruner(config, pruner, layer_tokens, text_tokens, sections or crops),
         layers=prefill(config, layer_tokens, text_tokens),
         head=head(config),
         step=step(1),
@@ -139,7 +142,8 @@ def count_row(
 
     Args:
         row: its columns `layer_tokens`, `prompt_tokens`, `new_tokens` and `crops`. LLaVA-1.5 needs
-            no `crops`: `visual_tokens` gives the number of images.
+            no `crops`: `visual_tokens` gives the number of images. LLaVA-OneVision also needs
+            `sections` for the cost of a method before the LLM.
 
     Raises:
         ValueError: another family has no `crops`.
@@ -159,6 +163,7 @@ def count_row(
         crops=crops,
         new_tokens=row["new_tokens"],
         pruner=pruner,
+        sections=row.get("sections", ()),
     )
 
 

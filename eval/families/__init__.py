@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 MODULES = {
     "llava": "secateur.families.llava",
     "llava_next": "secateur.families.llava_next",
+    "llava_onevision": "secateur.families.llava_onevision",
     "qwen2_vl": "secateur.families.qwen2_vl",
     "qwen2_5_vl": "secateur.families.qwen2_5_vl",
     "internvl": "secateur.families.internvl",

@@ -5,7 +5,7 @@ knows the modules of a loaded model. No other file reads a module or a model typ
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -30,22 +30,46 @@ Rotary = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
+class Mosaic:
+    """The tiles of an image as one grid, which methods see as a whole.
+
+    It is for models that cut or resample the tiles together, so that the prompt no longer holds the
+    tokens of single tiles.
+    """
+
+    captures: dict[str, Tensor]  # [1, M, ...], as VisualTokens defines them
+    grid: tuple[int, int]  # (rows, columns), rows * columns = M
+    tiles: int  # how many crops were encoded for it
+
+
+@dataclass(frozen=True)
 class EncodedImage:
     """One encoded image: the captures of its crops, and the tokens that the prompt has places for.
 
     Token t of crop c has number c * N + t. The first of several crops is the whole image; the
-    others tile it.
+    others tile it. The tokens of a mosaic have the numbers after those of the crops.
     """
 
     captures: dict[str, Tensor]  # [crops, N, ...], as VisualTokens defines them
     grid: tuple[int, int]  # (rows, columns) of a crop, rows * columns = N
     crops: int
     tokens: Tensor  # [P] number of the token each placeholder holds, or NEWLINE
+    mosaic: Mosaic | None = field(default=None, kw_only=True)  # None: every tile is a crop
 
     @property
     def per_crop(self) -> int:
         """N, the tokens of a crop."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def sections(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of all that methods see as one row: the crops, and then the mosaic."""
+        return (self.grid,) * self.crops + ((self.mosaic.grid,) if self.mosaic else ())
+
+    @property
+    def encoded_crops(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of everything that the image encoder ran on."""
+        return (self.grid,) * (self.crops + (self.mosaic.tiles if self.mosaic else 0))
 
 
 @dataclass(frozen=True)
@@ -92,6 +116,11 @@ class Adapter:
     equal_shares: bool = False
     # True: the crops of an image follow one another in the prompt, each as a whole
     crops_in_turn: bool = False
+    # False: tiles are no rows of their own for a method, and no budget can be given per crop
+    prunes_crops: bool = True
+    # True: to methods that merge, the features that left the projector are the encoder's too, and
+    # `project` returns what they merge as it is
+    merges_projected: bool = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         require(model, *self.PARTS)
@@ -185,6 +214,16 @@ class Adapter:
 
         Raises:
             ValueError: they are not the family's.
+        """
+
+    def check_images(self, images: Sequence[EncodedImage], rows: Sequence[int]) -> None:
+        """Check how the images of a call were encoded.
+
+        Args:
+            rows: for each image its prompt in the batch.
+
+        Raises:
+            ValueError: not as the family's prompts have them.
         """
 
     @torch.no_grad()

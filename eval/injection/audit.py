@@ -25,6 +25,9 @@ class PromptAudit:
     prompt_tokens: int  # positions the language model sees at prefill
     layer_tokens: tuple[int, ...]  # visual tokens at prefill, per layer of the language model
     diagnostics: dict[str, tuple[float, ...]]
+    # (rows, columns) of all that a method before the language model saw as one row, over all
+    # images; empty: the crops
+    sections: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class ImageAudit:
     indices: tuple[int, ...]
     crops: tuple[tuple[int, int], ...]
     notes: dict[str, float]  # diagnostics, mean over the crops
+    sections: tuple[tuple[int, int], ...] = ()  # as of PromptAudit
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ def audit_before_llm(
             note: tuple(image.notes[note] for image in images)
             for note in (images[0].notes if images else ())
         },
+        sections=tuple(grid for image in images for grid in image.sections),
     )
 
 

@@ -145,6 +145,11 @@ class BeforeLLM(Hooks):
         """The rows of a selection."""
         features, width = selection.features, selection.indices.shape[1]
         if features is not None and selection.space == "encoder":
+            if self.adapter.merges_projected and not self.pruner.merges:
+                self.pruner.fail(
+                    "returned features of the image encoder, which this model does not project; "
+                    "with the class attribute merges = True it gets projected ones instead"
+                )
             features = self.adapter.project(features)
         counts = (
             [width] * len(selection.indices)
@@ -165,14 +170,30 @@ class BeforeLLM(Hooks):
         self, image: PlacedImage, name: str, question: dict[str, Tensor], embeds: Tensor
     ) -> Iterator[tuple[VisualTokens, int]]:
         """What the pruner sees of each crop of an image, and the crop's budget."""
-        if image.crops > 1 and self.pruner.packed:
+        if len(image.sections) > 1 and self.pruner.packed:
             features = embeds[image.row, image.places]
             if not self.adapter.keeps_newlines:
                 features = features[image.tokens != NEWLINE]
             keep = self.budget.of_sequence(len(features), image.crops, image.per_crop)
             yield VisualTokens(features[None], sample_ids=(name,), **question), keep  # type: ignore[arg-type]
             return
-        captures = dict(image.captures)
+        captures, count = self._captures(image.captures), image.crops
+        seen = [
+            {key: value[crop : crop + 1] for key, value in captures.items()}
+            for crop in range(count)
+        ]
+        if image.mosaic is None:
+            keeps = self.budget.of_crops(count, image.per_crop, self.adapter.equal_shares)
+        else:
+            seen.append(self._captures(image.mosaic.captures))
+            keeps = self.budget.of_sections([rows * columns for rows, columns in image.sections])
+        for number, (mine, grid, keep) in enumerate(zip(seen, image.sections, keeps, strict=True)):
+            ids = (name if len(seen) == 1 else f"{name}.{number}",)
+            yield VisualTokens(**mine, **question, grid=grid, sample_ids=ids), keep  # type: ignore[arg-type]
+
+    def _captures(self, captures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Captures of the image encoder as the pruner gets them."""
+        captures = dict(captures)
         if self.clip is not None and self.pruner.needs & _CLIP:
             patches = (
                 captures["encoder_features"]
@@ -180,11 +201,9 @@ class BeforeLLM(Hooks):
                 else captures.pop("encoder_features")
             )
             captures["clip_patches"] = self.clip.patches(patches)
-        keeps = self.budget.of_crops(image.crops, image.per_crop, self.adapter.equal_shares)
-        for crop, keep in enumerate(keeps):
-            mine = {key: value[crop : crop + 1] for key, value in captures.items()}
-            ids = (name if image.crops == 1 else f"{name}.{crop}",)
-            yield VisualTokens(**mine, **question, grid=image.grid, sample_ids=ids), keep  # type: ignore[arg-type]
+        if self.adapter.merges_projected and self.pruner.merges and "encoder_features" in captures:
+            captures["encoder_features"] = captures["features"]
+        return captures
 
     def _prune(self, tokens: VisualTokens, keep: int) -> Selection:
         selection = self.pruner.prune(tokens, keep)
@@ -255,11 +274,12 @@ def merge_crops(
     tokens; the extra tokens from the start of the tiles' rows; those from their end, and the tiles'
     tokens that have no place of their own. Tokens of padding, which have no place in the layout,
     are dropped. But where a method merges others into tokens with a place, they come last instead,
-    so that what they hold is not lost. With `in_turn` the crops follow one another as in the
-    prompt, each in the order of its selection.
+    so that what they hold is not lost. A mosaic stands for all tiles. With `in_turn` the crops
+    follow one another as in the prompt, each in the order of its selection.
     """
-    slots_of, counted = image.slots(), image.tokens != NEWLINE
-    if len(kept) < image.crops:  # one selection over the packed sequence
+    slots_of, counted, count = image.slots(), image.tokens != NEWLINE, len(image.sections)
+    lines: Tensor | None = None  # the newlines that stay, where they are added here
+    if len(kept) < count:  # one selection over the packed sequence
         slots = (
             torch.arange(len(image.tokens), device=image.tokens.device)[counted | keeps_newlines]
         )[kept[0].indices]
@@ -267,6 +287,7 @@ def merge_crops(
     else:
         numbers = torch.cat(
             [
+                # a mosaic comes after all crops
                 torch.where(k.indices == EXTRA, EXTRA, k.indices + c * image.per_crop)
                 for c, k in enumerate(kept)
             ]
@@ -299,7 +320,7 @@ def merge_crops(
             numbers, slots, key = numbers[placed], slots[placed], key[placed]
             placeless = placeless[placed]
             vectors = None if vectors is None else vectors[placed]
-        if keeps_newlines and image.crops > 1:
+        if keeps_newlines and (count > 1 or len(image.tokens) > image.per_crop):
             lines = image.newlines(numbers[~placeless])
             newline = torch.full_like(lines, NEWLINE)
             numbers, slots, key = (
@@ -310,7 +331,7 @@ def merge_crops(
             if vectors is not None:
                 vectors = torch.cat([vectors, vectors.new_zeros(len(lines), vectors.shape[1])])
     extra = slots == -1
-    if len(kept) > 1:
+    if len(kept) > 1 or lines is not None:
         order = key.argsort(stable=True)
         numbers, slots, extra = numbers[order], slots[order], extra[order]
         vectors = None if vectors is None else vectors[order]
@@ -328,7 +349,12 @@ def merge_crops(
     before = len(image.tokens) if keeps_newlines else int(counted.sum())
     notes = {name: sum(k.notes[name] for k in kept) / len(kept) for name in kept[0].notes}
     return edit, ImageAudit(
-        before, len(slots), tuple(numbers.tolist()), (image.grid,) * image.crops, notes
+        before,
+        len(slots),
+        tuple(numbers.tolist()),
+        image.encoded_crops,
+        notes,
+        image.sections if image.mosaic else (),
     )
 
 
@@ -350,5 +376,5 @@ def _rank(indices: Tensor, loose: Tensor, slots: Tensor, crop: int, image: Place
         return torch.arange(len(indices), device=indices.device) - len(indices)
     end, extra = len(image.tokens), indices == EXTRA
     leading = extra & ((~extra).cumsum(0) == 0)
-    last = torch.where(leading, end + crop, end + image.crops + crop)
+    last = torch.where(leading, end + crop, end + len(image.sections) + crop)
     return torch.where(extra | loose, last, slots)

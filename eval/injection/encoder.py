@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from secateur.cache import EncodeCache, image_key
-from secateur.families.base import Adapter, EncodedImage
+from secateur.families.base import Adapter, EncodedImage, Mosaic
 from secateur.families.contract import Arguments
 from secateur.injection.tower import TowerMerging
 
-_CAPTURE = "capture "  # prefix of the captures' names in the cache
+# prefixes of the captures' names in the cache
+_CAPTURE = "capture "
+_MOSAIC = "mosaic "
 
 
 @dataclass
@@ -97,19 +99,28 @@ class Encoder:
             output, (image,) = self._run(arguments, needs)
             tensors = {_CAPTURE + name: value for name, value in image.captures.items()}
             shape = torch.tensor([*image.grid, image.crops])
+            mosaic: dict[str, Tensor] = {}
+            if image.mosaic is not None:
+                mosaic = {_MOSAIC + name: value for name, value in image.mosaic.captures.items()}
+                mosaic["mosaic"] = torch.tensor([*image.mosaic.grid, image.mosaic.tiles])
             # with one crop they are the features themselves
-            packed = {"packed": output.pooler_output[0]} if image.crops > 1 else {}
-            return tensors | packed | {"tokens": image.tokens, "shape": shape}
+            whole = len(image.sections) == 1 and len(image.tokens) == image.per_crop
+            packed = {} if whole else {"packed": output.pooler_output[0]}
+            return tensors | mosaic | packed | {"tokens": image.tokens, "shape": shape}
 
         tensors = cache.entry(self.needs, arguments, encode)
-        captures = {
-            name.removeprefix(_CAPTURE): value
-            for name, value in tensors.items()
-            if name.startswith(_CAPTURE)
-        }
         rows, columns, crops = tensors["shape"].tolist()
-        wanted = {
-            name: value for name, value in captures.items() if name in self.needs | {"features"}
+        captures, mosaic = self._wanted(tensors, _CAPTURE), None
+        if "mosaic" in tensors:
+            high, wide, tiles = tensors["mosaic"].tolist()
+            mosaic = Mosaic(self._wanted(tensors, _MOSAIC), (high, wide), tiles)
+        image = EncodedImage(captures, (rows, columns), crops, tensors["tokens"], mosaic=mosaic)
+        return image, tensors["packed"] if "packed" in tensors else captures["features"][0]
+
+    def _wanted(self, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """The captures that the method needs, by their names after `prefix` in the cache."""
+        return {
+            name: tensors[prefix + name]
+            for name in self.needs | {"features"}
+            if prefix + name in tensors
         }
-        image = EncodedImage(wanted, (rows, columns), crops, tensors["tokens"])
-        return image, tensors["packed"] if crops > 1 else captures["features"][0]

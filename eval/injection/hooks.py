@@ -33,6 +33,12 @@ class Hooks:
         self, adapter: Adapter, budget: Budget, trace: Trace, cache: ImageCache | None
     ) -> None:
         self.adapter, self.budget, self.trace = adapter, budget, trace
+        if budget.per_tile and not adapter.prunes_crops:
+            raise ValueError(
+                f"budget={budget}: models of type {adapter.model.config.model_type} lay the tiles "
+                "of an image out as one grid before methods see them, so that no tile has a budget "
+                "of its own: give tokens per image (320) or a share (22.2%)"
+            )
         self.encoder = Encoder(
             adapter, self._encoded(), cache, adapter.core.get_image_features, self._merging()
         )
@@ -135,6 +141,7 @@ class Hooks:
             self.adapter.check_positions(
                 kwargs.get("position_ids"), image.grid, image.row, image.places
             )
+        self.adapter.check_images(images, [image.row for image in images])
         new = self._prompt(kwargs, visual, images)
         self.prompt = self.input_ids
         return (), self.arguments.write(new)

@@ -269,7 +269,7 @@ class InLLM(Hooks):
             for image in images
         ]
         now.images = [(image.row, size) for image, size in zip(images, sizes, strict=True)]
-        now.crops = [(image.row, image.grid) for image in images for _ in range(image.crops)]
+        now.crops = [(image.row, grid) for image in images for grid in image.encoded_crops]
         now.lengths, now.width = real.sum(1).tolist(), real.shape[1]
         if images:
             budgets = [0] * len(visual)

@@ -21,18 +21,24 @@ class PlacedImage(EncodedImage):
     number: int  # which image of that prompt it is
 
     def slots(self) -> Tensor:
-        """[crops * N] the placeholder of each token; -1 without one (padding, layout `anyres`)."""
-        where = torch.full((self.crops * self.per_crop,), -1, device=self.tokens.device)
+        """[tokens] the placeholder of each token; -1 without one (padding, layout `anyres`)."""
+        count = sum(rows * columns for rows, columns in self.sections)
+        where = torch.full((count,), -1, device=self.tokens.device)
         real = (self.tokens != NEWLINE).nonzero()[:, 0]
         where[self.tokens[real]] = real
         return where
 
     def newlines(self, kept: Tensor) -> Tensor:
-        """The placeholders of newlines whose row of tiles holds one of the `kept` tokens [K]."""
+        """The placeholders of newlines whose row of tiles holds one of the `kept` tokens [K].
+
+        Those of an image without tiles all stay: they separate it from what follows.
+        """
         newline = self.tokens == NEWLINE
+        if len(self.sections) == 1:
+            return newline.nonzero()[:, 0]
         line = newline.cumsum(0) - newline.long()  # the newline that ends each placeholder's row
-        first = self.per_crop if self.crops > 1 else 0  # the base crop comes before the rows
-        slots = self.slots()[kept[kept >= first]]
+        # the base crop comes before the rows
+        slots = self.slots()[kept[kept >= self.per_crop]]
         alive = torch.zeros(int(newline.sum()) + 1, dtype=torch.bool, device=newline.device)
         alive[line[slots[slots >= 0]]] = True
         return (newline & alive[line]).nonzero()[:, 0]

@@ -258,7 +258,10 @@ class WandbLog:
         """A cell with its rows, without the long lists of tokens, which no table needs."""
         rows = self.store.cell(record.identity).samples()
         return Cell(
-            record, rows.drop(columns=["kept_indices", "layer_tokens", "crops"], errors="ignore")
+            record,
+            rows.drop(
+                columns=["kept_indices", "layer_tokens", "crops", "sections"], errors="ignore"
+            ),
         )
 
     def _pictures(self, cell: Cell, notes: list[str]) -> list[wandb.Image]:
