@@ -83,10 +83,8 @@ class TestSamples:
         assert np.allclose(samples[list(PHASES)].sum(axis=1), samples["first_token"])
         assert (samples[[*PHASES, "decode"]] >= 0).all(axis=None)
         assert (samples[["vision", "prefill", "rest", "decode"]] > 0).all(axis=None)
-        assert (
-            samples.loc[samples["kind"] == "pruned", "selection"]
-            > 10 * samples.loc[samples["kind"] != "pruned", "selection"].max()
-        ).all()
+        spent = samples.groupby("kind")["selection"].median()
+        assert spent["pruned"] > 2 * spent[["unpruned", "ceiling"]].max()
 
     def test_a_budget_that_no_schedule_has_is_left_out_by_name(self, samples):
         (name, cause), *others = samples.attrs["left_out"].items()
