@@ -35,6 +35,27 @@ def test_more_than_there_is_names_both_numbers():
 
 
 @pytest.mark.parametrize(
+    ("value", "sizes", "shares"),
+    [
+        (64, [729, 7290], [6, 58]),
+        ("22.2%", [729, 1458], [162, 324]),
+        (2, [729, 7290], [1, 1]),
+        (5, [1, 100], [1, 4]),
+        (6, [100, 1], [5, 1]),
+        ("full", [16, 48], [16, 48]),
+        (63, [16, 48], [16, 47]),
+    ],
+)
+def test_sections_share_a_budget_in_proportion(value, sizes, shares):
+    assert Budget.parse(value).of_sections(sizes) == shares
+
+
+def test_every_section_keeps_a_token():
+    with pytest.raises(ValueError, match="budget=1: an image has 2 sections, and at least 1 token"):
+        Budget.parse(1).of_sections([729, 7290])
+
+
+@pytest.mark.parametrize(
     ("value", "text"),
     [
         ("11.1%", "11.1%"),

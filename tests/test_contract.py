@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = {
     "llava": "USER: <image>\nWhat is this? ASSISTANT:",
     "llava_next": "USER: <image>\nWhat is this? ASSISTANT:",
+    "llava_onevision": "USER: <image>\nWhat is this? ASSISTANT:",
     "qwen2_vl": "USER: <|vision_start|><|image_pad|><|vision_end|>What is this? ASSISTANT:",
     "qwen2_5_vl": "USER: <|vision_start|><|image_pad|><|vision_end|>What is this? ASSISTANT:",
     "internvl": "USER: <IMG_CONTEXT>\nWhat is this? ASSISTANT:",

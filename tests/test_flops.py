@@ -9,13 +9,15 @@ import torch
 from conftest import picture
 from synthetic import layer_tokens as layer_inputs
 from synthetic import visual_tokens
+from test_inject_onevision import encode as encode_onevision
+from test_inject_onevision import setting as onevision
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DynamicCache
 
 from secateur.efficiency.flops import conventions, count, count_row, head, prefill, projector, tower
 from secateur.efficiency.flops_published import explain
 from secateur.geometry import config_of, random_model, random_processor, reduced, tiny
-from secateur.injection import inject
+from secateur.injection import Sample, inject
 from secateur.pruners import REGISTRY, InLLMPruner, Pruner, build
 from secateur.pruners.base import ImageShape
 from secateur.pruners.in_llm import PromptShape
@@ -27,6 +29,7 @@ MODELS = {
     "llava_1_5_13b": (CLIP, 576),
     "llava_next_7b": (CLIP * 5, 2880),
     "llava_next_13b": (CLIP * 5, 2880),
+    "llava_onevision_7b": ([(27, 27)] * 3, 2187),
     "qwen2_vl_7b": ([(36, 36)], 1296),
     "qwen2_5_vl_7b": ([(36, 36)], 1296),
     "qwen2_5_vl_3b": ([(36, 36)], 1296),
@@ -97,11 +100,12 @@ def test_decoding_at_true_width(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["llava_1_5_7b", "llava_next_7b", "llava_next_13b", "internvl3_1b"]
+    "name",
+    ["llava_1_5_7b", "llava_next_7b", "llava_next_13b", "llava_onevision_7b", "internvl3_1b"],
 )
 def test_a_tower_of_crops_at_true_geometry(name):
     config, (crops, _) = config_of(name), MODELS[name]
-    side = 448 if "internvl" in name else 336
+    side = 448 if "internvl" in name else config.vision_config.image_size
     vision_tower, pixels = shapes(config).model.vision_tower, empty(len(crops), 3, side, side)
     assert measured(lambda: vision_tower(pixels)) == tower(config, crops).total
 
@@ -131,8 +135,8 @@ def test_the_projector_at_true_geometry(name):
     if "qwen" in name:
         seen = measured(lambda: core.visual.merger(empty(4 * visual, 1280)))
     else:
-        channels = 4 * 1024 if "internvl" in name else 1024
-        entering = empty(len(crops), visual // len(crops), channels)
+        width = 4 * 1024 if "internvl" in name else config.vision_config.hidden_size
+        entering = empty(len(crops), visual // len(crops), width)
         seen = measured(lambda: core.multi_modal_projector(entering))
     assert seen == projector(config, crops).total
 
@@ -247,6 +251,21 @@ def test_a_pruned_qwen_with_its_hooks(family):
     assert seen == count_row(config, row, pruner).first_token
 
 
+@pytest.mark.parametrize("method", ["none", "trimtokenator", "fastv"])
+@pytest.mark.parametrize("rows", [[[0]], [[1]], [[0, 2]]])
+def test_a_pruned_onevision_with_its_hooks(rows, method):
+    """Tiles that were cut or resampled, and whole images that share a prompt."""
+    (model, _), inputs = onevision("sdpa"), encode_onevision(rows)
+    pruner = build(method, **({"layer": 1} if method == "fastv" else {}))
+    with inject(model, pruner, "full" if method == "none" else "50%") as trace:
+        trace.announce([Sample("one", (7, 8, 9))])
+        seen = measured(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
+    (record,) = trace.audits
+    row = {"crops": record.crops, "sections": record.sections, "new_tokens": 1}
+    row |= {"layer_tokens": record.layer_tokens, "prompt_tokens": record.prompt_tokens}
+    assert seen == count_row(model.config, row, pruner).first_token
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pruner_is_counted_at_the_towers_width(name):
     """FasterVLM costs 2 (N + 1) C a crop: one query over the tower's keys."""
@@ -258,7 +277,8 @@ def test_a_pruner_is_counted_at_the_towers_width(name):
         crops=crops,
         pruner=build("fastervlm"),
     )
-    assert flops.pruner == 2 * (visual + len(crops)) * (1280 if "qwen" in name else 1024)
+    width = 1280 if "qwen" in name else config.vision_config.hidden_size
+    assert flops.pruner == 2 * (visual + len(crops)) * width
 
 
 def test_a_method_without_a_count_says_so():

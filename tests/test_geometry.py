@@ -13,6 +13,8 @@ SIZES = {
     "llava_1_5_13b": 13_351_494_656,
     "llava_next_7b": 7_063_431_168,  # and the newline's 4,096
     "llava_next_13b": 13_351_499_776,
+    "llava_onevision_0_5b": 893_675_552,
+    "llava_onevision_7b": 8_030_807_584,
     "qwen2_vl_7b": 8_291_375_616,
     "qwen2_5_vl_7b": 8_292_166_656,
     "qwen2_5_vl_3b": 3_754_622_976,

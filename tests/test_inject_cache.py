@@ -10,6 +10,8 @@ from test_inject import STEPS, logits
 from test_inject import encode as encode_llava
 from test_inject_next import encode as encode_next
 from test_inject_next import setting
+from test_inject_onevision import encode as encode_onevision
+from test_inject_onevision import setting as onevision
 from test_inject_qwen import SIZES
 from test_inject_qwen import encode as encode_qwen
 
@@ -24,13 +26,18 @@ METHODS = ("divprune", "fastervlm", "hiprune", "promprune")
 
 
 @pytest.fixture(
-    params=["llava", "anyres", "crops", "fixed2880", "qwen2_5_vl", "qwen2_vl", "internvl"]
+    params=[
+        *("llava", "anyres", "crops", "fixed2880", "onevision", "qwen2_5_vl", "qwen2_vl"),
+        "internvl",
+    ]
 )
 def case(request, processor):
     """A model, its layout, prompts of two images, and the entries of these in the cache."""
     if request.param in ("anyres", "crops", "fixed2880"):
         model, inputs = setting(request.param, "sdpa")
         return model, request.param, encode_next(inputs, 2), 2
+    if request.param == "onevision":  # tiles and a resampled mosaic
+        return onevision("sdpa")[0], None, encode_onevision([[0], [1]]), 2
     if request.param == "llava":
         return tiny_model("llava", "sdpa"), None, encode_llava(processor, 2), 2
     model, own = tiny_model(request.param, "sdpa"), random_processor(tiny(request.param))
@@ -95,3 +102,16 @@ def test_an_image_is_found_again_beside_a_larger_one(layout):
         plain = model.generate(**alone, **STEPS)
     for output in (found[0], found[2]):
         assert torch.equal(logits(output), logits(plain))
+
+
+def test_images_of_llava_onevision_are_found_again_by_how_they_share_a_prompt():
+    """Tiled where it is alone, whole beside another, and without tokens where all is padding."""
+    model, images = onevision("sdpa")[0], ImageCache(EncodeCache(10**8), "")
+    for prompts in ([[0], [3]], [[0, 2]], [[0], [3]], [[0, 2], [3]]):
+        given = encode_onevision(prompts)
+        with inject(model, build("visionzip", keep_cls=False), "50%"):
+            plain = model.generate(**given, **STEPS)
+        with inject(model, build("visionzip", keep_cls=False), "50%", cache=images):
+            found = model.generate(**given, **STEPS)
+        assert (logits(found) - logits(plain)).abs().max() < 1e-4
+    assert counted(images) == (4, 5, 0)

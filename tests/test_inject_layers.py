@@ -123,7 +123,11 @@ def prompts(model, inputs) -> list[tuple[Tensor, Tensor]]:
     [L, D] without padding, and a mask [L] of the visual tokens.
     """
     visual = inputs["input_ids"] == model.config.image_token_id
-    images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    images = {
+        name: inputs[name]
+        for name in ("pixel_values", "image_sizes", "batch_num_images")
+        if name in inputs
+    }
     features = torch.cat(list(model.model.get_image_features(**images).pooler_output))
     embeds = model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(
         visual[..., None], features

@@ -26,6 +26,7 @@ SETTINGS = {  # name -> family, fields
     "anyres": ("llava_next", {"layout": "anyres"}),
     "crops": ("llava_next", {"layout": "crops", "unpruned_layout": "anyres"}),
     "fixed2880": ("llava_next", {"layout": "fixed2880"}),
+    "llava_onevision": ("llava_onevision", {}),
     "qwen2_vl": ("qwen2_vl", {}),
     "qwen2_5_vl": ("qwen2_5_vl", {}),
     "internvl": ("internvl", {}),
@@ -101,7 +102,18 @@ AGNOSTIC = [
 ]
 
 
-@pytest.mark.parametrize("method", AGNOSTIC)
+# every method in a family with CLS and in one without; elsewhere one of each kind: unpruned, plain,
+# over the packed sequence of crops, merging
+WHOLE, KINDS = ("llava", "qwen2_5_vl"), ("none", "scope", "divprune", "visionzip")
+PAIRS = [
+    (setting, method)
+    for setting in SETTINGS
+    for method in AGNOSTIC
+    if setting in WHOLE or method in KINDS
+]
+
+
+@pytest.mark.parametrize(("model", "method"), PAIRS, indirect=["model"])
 def test_shared_answers_and_audits_are_those_of_every_prompt_alone(model, method):
     if method in refused_by(model.family):
         pytest.skip("the family does not have what the method reads")

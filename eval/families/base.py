@@ -38,7 +38,7 @@ class Mosaic:
     """
 
     captures: dict[str, Tensor]  # [1, M, ...], as VisualTokens defines them
-    grid: tuple[int, int]  # (rows, columns), rows * columns = M
+    grid: tuple[int, int]  # (rows, columns), rows * columns = M; M = 0 if all is padding
     tiles: int  # how many crops were encoded for it
 
 
@@ -63,8 +63,12 @@ class EncodedImage:
 
     @property
     def sections(self) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of all that methods see as one row: the crops, and then the mosaic."""
-        return (self.grid,) * self.crops + ((self.mosaic.grid,) if self.mosaic else ())
+        """(rows, columns) of all that methods see as one row: the crops, and then the mosaic.
+
+        A mosaic without tokens is left out.
+        """
+        mosaic = (self.mosaic.grid,) if self.mosaic and min(self.mosaic.grid) else ()
+        return (self.grid,) * self.crops + mosaic
 
     @property
     def encoded_crops(self) -> tuple[tuple[int, int], ...]:

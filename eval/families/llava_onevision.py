@@ -157,7 +157,8 @@ class LlavaOnevisionAdapter(Adapter):
             mosaic = None
             if tiles > 1:
                 high = int((~token).sum())  # every row ends in a newline
-                mosaic = Mosaic(rest, (high, rest["features"].shape[1] // high), tiles - 1)
+                wide = rest["features"].shape[1] // high if high else 0
+                mosaic = Mosaic(rest, (high, wide), tiles - 1)
             images.append(EncodedImage(base, grid, 1, tokens, mosaic=mosaic))
         return images
 
@@ -284,7 +285,7 @@ class LlavaOnevision(Family):
     # writes them: SigLIP-SO400M without its last block and its head, Qwen2-Instruct with <image>
     # and <video> in a vocabulary filled up to a multiple of 64
     CONFIGS: ClassVar = {
-        "llava_onevision_05b": lambda: _config(_SIGLIP, _QWEN2_05B, tied=True),
+        "llava_onevision_0_5b": lambda: _config(_SIGLIP, _QWEN2_05B, tied=True),
         "llava_onevision_7b": lambda: _config(_SIGLIP, _QWEN2_7B),
     }
     # crops of 4 x 4 tokens, mosaics of up to 4 x 4 tiles; the largest are resampled

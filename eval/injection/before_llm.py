@@ -182,7 +182,7 @@ class BeforeLLM(Hooks):
             {key: value[crop : crop + 1] for key, value in captures.items()}
             for crop in range(count)
         ]
-        if image.mosaic is None:
+        if image.mosaic is None or len(image.sections) == count:
             keeps = self.budget.of_crops(count, image.per_crop, self.adapter.equal_shares)
         else:
             seen.append(self._captures(image.mosaic.captures))
