@@ -17,6 +17,7 @@ MODULES = {
     "llava_onevision": "secateur.families.llava_onevision",
     "qwen2_vl": "secateur.families.qwen2_vl",
     "qwen2_5_vl": "secateur.families.qwen2_5_vl",
+    "qwen3_vl": "secateur.families.qwen3_vl",
     "internvl": "secateur.families.internvl",
 }
 

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from secateur.families.contract import require
+from secateur.families.contract import Keywords, require
 from secateur.prompts import PROMPTS
 
 if TYPE_CHECKING:  # the library works without lmms-eval
@@ -164,11 +164,20 @@ class Adapter:
         """The arguments of the core's `get_image_features`, one image at a time."""
         raise NotImplementedError
 
-    def output(self, features: list[Tensor]) -> Any:
+    def extras(self, output: Any) -> dict[str, Tensor]:
+        """What the model needs of one image beside its embeddings, by names of the family's own.
+
+        Args:
+            output: of the core's `get_image_features` for this image alone.
+        """
+        return {}
+
+    def output(self, features: list[Tensor], extras: list[dict[str, Tensor]]) -> Any:
         """What the core's `get_image_features` returns for several images.
 
         Args:
             features: of each image in `one_by_one`, the embeddings of its placeholders [P, D].
+            extras: of each image.
         """
         return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
 
@@ -203,6 +212,23 @@ class Adapter:
         if unknown:
             family = type(self).__name__.removesuffix("Adapter")
             raise ValueError(f"{family} models do not provide {', '.join(unknown)}")
+
+    def pruned_arguments(self, kwargs: Keywords, origin: Tensor) -> Keywords:
+        """The language model's arguments of a pruned prompt: those that only this family has.
+
+        Args:
+            kwargs: with embeddings, mask and positions of the pruned prompt.
+            origin: [B, L'] the position of each token in the unpruned prompt; EXTRA: none.
+        """
+        return kwargs
+
+    def without_deepstack(self, kwargs: Keywords) -> tuple[Keywords, list[Tensor]]:
+        """The language model's arguments without what its first layers add to visual tokens.
+
+        Returns:
+            The arguments, and [all visual tokens, D] for each of the first layers.
+        """
+        return kwargs, []
 
     def check_positions(
         self, positions: Tensor | None, grid: tuple[int, int], row: int, places: Tensor
@@ -336,8 +362,8 @@ class Family:
         """
         if least is not None or most is not None:
             raise ValueError(
-                "model.min_pixels and model.max_pixels are for Qwen2-VL and Qwen2.5-VL, not for "
-                f"the family {self.MODEL_TYPE!r}"
+                "model.min_pixels and model.max_pixels are for Qwen's models, not for the family "
+                f"{self.MODEL_TYPE!r}"
             )
 
     def check_budget(self, processor: Any, budget: int, image_side: int | None) -> None:

@@ -195,7 +195,7 @@ class InternVLAdapter(Adapter):
         for tile in arguments["pixel_values"].split(1):
             yield arguments | {"pixel_values": tile}
 
-    def output(self, features: list[Tensor]) -> Any:
+    def output(self, features: list[Tensor], extras: list[dict[str, Tensor]]) -> Any:
         return BaseModelOutputWithPooling(pooler_output=torch.stack(features))
 
     def grouped(self, images: list[EncodedImage], visual: Tensor) -> list[EncodedImage]:

@@ -286,7 +286,10 @@ class Qwen25VL(Family):
         "qwen2_5_vl": lambda: qwen_config(_TINY_VISION, TINY_QWEN, [2, 3, 3], first_special=300),
     }
     VISION_FIELDS = ("depth", "num_heads")
-    PROCESSOR: ClassVar[str] = "Qwen2_5_VLProcessor"  # in transformers, which is slow to import it
+    # in transformers, which is slow to import them
+    PROCESSOR: ClassVar[str] = "Qwen2_5_VLProcessor"
+    VIDEO_PROCESSOR: ClassVar[str] = "Qwen2VLVideoProcessor"
+    TEMPLATE: ClassVar[str] = _TEMPLATE
     SELFTEST = "qwen2_5_vl"
     SELFTEST_SIZE = (112, 168)  # 4 x 6 tokens
 
@@ -294,7 +297,7 @@ class Qwen25VL(Family):
         return Qwen25VLAdapter(model)
 
     def processor(self, config: Any) -> ProcessorMixin:
-        from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor  # slow to import
+        from transformers import Qwen2VLImageProcessor  # slow to import
 
         from secateur.families.byte_tokenizer import byte_tokenizer
 
@@ -304,7 +307,7 @@ class Qwen25VL(Family):
             image_processor=Qwen2VLImageProcessor(
                 patch_size=vision.patch_size, merge_size=vision.spatial_merge_size
             ),
-            video_processor=Qwen2VLVideoProcessor(
+            video_processor=getattr(transformers, self.VIDEO_PROCESSOR)(
                 patch_size=vision.patch_size, merge_size=vision.spatial_merge_size
             ),
             tokenizer=byte_tokenizer(
@@ -325,7 +328,7 @@ class Qwen25VL(Family):
                     "video_token": "<|video_pad|>",
                 },
             ),
-            chat_template=_TEMPLATE,
+            chat_template=self.TEMPLATE,
         )
 
     def reduced(self, config: Any) -> None:
@@ -415,7 +418,10 @@ class Qwen25VL(Family):
                 "max_pixels": size["longest_edge"],
             }
             content = [{"type": "image", "image": image, **limits} for image in images]
-            images, _ = process_vision_info([{"role": "user", "content": content}])
+            images, _ = process_vision_info(
+                [{"role": "user", "content": content}],
+                image_patch_size=processor.image_processor.patch_size,
+            )
         return text, images
 
     def crops(self, config: Any, inputs: BatchFeature) -> list[tuple[int, int]]:

@@ -93,6 +93,7 @@ class BeforeLLM(Hooks):
         kwargs, self.pruned = prune_prompt(
             kwargs, real_positions(kwargs, visual), edits, self.compact
         )
+        kwargs = self.adapter.pruned_arguments(kwargs, self.pruned.origin)
         self.trace.pruned = self.pruned
         for row, (sample, length) in enumerate(
             zip(samples, self.pruned.mask.sum(1).tolist(), strict=True)
@@ -344,7 +345,12 @@ def merge_crops(
     own = torch.arange(len(slots), device=slots.device)
     replaced = extra | ((numbers != NEWLINE) if vectors is not None else False)
     edit = Edit(
-        image.row, image.places, image.places[torch.where(extra, own, slots)], vectors, replaced
+        image.row,
+        image.places,
+        image.places[torch.where(extra, own, slots)],
+        vectors,
+        replaced,
+        extra,
     )
     before = len(image.tokens) if keeps_newlines else int(counted.sum())
     notes = {name: sum(k.notes[name] for k in kept) / len(kept) for name in kept[0].notes}

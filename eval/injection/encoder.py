@@ -13,9 +13,8 @@ from secateur.families.base import Adapter, EncodedImage, Mosaic
 from secateur.families.contract import Arguments
 from secateur.injection.tower import TowerMerging
 
-# prefixes of the captures' names in the cache
-_CAPTURE = "capture "
-_MOSAIC = "mosaic "
+# prefixes of names in the cache
+_CAPTURE, _MOSAIC, _EXTRA = "capture ", "mosaic ", "extra "
 
 
 @dataclass
@@ -70,14 +69,19 @@ class Encoder:
         if self.merging is not None:
             alone = [self._run(mine, self.needs) for mine in self.adapter.one_by_one(arguments)]
             self.images = [image for _, (image,) in alone]
-            return self.adapter.output([output.pooler_output[0] for output, _ in alone])
+            return self.adapter.output(
+                [output.pooler_output[0] for output, _ in alone],
+                [self.adapter.extras(output) for output, _ in alone],
+            )
         if self.cache is None:
             output, self.images = self._run(arguments, self.needs)
             return output
         # one by one: the features of an image must not depend on the other images
         found = [self._cached(self.cache, mine) for mine in self.adapter.one_by_one(arguments)]
-        self.images = [image for image, _ in found]
-        return self.adapter.output([features for _, features in found])
+        self.images = [image for image, _, _ in found]
+        return self.adapter.output(
+            [features for _, features, _ in found], [extras for *_, extras in found]
+        )
 
     def _run(
         self, arguments: dict[str, Any], needs: frozenset[str]
@@ -92,12 +96,16 @@ class Encoder:
         with torch.no_grad():
             return output, self.adapter.encoded(needs, raw, arguments)
 
-    def _cached(self, cache: ImageCache, arguments: dict[str, Any]) -> tuple[EncodedImage, Tensor]:
-        """An image, and the embeddings of its placeholders [P, D]."""
+    def _cached(
+        self, cache: ImageCache, arguments: dict[str, Any]
+    ) -> tuple[EncodedImage, Tensor, dict[str, Tensor]]:
+        """An image, the embeddings of its placeholders [P, D], and its `extras`."""
 
         def encode(needs: frozenset[str]) -> dict[str, Tensor]:
             output, (image,) = self._run(arguments, needs)
             tensors = {_CAPTURE + name: value for name, value in image.captures.items()}
+            extras = self.adapter.extras(output)
+            tensors |= {_EXTRA + name: value.detach() for name, value in extras.items()}
             shape = torch.tensor([*image.grid, image.crops])
             mosaic: dict[str, Tensor] = {}
             if image.mosaic is not None:
@@ -109,13 +117,19 @@ class Encoder:
             return tensors | mosaic | packed | {"tokens": image.tokens, "shape": shape}
 
         tensors = cache.entry(self.needs, arguments, encode)
+        extras = {
+            name.removeprefix(_EXTRA): value
+            for name, value in tensors.items()
+            if name.startswith(_EXTRA)
+        }
         rows, columns, crops = tensors["shape"].tolist()
         captures, mosaic = self._wanted(tensors, _CAPTURE), None
         if "mosaic" in tensors:
             high, wide, tiles = tensors["mosaic"].tolist()
             mosaic = Mosaic(self._wanted(tensors, _MOSAIC), (high, wide), tiles)
         image = EncodedImage(captures, (rows, columns), crops, tensors["tokens"], mosaic=mosaic)
-        return image, tensors["packed"] if "packed" in tensors else captures["features"][0]
+        packed = tensors["packed"] if "packed" in tensors else captures["features"][0]
+        return image, packed, extras
 
     def _wanted(self, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         """The captures that the method needs, by their names after `prefix` in the cache."""

@@ -93,6 +93,8 @@ class _Prompt:
     crops: list[tuple[int, tuple[int, int]]] = field(default_factory=list)  # row and grid
     plan: dict[int, int] = field(default_factory=dict)  # layer -> tokens to keep before it
     frames: dict[int, Frame] = field(default_factory=dict)  # by the first layer that sees them
+    # [B, n, D] what each of the first layers adds to the prompt's visual tokens (DeepStack)
+    deepstack: list[Tensor] = field(default_factory=list)
     diagnostics: list[dict[str, Tensor]] = field(default_factory=list)  # of every cut
 
 
@@ -278,6 +280,10 @@ class InLLM(Hooks):
             self._schedule(visual, real, kwargs["inputs_embeds"], budgets)
         if not now.plan:
             self._record()
+            return kwargs
+        # added here, because the language model would add them to the unpruned prompt
+        kwargs, levels = self.adapter.without_deepstack(kwargs)
+        now.deepstack = [level.unflatten(0, (len(visual), -1)) for level in levels]
         return kwargs
 
     def _schedule(
@@ -330,15 +336,27 @@ class InLLM(Hooks):
     ) -> tuple[tuple[Any, ...], Keywords] | None:
         kwargs = self.layer_arguments.read(args, kwargs)
         hidden = kwargs.pop("hidden_states")
+        deepened = not self.past and 0 < number <= len(self.now.deepstack)
+        if deepened:
+            hidden = self._deepened(self.now.deepstack[number - 1], hidden)
         if number in self.now.plan:
             if not self.past:
                 hidden = self._cut(number, hidden, (kwargs | self.fitting)["position_embeddings"])
             self.fitting = self._fit(self.now.frames[number], hidden, kwargs)
             if number == max(self.now.plan) and not self.past:
                 self._record()
-        if not self.fitting:
+        if not self.fitting and not deepened:
             return None
         return (hidden,), self.layer_arguments.write(kwargs | self.fitting)
+
+    def _deepened(self, level: Tensor, hidden: Tensor) -> Tensor:
+        """Add a level of DeepStack [B, n, D] to the visual tokens left; merged ones get none."""
+        frame = self.now.frames[max(self.now.frames)]
+        merged = frame.tokens == EXTRA
+        added = gather_rows(level.to(hidden), frame.tokens.clamp_min(0))
+        row, hidden = torch.arange(len(hidden), device=hidden.device)[:, None], hidden.clone()
+        hidden[row, frame.visual] += added.masked_fill(merged[..., None], 0)
+        return hidden
 
     def _cut(self, number: int, hidden: Tensor, rotary: Rotary) -> Tensor:
         """Ask the pruner, store the new frame, and return the hidden states of the kept tokens."""

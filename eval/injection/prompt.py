@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur.families.base import NEWLINE, EncodedImage
 from secateur.families.contract import Keywords
+from secateur.pruners import EXTRA
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Edit:
     sources: Tensor  # [M] positions of the kept embeddings
     vectors: Tensor | None = None  # [M, D] new embeddings in their place
     replaced: Tensor | None = None  # [M] True where `vectors` are used; None: everywhere
+    extra: Tensor | None = None  # [M] True for tokens without a place in the image; None: none
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ class PrunedPrompt:
     order: Tensor  # [B, L'] the remaining ones among them, padding on the left
     mask: Tensor  # [B, L'] 1 for real positions
     next: Tensor  # [B] the position after each prompt
+    # [B, L'] the position of each token in the unpruned prompt; EXTRA: padding, or a token without
+    # a place in its image
+    origin: Tensor
 
     def moved(self, places: Tensor, row: int) -> Tensor:
         """The new positions of `places` of the unpruned prompt, all of which remain."""
@@ -161,11 +166,13 @@ def prune_prompt(
     embeds, attention_mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
     batch, length, width = embeds.shape
     source = torch.arange(length, device=embeds.device).repeat(batch, 1)
-    alive = real.clone()
+    alive, loose = real.clone(), torch.zeros_like(real)
     for edit in edits:
         alive[edit.row, edit.places] = False
         target = edit.places[: len(edit.sources)]
         source[edit.row, target], alive[edit.row, target] = edit.sources, True
+        if edit.extra is not None:
+            loose[edit.row, target] = edit.extra
     embeds = torch.gather(embeds, 1, source[..., None].expand(-1, -1, width))
     for edit in edits:
         if edit.vectors is not None:
@@ -197,7 +204,8 @@ def prune_prompt(
     following = axes.amax((0, 2)) + 1 - (removed if compact and before.dim() == 2 else 0)
     if kwargs.get("cache_position") is not None:
         pruned["cache_position"] = kwargs["cache_position"][:longest]
-    return pruned, PrunedPrompt(length, order, mask, following)
+    origin = source.masked_fill(loose | ~alive, EXTRA).gather(1, order)
+    return pruned, PrunedPrompt(length, order, mask, following, origin)
 
 
 def _positions(before: Tensor, source: Tensor, mask: Tensor, compact: bool) -> Tensor:
