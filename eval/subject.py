@@ -89,7 +89,7 @@ class Subject:
         """The prompts of a batch."""
         _, given = self.received(self.model, **batch)
         rows, visual = [], batch["input_ids"] == self.adapter.image_token_id
-        levels, before = given.get("deepstack_visual_embeds") or [], 0
+        levels, before = self.adapter.without_deepstack(given)[1], 0
         for number, real in enumerate(batch["attention_mask"].bool()):
             length, mine = int(real.sum()), int(visual[number].sum())
             positions = given.get("position_ids")

@@ -6,6 +6,7 @@ without hooks and without a cache.
 
 import copy
 import functools
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.budget import Budget
 from secateur.families import family_of
@@ -97,9 +98,16 @@ class _Case:
         visual = self.inputs["input_ids"][0] == self.adapter.image_token_id
         self.visual = visual.nonzero()[:, 0]  # [P]
         self.plain = self._generate()
+        given: dict[str, Any] = {}
+        handle = self.adapter.language_model.register_forward_pre_hook(
+            lambda _module, _args, kwargs: given.update(kwargs), with_kwargs=True
+        )
         fed = self.model(
             **self.inputs, output_hidden_states=True, output_attentions=attention == "eager"
         )
+        handle.remove()
+        # [P, D] for each of the first layers
+        self.deepstack = self.adapter.without_deepstack(given)[1]
         self.embeds = fed.hidden_states[0]  # [1, L, D]
         self.attention = fed.attentions[LAYER - 1] if attention == "eager" else None  # [1, H, L, L]
         self.length = self.embeds.shape[1]
@@ -191,15 +199,23 @@ class _Case:
         stays = torch.ones(states.shape[1], dtype=torch.bool)
         stays[self.visual] = False
         stays[self.visual[list(kept)]] = True
-        model, positions = self.adapter.language_model, self.positions[..., : states.shape[1]]
-        if layer:
-            states = _run(model, states, positions).hidden_states[layer]
-            model = copy.deepcopy(model)
-            model.layers = model.layers[layer:]
-        compact = self.adapter.POSITIONS[0] == "compact" and not layer
-        positions = positions[..., : int(stays.sum())] if compact else positions[..., stays]
-        hidden = _run(model, states[:, stays], positions).last_hidden_state
-        return self.model.lm_head(hidden[0, -len(new) - 1 :])
+        visual, positions = self.visual, self.positions[..., : states.shape[1]]
+        model, deepstack = copy.deepcopy(self.adapter.language_model), self.deepstack
+        layers, norm = model.layers, model.norm
+        model.norm = nn.Identity()
+        # where something happens between two layers
+        stops = {0, layer, *range(len(deepstack) + 1), len(layers)}
+        for start, end in itertools.pairwise(sorted(stops)):
+            if start == layer:
+                compact = self.adapter.POSITIONS[0] == "compact" and not layer
+                positions = positions[..., : int(stays.sum())] if compact else positions[..., stays]
+                states, deepstack = states[:, stays], [level[stays[visual]] for level in deepstack]
+                visual = (stays.cumsum(0) - 1)[visual[stays[visual]]]
+            model.layers = layers[start:end]
+            states = _run(model, states, positions)
+            if start < len(deepstack):
+                states[:, visual] += deepstack[start]
+        return self.model.lm_head(norm(states)[0, -len(new) - 1 :])
 
     def _close(self, what: str, output: Any, want: Tensor, tolerance: float) -> None:
         apart = float((torch.cat(output.logits) - want).abs().max())
@@ -207,7 +223,7 @@ class _Case:
             raise Differs(f"{what}: logits {apart:.2g} apart from what they should be")
 
 
-def _run(language_model: Any, states: Tensor, positions: Tensor) -> Any:
+def _run(language_model: Any, states: Tensor, positions: Tensor) -> Tensor:
     # without a mask, transformers takes gaps between positions for borders of sequences
     mask = torch.ones(states.shape[:2], dtype=torch.long)
     return language_model(
@@ -215,5 +231,4 @@ def _run(language_model: Any, states: Tensor, positions: Tensor) -> Any:
         position_ids=positions,
         attention_mask=mask,
         use_cache=False,
-        output_hidden_states=True,
-    )
+    ).last_hidden_state
