@@ -4,16 +4,12 @@ Imports no model code, so that a sweep with nothing to do is fast.
 """
 
 import hashlib
-import logging
-import re
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
+from secateur import hub
+from secateur.hub import Kind
 from secateur.paths import PACKAGE, ROOT
-
-Kind = Literal["model", "dataset"]
-log = logging.getLogger(__name__)
 
 
 def locate(pretrained: str) -> str | Path:
@@ -47,48 +43,32 @@ def pinned(pretrained: str, revision: str) -> str:
     return commit_on_hub(pretrained, revision) or revision
 
 
-@cache
 def commit_on_hub(repository: str, revision: str, kind: Kind = "model") -> str | None:
-    """The commit that a revision such as `main` means, resolved once per process.
-
-    The hub is asked; if it does not answer, the local cache says which commit it last gave. None
-    if neither knows.
-    """
-    if re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
-    import huggingface_hub  # slow to import
-    from huggingface_hub import constants
-
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            # a hub that answers late is as good as none: the cache may have the files
-            found = huggingface_hub.repo_info(
-                repository, repo_type=kind, revision=revision, timeout=10
-            )
-            return found.sha
-        except Exception as error:  # of the network, of the hub, of a name that is no hub id
-            log.info("the hub does not say the commit of %s: %s", repository, error)
-    folder = f"{kind}s--{repository.replace('/', '--')}"
-    reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
-    return reference.read_text().strip() if reference.is_file() else None
+    """The commit that a revision means, see `secateur.hub.resolve`; None if nobody knows it."""
+    return hub.resolve(repository, revision, kind).commit
 
 
 def not_loaded(
     pretrained: str, revision: str, error: Exception, option: str = "model.pretrained"
 ) -> str:
-    """The message for a model that could not be loaded: what was looked for, where, and the fix.
+    """The message for a model that could not be loaded: the cause, and the fix.
 
     `option` is the setting that the message tells the user to change.
     """
     place = locate(pretrained)
-    cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    cause = hub.first_line(error)
     if isinstance(place, Path):
         return (
             f"the model in {place} could not be loaded: a file is missing or damaged ({cause}). "
             "Restore the folder."
         )
+    if hub.hub_error(error):
+        return (
+            f"the model {pretrained}, revision {revision}: "
+            f"{hub.explain(error, pretrained, 'model', option)}."
+        )
     return (
-        f"the model {pretrained!r} (revision {revision!r}) is no folder here, not in the local "
-        f"Hugging Face cache, and could not be fetched from the hub ({cause}). "
-        f"Go online, or download it elsewhere and set {option}=/its/folder."
+        f"the model {pretrained!r} (revision {revision!r}) could not be loaded from the hub, nor "
+        f"from its local cache ({cause}). Go online, or download it elsewhere and set "
+        f"{option}=/its/folder."
     )

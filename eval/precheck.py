@@ -6,13 +6,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from secateur import hub
 from secateur.checkpoints import locate
 from secateur.job import Job
 from secateur.pruners import InLLMPruner, Pruner, build
 
 
 def problems(configs: Iterable[DictConfig]) -> list[str]:
-    """Why jobs cannot run: wrong settings, and budgets that a method inside the LLM cannot hold.
+    """Why jobs cannot run: wrong settings, a budget that a method cannot hold, the hub.
 
     Returns:
         One message per cause, with the number of jobs that it concerns.
@@ -24,7 +25,9 @@ def problems(configs: Iterable[DictConfig]) -> list[str]:
         try:
             # hydra's own part has values that a job gets when it starts
             own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-            check_schedule(Job.of(own))
+            job = Job.of(own)
+            check_schedule(job)
+            check_hub(job)
         except (ValueError, OSError) as error:
             name = f"{config.pruner.name} at budget {config.budget}"
             found.setdefault(str(error), []).append(name)
@@ -39,6 +42,31 @@ def captures(configs: Iterable[DictConfig]) -> frozenset[str]:
     fields: list[Any] = [OmegaConf.to_container(config.pruner) for config in configs]
     pruners = [build(**own) for own in fields]
     return frozenset[str]().union(*(one.needs for one in pruners if isinstance(one, Pruner)))
+
+
+def check_hub(job: Job) -> None:
+    """Ask the hub for the commits of what a job loads from there, before anything is downloaded.
+
+    Raises:
+        ValueError: it has no such repository, gives no access or does not answer.
+    """
+    model = job.model
+    asked: list[tuple[str, str, hub.Kind, str]] = []
+    if model.weights != "random":
+        asked.append((model.pretrained, model.revision, "model", "model.pretrained"))
+    if model.clip and job.pruner.needs & {"clip_patches", "clip_text"}:
+        asked.append((model.clip, "main", "model", "model.clip"))
+    if job.suite.data_root is None:
+        names = [job.suite.find(task).dataset for task in job.tasks]
+        # "json" and the like are readers of `datasets`
+        asked += [(n, job.suite.revision, "dataset", "suite.data_root") for n in names if "/" in n]
+    wrong = [
+        hub.problem(name, revision, kind, option)
+        for name, revision, kind, option in dict.fromkeys(asked)
+        if not isinstance(locate(name), Path)
+    ]
+    if messages := [message for message in wrong if message]:
+        raise ValueError(" ".join(messages))
 
 
 def check_schedule(job: Job) -> None:

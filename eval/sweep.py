@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -51,6 +52,8 @@ class Sweep:
     """
 
     def __init__(self, jobs: int) -> None:
+        for name in ("httpx", "httpx2"):  # one line per request to the hub
+            logging.getLogger(name).setLevel(logging.WARNING)
         self.bar = ProgressBar(jobs)
         self.interrupt = Interrupt()
         self.pool = ModelPool()
@@ -64,7 +67,7 @@ class Sweep:
         Cells that another process is running are left for `finish`.
         """
         from secateur.job import Job
-        from secateur.precheck import check_schedule
+        from secateur.precheck import check_hub, check_schedule
 
         self.interrupt.catch()
         outcomes: list[Outcome] = []
@@ -72,6 +75,7 @@ class Sweep:
         try:
             job = Job.of(config)
             check_schedule(job)
+            check_hub(job)
             cells = [f"{task} {job.pruner.name} {job.budget}" for task in job.tasks]
             for task in job.tasks:
                 self.bar.show(len(job.tasks), f"{job.pruner.name} {job.budget} {task}")

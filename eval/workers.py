@@ -13,6 +13,7 @@ from hydra.core.utils import run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from secateur import hub
 from secateur.progress import KEPT, console
 from secateur.sweep import OUTCOMES, Outcome, begin
 
@@ -45,6 +46,7 @@ class Worker:
     hydra_context: HydraContext
     task_function: TaskFunction
     config: DictConfig
+    commits: dict[Any, hub.Resolved]  # a worker that starts later must not see a newer one
 
     def __call__(self, share: list[NumberedOverrides], device: str | None, state: Any) -> None:
         """Run a share of the sweep.
@@ -56,6 +58,7 @@ class Worker:
         """
         if device is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = device
+        hub.adopt(self.commits)
         Singleton.set_state(state)
         setup_globals()
         sweep = begin(len(share))

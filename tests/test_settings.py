@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from secateur.budget import Budget
 from secateur.checkpoints import commit_on_hub, fingerprint
+from secateur.hub import forget
 from secateur.injection.clip import ClipRelevance
 from secateur.job import Job
 from secateur.loading import load
@@ -201,7 +202,7 @@ def hub(tmp_path, monkeypatch):
     def repo_info(repository, *, repo_type, revision, timeout):
         if (repository, repo_type, revision) not in answers:
             raise OSError("no such repository")
-        return SimpleNamespace(sha=answers[repository, repo_type, revision])
+        return SimpleNamespace(sha=answers[repository, repo_type, revision], gated=False)
 
     monkeypatch.setattr("huggingface_hub.repo_info", repo_info)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -209,16 +210,16 @@ def hub(tmp_path, monkeypatch):
     references = tmp_path / "hub" / "models--org--model" / "refs"
     references.mkdir(parents=True)
     (references / "main").write_text("a" * 40)
-    commit_on_hub.cache_clear(), fingerprint.cache_clear()
+    forget(), fingerprint.cache_clear()
     yield answers
-    commit_on_hub.cache_clear(), fingerprint.cache_clear()
+    forget(), fingerprint.cache_clear()
 
 
 def test_a_revision_is_resolved_by_the_hub_or_else_by_its_cache(hub):
     assert commit_on_hub("org/model", "main") == "a" * 40
     hub["org/model", "model", "main"] = "b" * 40
     assert commit_on_hub("org/model", "main") == "a" * 40, "resolved once per process"
-    commit_on_hub.cache_clear()
+    forget()
     assert commit_on_hub("org/model", "main") == "b" * 40
     assert commit_on_hub("org/model", "c" * 40) == "c" * 40
     assert commit_on_hub("org/other", "main") is None
@@ -235,7 +236,7 @@ def test_a_revision_that_moves_makes_other_cells(hub, tmp_path):
     """Model, CLIP and data set are part of a cell's identity by their commits."""
 
     def identity(*overrides):
-        commit_on_hub.cache_clear(), fingerprint.cache_clear()
+        forget(), fingerprint.cache_clear()
         words = ["model=llava_1_5_7b", "suite=hub", *overrides]
         return Job.of(composed(tmp_path, *words)).cell("pope").identity
 
@@ -270,7 +271,7 @@ def test_weights_come_from_the_commit_of_the_identity(hub, monkeypatch):
 
     monkeypatch.setattr("secateur.loading.AutoProcessor.from_pretrained", from_pretrained)
     monkeypatch.setattr("secateur.injection.clip.CLIPModel.from_pretrained", from_pretrained)
-    commit_on_hub.cache_clear()
+    forget()
     with pytest.raises(FileNotFoundError):
         load("org/model", "", "pretrained", "main", "auto", None, torch.device("cpu"), None)
     with pytest.raises(FileNotFoundError):

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from lmms_eval.tasks import TaskManager
 from PIL import Image
 from tenacity import RetryError
 
+from secateur import hub
 from secateur.store import UNWRITABLE
 from secateur.tasks import Task as Entry
 from secateur.tasks import find_task
@@ -112,9 +114,15 @@ def load_tasks(
             cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
             if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
                 raise cause from error
-            what = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+            if hub.hub_error(cause):
+                why = hub.explain(cause, dataset, "dataset", "suite.data_root")
+                raise FileNotFoundError(
+                    f"the data set {dataset} of task {name!r}: {why}."
+                ) from error
             place = "the Hugging Face hub"
-            raise FileNotFoundError(f"{_not_found(name, dataset, place)} ({what})") from error
+            raise FileNotFoundError(
+                f"{_not_found(name, dataset, place)} ({hub.first_line(cause)})"
+            ) from error
     return tasks
 
 
@@ -130,8 +138,12 @@ def _load(entry: Entry, revision: str | None) -> Task:
     wanted = {"task": entry.lmms_name, "dataset_kwargs": options, **entry.overrides()}
     if not entry.listed:
         _check_metrics(entry.name, config)
+    loads_more = getattr(config.get("process_docs"), "__globals__", {})
+    if "load_dataset" in loads_more:
+        wanted["process_docs"] = config["process_docs"]  # the same function, not a new import of it
     try:
-        (task,) = manager.load_task_or_group([wanted], task_type="chat").values()
+        with _loading_the_same(entry.dataset, revision, loads_more):
+            (task,) = manager.load_task_or_group([wanted], task_type="chat").values()
     except Exception as error:
         if entry.listed or isinstance(error, OSError | RetryError):
             raise
@@ -139,9 +151,57 @@ def _load(entry: Entry, revision: str | None) -> Task:
             f"lmms-eval cannot load task {entry.name}: {type(error).__name__}: {error}"
         ) from error
     task.set_config("task", entry.name)
+    _check_commit(entry.dataset, revision, task)
     if not entry.listed:
         _check_first_document(entry, task)
     return task
+
+
+@contextlib.contextmanager
+def _loading_the_same(dataset: str, revision: str | None, code: dict[str, Any]) -> Iterator[None]:
+    """Let a task's own `load_dataset` read the same commit, and ask for no login without one.
+
+    GQA loads its images by itself, from the newest commit and always with a login.
+
+    Args:
+        code: globals of the task's module; without `load_dataset` nothing is done.
+    """
+    if "load_dataset" not in code:
+        yield
+        return
+    load = code["load_dataset"]
+
+    def load_dataset(path: str, *arguments: Any, **options: Any) -> Any:
+        if options.get("token") is True and get_token() is None:
+            options["token"] = None
+        if revision and path == dataset:
+            options.setdefault("revision", revision)
+        return load(path, *arguments, **options)
+
+    code["load_dataset"] = load_dataset
+    try:
+        yield
+    finally:
+        code["load_dataset"] = load
+
+
+def _check_commit(dataset: str, revision: str | None, task: Task) -> None:
+    """Check that documents are of the commit that was asked for.
+
+    Where the hub does not answer, `datasets` takes the newest commit in its cache.
+
+    Raises:
+        FileNotFoundError: they are of another.
+    """
+    if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
+        return
+    paths = [file["filename"] for file in getattr(task.eval_docs, "cache_files", [])]
+    found = {part for path in paths for part in re.findall("/([0-9a-f]{40})/", path)}
+    if found - {revision}:
+        raise FileNotFoundError(
+            f"the data set {dataset}: the hub did not give commit {revision}, and the local cache "
+            f"has commit {', '.join(found)}. Set suite.revision to that one, or go online"
+        )
 
 
 def _check_metrics(name: str, config: dict[str, Any]) -> None:

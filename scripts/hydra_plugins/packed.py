@@ -14,6 +14,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from secateur import hub
 from secateur.progress import console
 from secateur.workers import Worker, split_jobs, wait
 
@@ -53,7 +54,7 @@ class Packed(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.worker = Worker(hydra_context, task_function, config)
+        self.worker = Worker(hydra_context, task_function, config, {})
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -64,6 +65,7 @@ class Packed(Launcher):
             raise ImportError(
                 "this launcher needs submitit: pip install 'secateur[slurm]'"
             ) from error
+        self.worker.commits = hub.known()  # the sweeper has asked for all of them
         devices = _devices() if self.cluster == "local" else []
         workers = len(devices) if self.workers is None else self.workers
         if workers < 1:
