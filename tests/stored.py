@@ -49,6 +49,7 @@ def store(results: Path, cells: list[Cell], prompt: str = "Is there a cat?") -> 
             prompt=prompt,
             visual_tokens=FULL,
             kept_indices=[[list(range(0, FULL, FULL // keep))]] * len(own.rows),
+            crops=[[[12, 12]]] * len(own.rows),
         )
         flops = {
             "pruner": None if own.name == "sppruner" else 1e6,
@@ -59,7 +60,7 @@ def store(results: Path, cells: list[Cell], prompt: str = "Is there a cat?") -> 
 
 
 class Pictures:
-    """Stands in for `secateur.reporting.gallery.Documents`, which imports lmms-eval.
+    """Stands in for `secateur.reporting.images.Documents`, which imports lmms-eval.
 
     Every document has a picture.
     """

@@ -6,7 +6,7 @@ import pytest
 from cells import cell, rows
 from stored import FULL, Pictures, grid, store
 
-from secateur.reporting import ablation, figures, gallery
+from secateur.reporting import ablation, figures, images
 from secateur.reporting.comparison import compare, load
 from secateur.reporting.costs import first_token_flops
 from secateur.reporting.interval_table import markdown
@@ -50,7 +50,7 @@ def test_seeds_share_a_row_in_every_output(compared):
     average = table[table["task"] == "average"].set_index("method")
     assert average.loc["random", "sd"] > 0
     text = markdown(cells, table)
-    assert re.search(r"\| random, 3 seeds +\| 16\.0 .* \(sd 5\.0\)", text)
+    assert re.search(r"\| random, 3 seeds +\| 16 +\| 16\.0 .* \(sd 5\.0\)", text)
     assert re.search(r"\| scope  .*\| \+\d+\.\d \[\+\d+\.\d, \+\d+\.\d\] ", text)
     scores = accuracy([own.record for own in cells]).set_index("method")
     assert scores.loc["random", "GQA"] == pytest.approx(45)
@@ -81,7 +81,9 @@ def test_varied_fields_are_found_and_seeds_are_none(compared):
 def test_the_figure_draws_every_value_the_unpruned_model_and_the_default(compared, tmp_path):
     cells, table = compared
     (one,) = ablation.varied(own.record.identity for own in cells)
-    panels = {panel.get_title(): panel for panel in ablation.figure(one, table, "demo").axes}
+    panels = {
+        panel.get_title(loc="left"): panel for panel in ablation.figure(one, table, "demo").axes
+    }
     panel = panels["GQA"]
     drawn: dict[tuple, list] = {}
     for line in panel.lines:  # the ends of the intervals follow their values
@@ -103,9 +105,9 @@ def test_values_that_are_no_numbers_stand_side_by_side(compared):
 
 
 def test_a_report_of_seeds_and_varied_fields(results, monkeypatch):
-    monkeypatch.setattr(gallery, "Documents", Pictures)
+    monkeypatch.setattr(images, "Documents", Pictures)
     monkeypatch.setattr("secateur.reporting.report.published", lambda cells, resamples: [])
     (section,) = Report(results, 200, rivals=["scope", "random"]).sections
     assert "scope_alpha.png" in " ".join(str(chart.path.name) for chart in section.charts)
-    assert set(section.counts["gqa"]) == {"scope", "random"}
+    assert set(section.counts["16"]["gqa"]) == {"scope", "random"}
     assert figures.UNPRUNED in {row["method"] for row in section.rows["gqa"]}

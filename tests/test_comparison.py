@@ -75,8 +75,8 @@ def test_the_average_is_over_all_tasks(compared):
 def test_the_table_says_what_it_shows(compared, tmp_path):
     cells, table = compared
     text = markdown(cells, table)
-    assert "| 64       | divprune        | 64.0     | 60.0 ± " in text
-    assert "| 64       | random, 3 seeds | 64.0     | " in text
+    assert "| divprune        | 64       | 64.0     | 60.0 ± " in text
+    assert "| random, 3 seeds | 64       | 64.0     | " in text
     assert "power 80 %" in text
     assert f"{len(cells)} cells, commit abc." in text
     assert "three seeds" not in text

@@ -1,16 +1,21 @@
 """Figures: what is drawn is what was computed, and what is missing is marked."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
-from cells import altered, changed, identity
-from PIL import Image
+from cells import changed
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from stored import FULL, SPPRUNER, grid, store
 
-from secateur.reporting import figures, gallery
+from secateur.reporting import figures, gallery, images
+from secateur.reporting.agreement import agreement, agreement_matrices
 from secateur.reporting.comparison import compare, load
+from secateur.reporting.cost_figures import accuracy_against, one_by_one, pareto
 from secateur.reporting.costs import first_token_flops, prefill_times
-from secateur.settings import ModelIdentity
+from secateur.reporting.score_figure import scores
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,16 @@ def compared(results):
 
 
 def titles(figure):
-    return {panel.get_title(): panel for panel in figure.axes}
+    return {panel.get_title(loc="left").replace("\n", " "): panel for panel in figure.axes}
+
+
+def drawn(panel):
+    """The points of every line that has a name."""
+    return {
+        line.get_gid(): list(zip(line.get_xdata(), np.round(line.get_ydata(), 6), strict=True))
+        for line in panel.lines
+        if line.get_gid()
+    }
 
 
 @pytest.mark.parametrize(
@@ -40,83 +54,155 @@ def titles(figure):
     ],
 )
 def test_the_pareto_front_is_what_no_other_point_beats(cost, value, front):
-    assert figures.pareto(cost, value).tolist() == front
+    assert pareto(cost, value).tolist() == front
 
 
-def test_accuracy_against_cost_draws_values_intervals_and_the_front(compared):
+def tokens_of(table):
+    return table.set_index(["task", "method", "budget"])["tokens"]
+
+
+def test_accuracy_against_cost_draws_values_labels_and_the_front(compared):
     _, table = compared
-    cost = table.set_index(["task", "method", "budget"])["tokens"]
-    figure = figures.accuracy_against(table, cost, "tokens", "suite shapes: a demonstration")
+    figure = accuracy_against(table, tokens_of(table), "tokens", "suite shapes: a demonstration")
     assert "suite shapes: a demonstration" in figure.get_suptitle()
+    assert next(iter(titles(figure))) == "average, % of unpruned"
     panel = titles(figure)["POPE F1"]
     own = table[table["task"] == "pope"].set_index("method")
-    drawn = {
-        (x, round(y, 6))
-        for line in panel.lines
-        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
-    }
-    for method, row in own.iterrows():
-        assert (row["tokens"], round(row["value"], 6)) in drawn, method
-        ends = [
-            segment[:, 1]
-            for bars in panel.containers
-            for segment in bars.lines[2][0].get_segments()
-        ]
-        assert any(np.allclose(end, [row["low"], row["high"]]) for end in ends), method
-    front = panel.lines[0]
-    assert front.get_xdata().tolist() == [16, FULL]
-    assert front.get_ydata() == pytest.approx([own.loc["scope", "value"], own.loc["none", "value"]])
-    assert any("(reconstruction)" in text.get_text() for text in figure.legends[0].get_texts())
+    lines = drawn(panel)
+    for method in set(own.index) - {"none"}:
+        assert lines[method] == [(16, round(own.loc[method, "value"], 6))]
+    best = [(x, round(own.loc[name, "value"], 6)) for x, name in ((FULL, "none"), (16, "scope"))]
+    assert lines["front"] == best
+    labels = {text.get_text() for text in panel.texts}
+    assert labels == {"random", "scope", "promprune", "sppruner (reconstruction)"}
+    assert panel.get_xscale() == "log"
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["16", "144"]
+    assert panel.get_xlim()[0] > panel.get_xlim()[1]  # cheaper to the right
 
 
 def test_rows_without_a_cost_are_not_drawn_and_without_any_refused(compared):
     _, table = compared
-    cost = table.set_index(["task", "method", "budget"])["tokens"]
-    panel = titles(
-        figures.accuracy_against(table, cost.drop("scope", level="method"), "tokens", "x")
-    )["POPE F1"]
-    scope = table[(table["task"] == "pope") & (table["method"] == "scope")]["value"].iloc[0]
-    assert not any(np.isclose(line.get_ydata(), scope).any() for line in panel.lines)
-    with pytest.raises(ValueError, match="no row has a cost"):
-        figures.accuracy_against(table, cost[:0], "tokens", "x")
+    cost = tokens_of(table)
+    panel = titles(accuracy_against(table, cost.drop("scope", level="method"), "tokens", "x"))
+    assert "scope" not in drawn(panel["POPE F1"])
+    with pytest.raises(ValueError, match="no row of a method has a cost"):
+        accuracy_against(table, cost[:0], "tokens", "x")
 
 
-def test_bars_are_the_values_and_the_tied_best_are_framed(compared):
+def test_each_method_by_itself_has_its_interval(compared):
     _, table = compared
-    panel = titles(figures.bars(table, "x"))["GQA"]
+    figure = one_by_one(table, tokens_of(table), "tokens", "x")
+    own = table[table["task"] == "average"].set_index("method")
+    assert [*titles(figure)] == ["scope", "promprune", "sppruner (reconstruction)", "random"]
+    (bars,) = titles(figure)["scope"].collections
+    (segment,) = bars.get_segments()
+    assert segment[:, 1] == pytest.approx(own.loc["scope", ["low", "high"]].tolist())
+
+
+def many(table, count=12):
+    """The table with more methods, each worse than the one before."""
+    scope = table[table["method"] == "scope"]
+    copies = [scope.assign(method=f"m{i:02}", value=scope["value"] - 1 - i) for i in range(count)]
+    return pd.concat([table, *copies], ignore_index=True)
+
+
+def test_at_most_eight_methods_have_a_colour_and_the_chosen_ones_come_first(compared):
+    _, table = compared
+    look = figures.looks(many(table))
+    named = {label for label, own in look.items() if own.named}
+    assert len(named) == 9  # with random, which is black
+    assert {"scope", "random", "promprune", "m00"} <= named
+    assert "m11" not in named
+    assert len({own.color for label, own in look.items() if own.named}) == 9
+    chosen = figures.looks(many(table), ["m11"])
+    assert chosen["m11"].named
+    assert chosen["m11"].color not in (figures.GREY, figures.BLACK)
+    with pytest.raises(ValueError, match="no rows of nobody"):
+        figures.looks(table, ["nobody"])
+    with pytest.raises(ValueError, match="9 methods to highlight, but 8 colours"):
+        figures.looks(many(table), [f"m{i:02}" for i in range(9)])
+
+
+def test_labels_beside_lines_stand_apart_and_near_their_ends():
+    places = figures.apart([1, 1, 1.05, 5], 1, 0, 10)
+    assert np.diff(places).min() >= 1 - 1e-9
+    assert places == pytest.approx([0.0166, 1.0166, 2.0166, 5], abs=1e-3)
+    assert figures.apart([9.9, 10], 1, 0, 10) == [9, 10]
+    assert figures.apart([0, 0.2], 1, 0, 10) == [0, 1]
+
+
+def unseen(panel):
+    """Labels of ticks outside the limits of a panel, which matplotlib keeps and does not draw."""
+    for axis, limits in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
+        for tick in axis.get_major_ticks():
+            if not min(limits) <= tick.get_loc() <= max(limits):
+                yield from (tick.label1, tick.label2)
+
+
+@pytest.mark.parametrize("count", [0, 12])
+def test_no_texts_of_a_figure_overlap(compared, count):
+    _, table = compared
+    table = many(table, count)
+    for figure in (
+        accuracy_against(table, tokens_of(table), "tokens", "A caption of many words " * 12),
+        one_by_one(table, tokens_of(table), "tokens", "A caption of many words " * 12),
+        scores(table, "A caption of many words " * 12),
+    ):
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+        texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        ticks = {id(text) for panel in figure.axes for text in unseen(panel)}
+        texts = [text for text in texts if id(text) not in ticks]
+        # of a label, without its line
+        boxes = [Text.get_window_extent(text, renderer) for text in texts]
+        for (one, box), (other, second) in itertools.combinations(
+            zip(texts, boxes, strict=True), 2
+        ):
+            wide = min(box.x1, second.x1) - max(box.x0, second.x0)
+            high = min(box.y1, second.y1) - max(box.y0, second.y0)
+            assert wide <= 1 or high <= 2, (one.get_text(), other.get_text())
+        page = figure.bbox
+        assert min(box.x0 for box in boxes) >= 0
+        assert max(box.x1 for box in boxes) <= page.x1
+        assert max(box.y1 for box in boxes) <= page.y1
+
+
+def test_scores_are_the_values_and_the_tied_best_have_a_rim(compared):
+    _, table = compared
+    panel = titles(scores(table, "x"))["GQA"]
     own = table[(table["task"] == "gqa") & (table["method"] != "none")].set_index("method")
-    look = figures.looks(table)
-    assert [
-        bar.get_height() for bar in panel.patches if bar.get_height() < 100 and bar.get_width() < 1
-    ] == pytest.approx([own.loc[method, "value"] for method in own.index])
-    by_color = {bar.get_facecolor()[:3]: bar for bar in panel.patches}
-    framed = {method for method in own.index if by_color[look[method].color].get_linewidth() == 1.2}
-    assert framed == set(own.index[own["tied_best"]]) < set(own.index)
+    dots = {line.get_gid(): line for line in panel.lines if str(line.get_gid()).startswith("16 ")}
+    values = {name: dot.get_xdata()[0] for name, dot in dots.items()}
+    assert values == pytest.approx({f"16 {name}": own.loc[name, "value"] for name in own.index})
+    rims = {
+        name for name in own.index if dots[f"16 {name}"].get_markeredgecolor() == figures.BLACK
+    } - {"random"}
+    assert rims == set(own.index[own["tied_best"]]) < set(own.index)
 
 
-def test_what_has_no_interval_is_hatched_and_hollow():
-    table = compare(grid(tasks=("gqa",), documents=10, scope=0.5), 100)  # one image
-    assert table["mark"].str.contains("single image").all()
-    bars = figures.bars(table, "x")
-    assert [bar.get_hatch() for bar in bars.axes[0].patches] == ["///"]
-    assert "hatched: no interval" in [text.get_text() for text in bars.legends[0].get_texts()]
-    points = figures.accuracy_against(
-        table, table.set_index(["task", "method", "budget"])["tokens"], "tokens", "x"
-    )
-    assert "hollow: no interval" in [text.get_text() for text in points.legends[0].get_texts()]
-    assert not any(bars.has_yerr for bars in points.axes[0].containers)
+def test_what_was_not_run_is_said_and_what_has_no_interval_is_hollow(compared):
+    _, table = compared
+    gap = table[(table["task"] != "gqa") | (table["method"] != "scope")]
+    panel = titles(scores(gap, "x"))["GQA"]
+    assert [text.get_text() for text in panel.texts] == ["not run"]
+    alone = compare(grid(tasks=("gqa",), documents=10, scope=0.5), 100)  # one image
+    assert alone["mark"].str.contains("single image").all()
+    figure = scores(alone, "x")
+    (dot,) = [line for line in figure.axes[0].lines if line.get_gid() == "16 scope"]
+    assert dot.get_markerfacecolor() == "none"
+    assert "hollow: no interval" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_agreement_is_the_share_of_equal_answers():
     cells = grid(tasks=("gqa",), documents=200, scope=0.75, random=0.4)
-    shares = figures.agreement(cells)["16"]
+    shares = agreement(cells)["16"]
     answers = {own.method: own.rows.set_index("doc_id")["answer"] for own in cells}
     assert list(shares) == ["none", "random", "scope"]
     assert shares.loc["random", "scope"] == pytest.approx(
         (answers["random"] == answers["scope"]).mean()
     )
     assert np.diag(shares).tolist() == [1, 1, 1]
-    figure = figures.agreement_matrices({"16": shares}, "suite shapes")
+    figure = agreement_matrices({"16": shares}, "suite shapes")
     assert f"{100 * shares.loc['random', 'scope']:.0f}" in [
         text.get_text() for text in figure.axes[0].texts
     ]
@@ -125,13 +211,13 @@ def test_agreement_is_the_share_of_equal_answers():
 def test_agreement_over_other_tasks_or_documents_is_missing():
     cells = grid(documents=200, scope=0.75, random=0.4)
     without = [own for own in cells if (own.method, own.task) != ("random", "pope")]
-    shares = figures.agreement(without)["16"]
+    shares = agreement(without)["16"]
     assert np.isnan(shares.loc["random", "scope"])
     assert shares.loc["none", "scope"] > 0.5
     shortened = [
         own._replace(rows=own.rows[:100]) if own.method == "scope" else own for own in cells
     ]
-    assert np.isnan(figures.agreement(shortened)["16"].loc["none", "scope"])
+    assert np.isnan(agreement(shortened)["16"].loc["none", "scope"])
 
 
 def test_flops_are_the_records_own(results):
@@ -193,10 +279,10 @@ def test_prefill_is_the_benchs_median_for_the_same_method_and_tokens(results, tm
 def test_the_gallery_counts_where_exactly_one_is_right(compared, results):
     cells, table = compared
     pair = gallery.rivals(table)
-    assert pair.budget == "16"
+    assert pair.budgets == ("16",)
     assert pair.methods[0] == "scope"
     pair = gallery.rivals(table, ["random", "scope"])
-    counts, shown = gallery.disagreements(cells, pair, results)
+    counts, shown = gallery.disagreements(cells, pair, "16", results)
     right = {(own.task, own.method): own.rows["score"] == 1 for own in cells}
     for task in ("pope", "gqa"):
         scope, random = right[task, "scope"], right[task, "random"]
@@ -206,10 +292,11 @@ def test_the_gallery_counts_where_exactly_one_is_right(compared, results):
     )
     for item in shown:
         other = next(method for method in pair.methods if method != item.right)
-        assert right[item.task, item.right][item.row["doc_id"]]
-        assert not right[item.task, other][item.row["doc_id"]]
-        assert item.answers[item.right] == item.row["target"] != item.answers[other]
-        assert item.kept["scope"] == tuple(range(0, FULL, 9))
+        row = item.rows[item.right]
+        assert right[item.task, item.right][row["doc_id"]]
+        assert not right[item.task, other][row["doc_id"]]
+        assert row["answer"] == row["target"] != item.rows[other]["answer"]
+        assert list(item.rows["scope"]["kept_indices"][0]) == list(range(0, FULL, 9))
 
 
 def test_rivals_must_be_two_of_the_table(compared):
@@ -228,47 +315,15 @@ def test_rivals_are_the_best_of_a_task_that_both_ran(compared):
     table = table[
         apart & table["method"].isin(["none", "scope", "random"])
     ]  # scope ran POPE only, random GQA too
-    assert gallery.rivals(table) == gallery.Rivals("16", ("scope", "random"))
+    assert gallery.rivals(table) == gallery.Rivals(("16",), ("scope", "random"))
     disjoint = table[(table["method"] != "random") | (table["task"] == "gqa")]
     assert gallery.rivals(disjoint) is None
     with pytest.raises(ValueError, match="share no budget of a task"):
         gallery.rivals(disjoint, ["scope", "random"])
 
 
-def model_identity(**values: object) -> ModelIdentity:
-    own = identity("llava_1_5_7b", "none", "full", "gqa")
-    return altered(own, {f"model.{name}": value for name, value in values.items()}).model
-
-
-def test_the_image_is_cut_as_the_encoder_sees_it():
-    image = Image.new("RGB", (60, 40), "red")
-    image.paste("blue", (0, 0, 10, 40))
-    row = pd.Series({"visual_tokens": FULL})
-    seen, grid_of = gallery.as_seen(model_identity(geometry="processor"), [image], row)
-    assert (seen.size, grid_of, seen.getpixel((0, 20))) == (
-        (40, 40),
-        (12, 12),
-        (255, 0, 0),
-    )  # the middle square
-    seen, _ = gallery.as_seen(model_identity(geometry="pad"), [image], row)
-    assert (seen.size, seen.getpixel((0, 0)), seen.getpixel((0, 30))) == (
-        (60, 60),
-        (128, 128, 128),
-        (0, 0, 255),
-    )
-    seen, _ = gallery.as_seen(model_identity(family="qwen2_5_vl", image_side=336), [image], row)
-    assert (seen.size, seen.getpixel((0, 30))) == ((60, 60), (0, 0, 255))
-    for model, images in (
-        (model_identity(family="llava_next"), [image]),
-        (model_identity(family="qwen2_5_vl"), [image]),
-        (model_identity(), [image] * 2),
-    ):
-        assert gallery.as_seen(model, images, row) is None
-    assert gallery.as_seen(model_identity(), [image], pd.Series({"visual_tokens": 143})) is None
-
-
 def test_images_come_from_the_tasks_own_documents(shapes, tmp_path):
-    documents = gallery.Documents("shapes", ["gqa"], shapes)
+    documents = images.Documents("shapes", ["gqa"], shapes)
     prompt = (
         "USER: <image>\nIs there a cross in the image?\n"
         "Answer the question using a single word or phrase. ASSISTANT:"
@@ -281,4 +336,4 @@ def test_images_come_from_the_tasks_own_documents(shapes, tmp_path):
     with pytest.raises(ValueError, match="no document 300"):
         documents.images("gqa", row.replace(3, 300))
     with pytest.raises(FileNotFoundError, match="gqa"):
-        gallery.Documents("hub", ["gqa"], tmp_path)
+        images.Documents("hub", ["gqa"], tmp_path)

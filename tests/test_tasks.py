@@ -14,7 +14,7 @@ from PIL import Image
 
 from scripts import plan
 from secateur.job import Job
-from secateur.reporting import figures, tables
+from secateur.reporting import score_figure, tables
 from secateur.reporting.comparison import compare
 from secateur.tasks import TASKS, Task, find_task, metrics
 
@@ -71,8 +71,8 @@ def test_tables_intervals_and_figures_know_a_task_by_its_entry(toy):
     assert set(compared["metric"]) == {"toy_accuracy"}
     assert compared.loc["random", "low"] < 60 < compared.loc["random", "high"]
     assert np.isclose(compared.loc["random", "difference"], -20)
-    figure = figures.bars(compared.reset_index(), "caption")
-    assert figure.axes[0].get_title() == "Toy accuracy"
+    figure = score_figure.scores(compared.reset_index(), "caption")
+    assert figure.axes[0].get_title(loc="left") == "Toy accuracy"
 
 
 def test_the_plan_counts_the_documents_of_the_entry(toy, tmp_path, monkeypatch, capsys):

@@ -4,10 +4,12 @@ A `Family` describes it without a model: configurations, processor, prompts, FLO
 knows the modules of a loaded model. No other file reads a module or a model type by name.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -74,6 +76,17 @@ class EncodedImage:
     def encoded_crops(self) -> tuple[tuple[int, int], ...]:
         """(rows, columns) of everything that the image encoder ran on."""
         return (self.grid,) * (self.crops + (self.mosaic.tiles if self.mosaic else 0))
+
+
+class View(NamedTuple):
+    """A picture as an image encoder gets it, whole or in tiles.
+
+    Attributes:
+        tokens: [rows, columns] numbers of the tokens that cover it, as in `EncodedImage`.
+    """
+
+    image: Image.Image
+    tokens: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -434,13 +447,20 @@ class Family:
         """Visual tokens of every image, before pruning; None if they depend on the image."""
         return None
 
-    def as_seen(self, model: "ModelIdentity", image: Image.Image) -> Image.Image | None:
-        """The part of an image that one square grid of tokens covers; None where no grid does.
+    def views(
+        self, model: "ModelIdentity", image: Image.Image, grid: tuple[int, int]
+    ) -> list[View]:
+        """The pictures that the crops of an image are cut from, with the tokens in their places.
 
         Args:
             model: the model's settings as a record holds them.
+            grid: (rows, columns) of tokens of its first crop.
         """
-        return None
+        return [View(image, np.arange(math.prod(grid)).reshape(grid))]
+
+    def prompt_order(self, model: "ModelIdentity", views: Sequence[View]) -> list[int]:
+        """The number of the token that each placeholder of an image holds, or NEWLINE."""
+        return [int(number) for view in views for number in view.tokens.flat]
 
     # --- the self-test of injection
 

@@ -20,7 +20,14 @@ from transformers import (
     ProcessorMixin,
 )
 
-from secateur.families.base import Adapter, EncodedImage, Family, TowerBlock, language_fields
+from secateur.families.base import (
+    Adapter,
+    EncodedImage,
+    Family,
+    TowerBlock,
+    View,
+    language_fields,
+)
 from secateur.families.contract import ContractError, require
 from secateur.prompts import LLAVA
 
@@ -242,10 +249,14 @@ class Llava(Family):
     def visual_tokens(self, config: Any) -> int | None:
         return math.prod(clip_grid(config))
 
-    def as_seen(self, model: "ModelIdentity", image: Image.Image) -> Image.Image | None:
+    def views(
+        self, model: "ModelIdentity", image: Image.Image, grid: tuple[int, int]
+    ) -> list[View]:
         if model.geometry == "pad":
-            return ImageOps.pad(image, (max(image.size),) * 2, color="gray")
-        return ImageOps.fit(image, (min(image.size),) * 2)  # CLIP's processor: the middle square
+            seen = ImageOps.pad(image, (max(image.size),) * 2, color="gray")
+        else:  # CLIP's processor: the middle square
+            seen = ImageOps.fit(image, (min(image.size),) * 2)
+        return super().views(model, seen, grid)
 
     def encoder_saliency(self, model: Any, inputs: dict[str, Tensor]) -> Tensor | None:
         pixels = inputs["pixel_values"].flatten(0, -4)

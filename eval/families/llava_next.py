@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import (
     BatchFeature,
@@ -13,9 +14,12 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.image_processing_utils import select_best_resolution
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.llava_next.modeling_llava_next import (
+    image_size_to_num_patches,
+    unpad_image,
+)
 
-from secateur.families.base import NEWLINE, Adapter, EncodedImage
+from secateur.families.base import NEWLINE, Adapter, EncodedImage, View
 from secateur.families.llava import (
     CLIP_L_336,
     TINY_CLIP,
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("anyres", "crops", "fixed2880")
 _PINPOINTS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]  # in crops
+_PATCH = 14  # pixels along a side of a patch, in every CLIP of these checkpoints
 
 
 class LlavaNextAdapter(LlavaAdapter):
@@ -184,8 +189,36 @@ class LlavaNext(Llava):
     def crops_of(self, config: Any, visual_tokens: int) -> list[tuple[int, int]] | None:
         return None
 
-    def as_seen(self, model: "ModelIdentity", image: Image.Image) -> Image.Image | None:
-        return None
+    def views(
+        self, model: "ModelIdentity", image: Image.Image, grid: tuple[int, int]
+    ) -> list[View]:
+        """The whole image, squeezed into a square, and the mosaic of its tiles.
+
+        The mosaic has the place of each tile's tokens; with `anyres` only those without padding.
+        The mosaics are those of the checkpoints in `CONFIGS`.
+        """
+        per_side, size = grid[0], (image.height, image.width)
+        side = per_side * _PATCH
+        mosaics = [[2, 2]] if model.layout == "fixed2880" else _PINPOINTS
+        height, width = select_best_resolution(
+            size, [[rows * side, columns * side] for rows, columns in mosaics]
+        )
+        rows, columns = height // side, width // side
+        tiles = np.arange(per_side**2, (1 + rows * columns) * per_side**2)
+        tiles = tiles.reshape(rows, columns, per_side, per_side).swapaxes(1, 2)
+        tokens = tiles.reshape(rows * per_side, columns * per_side)
+        if model.layout in (None, "anyres"):
+            mosaic = View(image, unpad_image(torch.from_numpy(tokens)[None], size)[0].numpy())
+        else:
+            mosaic = View(ImageOps.pad(image, (width, height), color="black"), tokens)
+        whole = image.resize((min(image.size),) * 2)
+        return [View(whole, np.arange(per_side**2).reshape(grid)), mosaic]
+
+    def prompt_order(self, model: "ModelIdentity", views: Sequence[View]) -> list[int]:
+        whole, mosaic = (view.tokens for view in views)
+        if model.layout in (None, "anyres"):
+            mosaic = np.pad(mosaic, ((0, 0), (0, 1)), constant_values=NEWLINE)
+        return [*map(int, whole.flat), *map(int, mosaic.flat)]
 
     def places(self, kept: Sequence[int], visual: int) -> list[int]:
         # the self-test's image is a base crop and 2 x 2 tiles without padding: 5 S^2 tokens and

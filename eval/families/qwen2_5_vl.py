@@ -22,6 +22,7 @@ from secateur.families.base import (
     EncodedImage,
     Family,
     Rotary,
+    View,
     language_fields,
     rotate,
 )
@@ -429,8 +430,11 @@ class Qwen25VL(Family):
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         return [(rows // merge, columns // merge)]
 
-    def as_seen(self, model: "ModelIdentity", image: Image.Image) -> Image.Image | None:
-        return image.resize((max(image.size),) * 2) if model.image_side else None
+    def views(
+        self, model: "ModelIdentity", image: Image.Image, grid: tuple[int, int]
+    ) -> list[View]:
+        seen = image.resize((max(image.size),) * 2) if model.image_side else image
+        return super().views(model, seen, grid)
 
     def positions(self, inputs: BatchFeature, visual: Tensor, length: int) -> Tensor:
         """[3, 1, length]: M-RoPE's time, row and column."""

@@ -6,15 +6,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from secateur.pruners import REGISTRY
 from secateur.records import Identity
-from secateur.reporting.figures import UNPRUNED, panels
+from secateur.reporting.figures import (
+    BLACK,
+    COLORS,
+    UNPRUNED,
+    Grid,
+    Handles,
+    task_title,
+    tasks_of,
+)
 from secateur.reporting.seeds import row_names
+
+CAPTION = "The bands and bars are 95 % intervals; bars of one value stand side by side."
 
 
 class Varied(NamedTuple):
@@ -48,48 +57,52 @@ def varied(identities: Iterable[Identity]) -> list[Varied]:
 
 
 def figure(one: Varied, comparison: pd.DataFrame, caption: str) -> Figure:
-    """One panel per task, one line per budget: the score with its interval against the field.
+    """One panel per task, one line per budget: the score against the field, with its interval.
 
-    Values that are no numbers stand side by side. A dotted line marks the default.
+    Intervals are bands. Values that are no numbers stand side by side, and so do the intervals of
+    their budgets. A dotted line marks the default.
     """
-    title = f"{one.method} {one.others}".strip() + f" against {one.field}: {caption}"
-    drawn, by_task = panels(comparison, title, 3.0)
+    pruned = comparison[comparison["method"].isin(one.rows.values())]
+    budgets = list(pruned.groupby("budget")["tokens"].mean().sort_values(ascending=False).index)
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in one.rows)
     values = sorted(one.rows) if numeric else list(one.rows)
     place = {value: value if numeric else number for number, value in enumerate(values)}
-    pruned = comparison[comparison["method"].isin(one.rows.values())]
-    budgets = list(pruned.groupby("budget")["tokens"].mean().sort_values(ascending=False).index)
-    colors = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     default = getattr(REGISTRY[one.method], one.field, None)
-    for task, panel in by_task.items():
-        own = comparison[comparison["task"] == task]
-        for row in own[own["method"] == UNPRUNED].to_dict("records"):
-            panel.axhline(row["value"], color="#222222", linewidth=0.8, linestyle="--")
-        for number, budget in enumerate(budgets):
-            rows = own[own["budget"] == budget].set_index("method")
-            known = [value for value in values if one.rows[value] in rows.index]
-            line = rows.loc[[one.rows[value] for value in known]]
-            low, high = line["value"] - line["low"], line["high"] - line["value"]
-            panel.errorbar(
-                [place[value] for value in known], line["value"],
-                yerr=[low.fillna(0), high.fillna(0)],
-                color=colors[number % len(colors)], marker="o", markersize=4, linewidth=1,
-                capsize=2,
-            )  # fmt: skip
-        if not numeric:
-            panel.set_xticks(range(len(values)), [textwrap.fill(str(v), 12) for v in values])
+    unpruned = comparison[comparison["method"] == UNPRUNED].set_index("task")["value"]
+    tasks = [task for task in tasks_of(comparison) if task in set(pruned["task"])]
+    handles: Handles = []
+    if len(unpruned):
+        handles.append(Line2D([], [], color=BLACK, linestyle="--", label="unpruned"))
+    if default in place:
+        handles.append(Line2D([], [], color="gray", linestyle=":", label="default"))
+    handles += [
+        Line2D([], [], color=COLORS[number % len(COLORS)], marker="o", label=f"budget {budget}")
+        for number, budget in enumerate(budgets)
+    ]
+    title = f"{one.method} {one.others}".strip() + f" against {one.field}, {caption}"
+    drawn, panels = Grid(2.6, 1.9).draw([task_title(task) for task in tasks], 3, title, handles)
+    for task, panel in zip(tasks, panels, strict=True):
+        if task in unpruned:
+            panel.axhline(unpruned[task], color=BLACK, linewidth=0.8, linestyle="--")
         if default in place:
             panel.axvline(place[default], color="gray", linewidth=0.8, linestyle=":")
+        for number, budget in enumerate(budgets):
+            rows = pruned[(pruned["task"] == task) & (pruned["budget"] == budget)]
+            rows = rows.set_index("method")
+            known = [value for value in values if one.rows[value] in rows.index]
+            line, color = rows.loc[[one.rows[v] for v in known]], COLORS[number % len(COLORS)]
+            shift = 0.0 if numeric else 0.12 * (number - (len(budgets) - 1) / 2)
+            at = [place[value] + shift for value in known]
+            style = "-" if numeric else "none"
+            panel.plot(at, line["value"], color=color, marker="o", markersize=4, linestyle=style)
+            if numeric:
+                panel.fill_between(at, line["low"], line["high"], color=color, alpha=0.15, lw=0)
+            else:
+                panel.vlines(at, line["low"], line["high"], color=color, linewidth=1)
+        if not numeric:
+            panel.set_xticks(range(len(values)), [textwrap.fill(str(v), 12) for v in values])
+            panel.set_xlim(-0.5, len(values) - 0.5)
         panel.set_xlabel(one.field, fontsize=8)
-    handles = [
-        Line2D([], [], color="#222222", linestyle="--", label="unpruned"),
-        *[Line2D([], [], color="gray", linestyle=":", label="default")] * (default in place),
-        *(
-            Line2D([], [], color=colors[n % len(colors)], marker="o", label=f"budget {budget}")
-            for n, budget in enumerate(budgets)
-        ),
-    ]
-    drawn.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return drawn
 
 

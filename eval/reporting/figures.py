@@ -1,303 +1,241 @@
-"""Figures of a sweep: accuracy against cost, bars per task, agreement between methods."""
+"""What the figures of a sweep share: how methods look, panels of a fixed size, labels, axes."""
 
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from numpy.typing import ArrayLike
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from secateur.reporting.comparison import Cell
+from secateur.pruners import REGISTRY
 from secateur.tasks import TASKS
 
 UNPRUNED = "none"
-_MARKERS = "osDv^<>Pp*hX8dH"
-_COLUMNS = 3  # panels per row
-_BLACK = "#222222"
+BLACK, GREY = "#222222", "#b4b9bf"
+# eight hues that stay apart for the common kinds of colour blindness
+COLORS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7"),
+    *("#e69f00", "#56b4e9", "#7b3fa0", "#8c510a"),
+)
+_MARKERS = "osD^vP<>"
+_LETTER = 0.06  # inches per letter of the largest labels
+Handles = list[Line2D | Patch]
 
 
 class Look(NamedTuple):
-    """How a method is drawn."""
+    """How a method is drawn; methods that are not `named` are grey and share one look."""
 
-    color: tuple[float, float, float]
-    marker: str
-
-
-def looks(comparison: pd.DataFrame) -> dict[str, Look]:
-    """A colour and a marker for every method, the same in every figure of the comparison."""
-    methods = sorted(set(comparison["method"]) - {UNPRUNED})
-    palette = matplotlib.colormaps["tab10" if len(methods) <= 10 else "tab20"]
-    colors = palette.colors  # type: ignore[attr-defined]
-    return {
-        name: Look(colors[i % len(colors)], _MARKERS[i % len(_MARKERS)])
-        for i, name in enumerate(methods)
-    }
+    color: str
+    marker: str = "."
+    line: str = "-"
+    named: bool = True
 
 
-def pareto(cost: ArrayLike, value: ArrayLike) -> np.ndarray:
-    """Which points are on the Pareto front [points].
+def looks(comparison: pd.DataFrame, highlight: Sequence[str] = ()) -> dict[str, Look]:
+    """The look of every method, the same in all figures of a comparison.
 
-    A point is on it if no other point costs no more, scores no less, and is better in one of both.
-    """
-    x, y = np.asarray(cost, dtype=float), np.asarray(value, dtype=float)
-    no_worse = np.less_equal.outer(x, x) & np.greater_equal.outer(y, y)  # [other, point]
-    better = np.less.outer(x, x) | np.greater.outer(y, y)
-    return ~(no_worse & better).any(axis=0)
-
-
-def accuracy_against(comparison: pd.DataFrame, cost: pd.Series, axis: str, caption: str) -> Figure:
-    """One panel per task: values with 95 % intervals against a cost, and their Pareto front.
+    At most eight methods have a colour: those in `highlight`, then methods from outside the
+    project, then the best ones at the smallest budget. `random` is black and dotted, the others
+    are grey.
 
     Args:
-        comparison: of `secateur.reporting.comparison.compare`.
-        cost: by task, method and budget; rows without a cost are not drawn.
-        axis: the name of the cost, with its unit.
+        highlight: names of methods, or labels of rows.
 
     Raises:
-        ValueError: no row of the comparison has a cost.
+        ValueError: a name that is not in the comparison, or more than eight.
     """
-    points = comparison.join(cost.rename("cost"), on=["task", "method", "budget"]).dropna(
-        subset=["cost"]
-    )
-    if points.empty:
-        raise ValueError(f"no row has a cost ({axis})")
-    figure, tasks = panels(comparison, caption, 3.4)
-    look = looks(comparison)
-    for task, panel in tasks.items():
-        own = points[points["task"] == task].dropna(subset=["value"]).sort_values("cost")
-        front = own[pareto(own["cost"], own["value"])]
-        panel.plot(
-            front["cost"], front["value"], color=_BLACK, linewidth=0.8, linestyle="--", zorder=1
+    rows = comparison[comparison["method"] != UNPRUNED]
+    labels = list(dict.fromkeys(rows["method"]))
+    chosen = [label for label in labels if {label, _name(label)} & set(highlight)]
+    known = {*labels, *map(_name, labels)}
+    if unknown := [name for name in highlight if name not in known]:
+        raise ValueError(f"no rows of {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    if len(chosen) > len(COLORS):
+        raise ValueError(
+            f"{len(chosen)} methods to highlight, but {len(COLORS)} colours: name fewer"
         )
-        panel.plot(
-            front["cost"],
-            front["value"],
-            "o",
-            markersize=11,
-            markerfacecolor="none",
-            markeredgecolor=_BLACK,
-            zorder=1,
-        )
-        for row in own.to_dict("records"):
-            method = row["method"]
-            color, marker = look.get(method, Look((0.13, 0.13, 0.13), "*"))
-            sure = row["low"] == row["low"]
-            errors = [[row["value"] - row["low"]], [row["high"] - row["value"]]] if sure else None
-            panel.errorbar(
-                row["cost"],
-                row["value"],
-                yerr=errors,
-                color=color,
-                marker=marker,
-                markersize=6,
-                linewidth=0.8,
-                capsize=2,
-                alpha=0.85,
-                markerfacecolor=color if sure else "none",
-            )
-        panel.set_xlabel(axis, fontsize=8)
-    handles: list[Line2D | Patch] = [
-        Line2D([], [], color=_BLACK, marker="*", linestyle="none", label="unpruned"),
-        *(
-            Line2D([], [], color=own.color, marker=own.marker, linestyle="none", label=_short(name))
-            for name, own in look.items()
-        ),
-        Line2D(
-            [],
-            [],
-            color=_BLACK,
-            marker="o",
-            markersize=11,
-            markerfacecolor="none",
-            linestyle="--",
-            label="Pareto front",
-        ),
+    outside = [
+        label
+        for label in labels
+        if _name(label) in REGISTRY
+        and not REGISTRY[_name(label)].__module__.startswith("secateur.pruners.")
     ]
-    if points["low"].isna().any():
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color="gray",
-                marker="o",
-                markerfacecolor="none",
-                linestyle="none",
-                label="hollow: no interval",
-            )
-        )
-    return _finished(figure, handles)
-
-
-def bars(comparison: pd.DataFrame, caption: str) -> Figure:
-    """One panel per task, one group per budget, one bar per method with its 95 % interval.
-
-    A line shows the unpruned value, a band its interval.
-    """
-    figure, tasks = panels(comparison, caption, 3.0)
-    look = looks(comparison)
-    tokens = comparison[comparison["method"] != UNPRUNED].groupby("budget")["tokens"].mean()
-    budgets = list(tokens.sort_values(ascending=False).index)
-    width = 0.86 / max(1, len(look))
-    for task, panel in tasks.items():
-        own = comparison[comparison["task"] == task]
-        for row in own.to_dict("records"):
-            if row["method"] == UNPRUNED:
-                panel.axhline(row["value"], color=_BLACK, linewidth=0.8, linestyle=":")
-                if row["low"] == row["low"]:
-                    panel.axhspan(row["low"], row["high"], color="#dddddd", zorder=0)
-                continue
-            sure = row["low"] == row["low"]
-            place = (
-                budgets.index(row["budget"])
-                - 0.43
-                + width * (list(look).index(row["method"]) + 0.5)
-            )
-            panel.bar(
-                place,
-                row["value"],
-                width,
-                color=look[row["method"]].color,
-                hatch=None if sure else "///",
-                edgecolor=_BLACK if row["tied_best"] or not sure else "none",
-                linewidth=1.2 if row["tied_best"] else 0.5,
-            )
-            if sure:
-                panel.vlines(place, row["low"], row["high"], color=_BLACK, linewidth=0.8)
-        panel.set_xticks(range(len(budgets)), [str(budget) for budget in budgets])
-        panel.set_xlabel("budget", fontsize=8)
-    handles: list[Line2D | Patch] = [
-        Line2D([], [], color=_BLACK, linestyle=":", label="unpruned, with its interval"),
-        *(Patch(color=own.color, label=_short(name)) for name, own in look.items()),
-    ]
-    if comparison["tied_best"].any():
-        handles.append(
-            Patch(
-                facecolor="white",
-                edgecolor=_BLACK,
-                linewidth=1.2,
-                label="framed: not below the best",
-            )
-        )
-    if comparison["low"].isna().any():
-        handles.append(
-            Patch(facecolor="white", edgecolor=_BLACK, hatch="///", label="hatched: no interval")
-        )
-    return _finished(figure, handles)
-
-
-def agreement(cells: Sequence[Cell]) -> dict[str, pd.DataFrame]:
-    """The share of documents that two methods answer alike, mean over the tasks.
-
-    Case and spaces at the ends do not count.
-
-    Returns:
-        By budget, a matrix of the methods and the unpruned model. NaN: the two did not answer the
-        same documents of all tasks.
-    """
-    answers: dict[tuple[str, str, str], pd.Series] = {
-        (cell.budget, cell.method, cell.task): cell.rows.set_index("doc_id")["answer"]
-        .str.strip()
-        .str.lower()
-        .sort_index()
-        for cell in cells
+    order = dict.fromkeys([*chosen, *outside, *_best_first(rows)])
+    colored = sorted([label for label in order if _name(label) != "random"][: len(COLORS)])
+    found = {
+        label: Look(color, marker)
+        for label, color, marker in zip(colored, COLORS, _MARKERS, strict=False)
     }
-    tasks = sorted({cell.task for cell in cells})
-    full = sorted({(budget, method) for budget, method, _ in answers if method == UNPRUNED})
-    size = {
-        budget: np.mean([c.tokens for c in cells if c.budget == budget])
-        for budget, method, _ in answers
-        if method != UNPRUNED
-    }
-    found = {}
-    for budget in sorted(size, key=lambda budget: -size[budget]):
-        rows = full + sorted(
-            {(at, method) for at, method, _ in answers if at == budget and method != UNPRUNED}
-        )
-
-        def alike(one: tuple[str, str], other: tuple[str, str]) -> float:
-            shares = []
-            for task in tasks:
-                left, right = answers.get((*one, task)), answers.get((*other, task))
-                if left is None or right is None or not left.index.equals(right.index):
-                    return np.nan
-                shares.append(float((left == right).mean()))
-            return float(np.mean(shares))
-
-        names = [method for _, method in rows]
-        found[budget] = pd.DataFrame(
-            [[alike(a, b) for b in rows] for a in rows], index=names, columns=names
-        )
+    for label in labels:
+        usual = Look(BLACK, "x", ":") if _name(label) == "random" else Look(GREY, named=False)
+        found.setdefault(label, usual)
     return found
 
 
-def agreement_matrices(shares: dict[str, pd.DataFrame], caption: str) -> Figure:
-    """Draw what `agreement` returns: one matrix per budget, in percent."""
-    largest = max(len(matrix) for matrix in shares.values())
-    side = max(3.6, 0.42 * largest + 1.6)
-    columns = min(len(shares), 2 if largest <= 10 else 1)
-    rows = -(-len(shares) // columns)
-    figure = Figure(figsize=(side * columns, side * rows + 0.4), layout="constrained")
-    figure.suptitle(_wrapped(caption, side * columns), fontsize=9)
-    for number, (budget, matrix) in enumerate(shares.items()):
-        panel = figure.add_subplot(rows, columns, number + 1)
-        percents = 100 * matrix.to_numpy()
-        panel.imshow(percents, vmin=0, vmax=100, cmap="YlGnBu")
-        for i, j in np.ndindex(matrix.shape):
-            share = percents[i, j]
-            text, color = f"{share:.0f}", "white" if share > 60 else _BLACK
-            if share != share:
-                text = "–"
-            panel.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
-        labels = [_short(str(name)) for name in matrix.index]
-        panel.set_xticks(range(len(matrix)), labels, rotation=90, fontsize=7)
-        panel.set_yticks(range(len(matrix)), labels, fontsize=7)
-        panel.set_title(f"budget {budget}: equal answers, %", fontsize=9)
-    return figure
+def _best_first(rows: pd.DataFrame) -> list[str]:
+    """The methods by their average, or else their mean rank over the tasks, budgets ascending."""
+    own = rows[rows["task"] == "average"] if (rows["task"] == "average").any() else rows
+    ranks = own.groupby(["task", "budget"])["value"].rank(ascending=False)
+    means = own.assign(rank=ranks).groupby(["method", "budget"])[["tokens", "rank"]].mean()
+    return list(dict.fromkeys(means.sort_values(["tokens", "rank"]).index.get_level_values(0)))
 
 
-def panels(comparison: pd.DataFrame, caption: str, height: float) -> tuple[Figure, dict[str, Axes]]:
-    """A titled figure with one panel per task, the average first."""
-    tasks = sorted(dict.fromkeys(comparison["task"]), key=lambda task: task != "average")
-    columns = min(_COLUMNS, len(tasks))
-    rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(max(5.0, 4.0 * columns), height * rows + 0.8), layout="constrained")
-    figure.suptitle(_wrapped(caption, max(5.0, 4.0 * columns)), fontsize=9)
+def _name(label: str) -> str:
+    """The name of a method in the label of its row."""
+    return label.split(" ")[0]
+
+
+def short_names(labels: Sequence[str]) -> dict[str, str]:
+    """Labels for figures: without a method's fields where it has one row only."""
+    labels = list(dict.fromkeys(labels))
     found = {}
-    for number, task in enumerate(tasks):
-        panel = found[task] = figure.add_subplot(rows, columns, number + 1)
-        panel.set_title(
-            "average, % of unpruned"
-            if task == "average"
-            else TASKS[task].heading()
-            if task in TASKS
-            else task,
-            fontsize=9,
-        )
-        panel.tick_params(labelsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, found
+    for label in labels:
+        alone = sum(_name(other) == _name(label) for other in labels) == 1
+        status = f" {label[label.rindex('(') :]}" if label.endswith(")") else ""
+        found[label] = f"{_name(label)}{status}" if alone else label
+    return found
 
 
-def _finished(figure: Figure, handles: list[Line2D | Patch]) -> Figure:
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=4 if figure.get_figwidth() > 8 else 2,
-        fontsize=8,
-        frameon=False,
-    )
-    return figure
+def task_title(task: str) -> str:
+    """The title of a panel: the task with its metric."""
+    if task == "average":
+        return "average, % of unpruned"
+    return TASKS[task].heading() if task in TASKS else task
 
 
-def _short(label: str) -> str:
-    return textwrap.fill(label, 26, break_long_words=False)
+def tasks_of(comparison: pd.DataFrame) -> list[str]:
+    """The tasks in their order, the average first."""
+    return sorted(dict.fromkeys(comparison["task"]), key=lambda task: task != "average")
 
 
-def _wrapped(caption: str, inches: float) -> str:
-    return textwrap.fill(caption, int(14 * inches))
+class Grid(NamedTuple):
+    """Panels of a fixed size in rows, with room around them; all sizes are inches."""
+
+    width: float
+    height: float
+    left: float = 0.55
+    right: float = 0.15
+    bottom: float = 0.5
+    top: float = 0.35
+
+    def draw(
+        self, titles: Sequence[str], columns: int, caption: str, handles: Handles
+    ) -> tuple[Figure, list[Axes]]:
+        """A figure with one panel per title, the caption above and the legend below."""
+        columns = min(columns, len(titles))
+        rows = -(-len(titles) // columns)
+        titles = [textwrap.fill(title, int(self.width / 0.07)) for title in titles]
+        top = self.top + 0.15 * max(title.count("\n") for title in titles)
+        cell = self.left + self.width + self.right, self.bottom + self.height + top
+        wide = max(columns * cell[0], 5.0)
+        text = textwrap.fill(caption, int(12 * wide), break_long_words=False)
+        head = 0.12 + 0.16 * (text.count("\n") + 1)
+        widest = max((len(str(handle.get_label())) for handle in handles), default=0)
+        per_line = max(1, min(len(handles), int(wide / (0.55 + _LETTER * widest))))
+        foot = 0.1 + 0.2 * -(-len(handles) // per_line)
+        high = head + rows * cell[1] + foot
+        figure = Figure(figsize=(wide, high))
+        figure.suptitle(text, fontsize=10, x=0.1 / wide, y=1 - 0.06 / high, ha="left", va="top")
+        panels = []
+        for number, title in enumerate(titles):
+            row, column = divmod(number, columns)
+            x = column * cell[0] + self.left
+            y = high - head - (row + 1) * cell[1] + self.bottom
+            panel = figure.add_axes(
+                (x / wide, y / high, self.width / wide, self.height / high),
+            )
+            panel.set_title(title, fontsize=9, loc="left")
+            panel.tick_params(labelsize=8)
+            panel.spines[["top", "right"]].set_visible(False)
+            panels.append(panel)
+        if handles:
+            figure.legend(
+                handles=handles, loc="lower left", bbox_to_anchor=(0.1 / wide, 0.02 / high),
+                ncols=per_line, fontsize=8, frameon=False, borderaxespad=0,
+            )  # fmt: skip
+        return figure, panels
+
+
+def room_for(labels: Sequence[str]) -> float:
+    """Inches that labels beside a panel need."""
+    return 0.2 + _LETTER * max((len(label) for label in labels), default=0)
+
+
+def scale_costs(panel: Axes, costs: Sequence[float], ticks: Sequence[float] = ()) -> None:
+    """The axis of a cost, from high to low; logarithmic where the costs span a factor of two.
+
+    Args:
+        ticks: values to mark; those that would touch each other are left out.
+    """
+    low, high = min(costs), max(costs)
+    if low <= 0 or high < 2 * low:
+        edge = 0.06 * (high - low or high or 1)
+        panel.set_xlim(high + edge, low - edge)
+        return
+    panel.set_xscale("log", base=2)
+    edge = (high / low) ** 0.06
+    panel.set_xlim(high * edge, low / edge)
+    if ticks:
+        apart, kept = (high / low) ** 0.09, [min(ticks)]
+        for tick in sorted(ticks):
+            if tick >= kept[-1] * apart:
+                kept.append(tick)
+        panel.set_xticks(kept)
+    else:
+        panel.xaxis.set_major_locator(LogLocator(10, (1, 1.5, 2, 3, 4, 6, 8)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.minorticks_off()
+
+
+def label_lines(panel: Axes, ends: dict[str, tuple[float, float]], looks: dict[str, Look]) -> None:
+    """Write labels right of a panel at the heights of their lines, moved apart where they touch.
+
+    Args:
+        ends: label -> end of its line.
+    """
+    low, high = panel.get_ylim()
+    inches = panel.get_position().height * panel.figure.get_size_inches()[1]  # type: ignore[union-attr]
+    step = 0.135 * (high - low) / inches
+    order = sorted(ends, key=lambda label: ends[label][1])
+    places = apart([ends[label][1] for label in order], step, low, high)
+    shown = short_names([*looks])
+    for label, place in zip(order, places, strict=True):
+        panel.annotate(
+            shown[label], ends[label], (1.06, place),
+            textcoords=("axes fraction", "data"), fontsize=8, color=looks[label].color,
+            va="center", annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-", "color": looks[label].color, "linewidth": 0.5, "shrinkA": 1,
+                "shrinkB": 3, "relpos": (0, 0.5),
+            },
+        )  # fmt: skip
+
+
+def apart(values: Sequence[float], step: float, low: float, high: float) -> list[float]:
+    """Ascending values, moved as little as needed to be `step` apart, within [low, high].
+
+    Where they do not fit, they leave the interval at its upper end.
+    """
+    # runs of values that touch, each around the mean of its values, merged until none touch
+    runs: list[list[float]] = []
+    for value in values:
+        runs.append([value])
+        while len(runs) > 1 and _start(runs[-1], step, low, high) < (
+            _start(runs[-2], step, low, high) + step * len(runs[-2])
+        ):
+            runs[-2:] = [runs[-2] + runs[-1]]
+    return [
+        _start(run, step, low, high) + step * number for run in runs for number in range(len(run))
+    ]
+
+
+def _start(run: list[float], step: float, low: float, high: float) -> float:
+    """The place of the first value of a run."""
+    length = step * (len(run) - 1)
+    return max(low, min(high - length, float(np.mean(run)) - length / 2))

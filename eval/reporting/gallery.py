@@ -1,82 +1,38 @@
-"""Documents of a sweep: image, prompt, answers, and which tokens of the image the methods keep."""
+"""Documents that two methods of a sweep answer differently."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from PIL import Image
 
-from secateur.families import family_of
 from secateur.reporting.comparison import Cell
+from secateur.reporting.kept import samples
 from secateur.reporting.seeds import row_names
-from secateur.settings import ModelIdentity
-from secateur.store import Store
 
 PER_SIDE = 2  # documents shown per task and method that is right
-_COLUMNS = ["doc_id", "prompt", "target", "answer", "score", "visual_tokens", "kept_indices"]
-
-
-class Documents:
-    """The images of a suite's tasks by document, checked against the prompt in a record.
-
-    Args:
-        data_root: folder with the data sets; None means the hub. The data sets of the shapes suite
-            are generated there if they are missing.
-
-    Raises:
-        FileNotFoundError: a data set is not there.
-    """
-
-    def __init__(self, suite: str, tasks: Sequence[str], data_root: Path | None) -> None:
-        from secateur.tasks.load import load_tasks  # lmms-eval takes seconds to import
-
-        if suite == "shapes" and data_root:
-            from secateur.shapes.datasets import build
-
-            build(data_root)
-        self._tasks = load_tasks(list(tasks), data_root)
-
-    def images(self, task: str, row: pd.Series) -> list[Image.Image]:
-        """The images of a row's document.
-
-        Raises:
-            ValueError: the data set has no such document, or another question in its place.
-        """
-        documents = self._tasks[task].eval_docs
-        if not 0 <= row["doc_id"] < len(documents):
-            raise ValueError(
-                f"{task}: the data set here has no document {row['doc_id']}; "
-                "it is not the one the cells ran on"
-            )
-        messages = self._tasks[task].doc_to_messages(documents[row["doc_id"]])
-        parts = [part for message in messages for part in message["content"]]
-        if not all(
-            part["text"].strip() in row["prompt"] for part in parts if part["type"] == "text"
-        ):
-            raise ValueError(
-                f"{task}: document {row['doc_id']} here asks another question than the record; "
-                "it is not the same data set"
-            )
-        return [part["url"].convert("RGB") for part in parts if part["type"] == "image"]
 
 
 class Rivals(NamedTuple):
-    """Two methods at one budget."""
+    """Two methods, and the budgets of a task that both ran, from few to many tokens."""
 
-    budget: str
+    budgets: tuple[str, ...]
     methods: tuple[str, str]
 
 
 class Disagreement(NamedTuple):
-    """A document that one of two methods answers right and the other wrong."""
+    """A document that one of two methods answers right and the other wrong.
+
+    Attributes:
+        rows: its row of both methods' cells, by the label of the method.
+        names: the names of the methods, by their labels.
+        right: the label of the method that is right.
+    """
 
     task: str
-    row: pd.Series  # of the method that is right
-    answers: dict[str, str]  # by method
+    rows: dict[str, pd.Series]
+    names: dict[str, str]
     right: str
-    kept: dict[str, tuple[int, ...]]  # by method
 
 
 def rivals(comparison: pd.DataFrame, names: Sequence[str] = ()) -> Rivals | None:
@@ -106,13 +62,16 @@ def rivals(comparison: pd.DataFrame, names: Sequence[str] = ()) -> Rivals | None
     shared = shared[shared["budget"] == budget]
     last = shared[shared["task"] == shared["task"].iloc[-1]]
     best = last.sort_values("value", ascending=False, kind="stable")["method"].head(2)
-    return Rivals(str(budget), (best.iloc[0], best.iloc[1]))
+    both = rows[rows["method"].isin(best)].groupby(["task", "budget"])
+    both = both.filter(lambda own: own["method"].nunique() == 2)
+    budgets = both.groupby("budget")["tokens"].mean().sort_values().index
+    return Rivals(tuple(map(str, budgets)), (best.iloc[0], best.iloc[1]))
 
 
 def disagreements(
-    cells: Sequence[Cell], pair: Rivals, results: Path
+    cells: Sequence[Cell], pair: Rivals, budget: str, results: Path
 ) -> tuple[dict[str, dict[str, int]], list[Disagreement]]:
-    """The documents that exactly one of two methods answers right.
+    """The documents that exactly one of two methods answers right at a budget.
 
     Returns:
         Their number by task and by the method that is right; the first `PER_SIDE` of each.
@@ -121,7 +80,7 @@ def disagreements(
     names = row_names(cell.record.identity for cell in cells)
     shown = []
     for task in dict.fromkeys(cell.task for cell in cells):
-        at_budget = [cell for cell in cells if (cell.task, cell.budget) == (task, pair.budget)]
+        at_budget = [cell for cell in cells if (cell.task, cell.budget) == (task, budget)]
         # of several seeds of a method, the first one
         own = {
             names[cell.method]: cell
@@ -141,49 +100,12 @@ def disagreements(
             chosen = both[right[method] & ~right[other]]
             counts[task][method] = len(chosen)
             for doc in chosen[:PER_SIDE]:
-                pictured = {name: rows[name].loc[doc] for name in pair.methods}
                 shown.append(
                     Disagreement(
                         task=task,
-                        row=pictured[method],
-                        answers={name: row["answer"] for name, row in pictured.items()},
+                        rows={label: rows[label].loc[doc] for label in pair.methods},
+                        names={label: own[label].name for label in pair.methods},
                         right=method,
-                        kept={name: patches(row) for name, row in pictured.items()},
                     )
                 )
     return counts, shown
-
-
-def samples(cell: Cell, results: Path, docs: Sequence[int] | None = None) -> pd.DataFrame:
-    """The stored rows of a cell, with the kept tokens; of all documents or of `docs`."""
-    path = Store(results).cell(cell.record.identity).folder / "samples.parquet"
-    return pd.read_parquet(
-        path, columns=_COLUMNS, filters=None if docs is None else [("doc_id", "in", list(docs))]
-    )
-
-
-def patches(row: pd.Series) -> tuple[int, ...]:
-    """The kept patches of a document's first image.
-
-    Tokens that are no patch (CLS, merged ones) have negative indices and are left out.
-    """
-    return (
-        tuple(int(index) for index in row["kept_indices"][0] if index >= 0)
-        if len(row["kept_indices"])
-        else ()
-    )
-
-
-def as_seen(
-    model: ModelIdentity, images: Sequence[Image.Image], row: pd.Series
-) -> tuple[Image.Image, tuple[int, int]] | None:
-    """The image as the model's encoder sees it, and the grid of its tokens.
-
-    None: the tokens form no single grid. So it is with several images, with LLaVA-NeXT's crops, and
-    with Qwen unless `image_side` is set.
-    """
-    side = math.isqrt(row["visual_tokens"])
-    if len(images) != 1 or side**2 != row["visual_tokens"]:
-        return None
-    seen = family_of(model.family).as_seen(model, images[0])
-    return None if seen is None else (seen, (side, side))

@@ -71,7 +71,9 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
         notes.append(NOTE)
     notes += mixtures(cell.record for cell in cells)
     notes.append(provenance(cells))
-    table = wide.loc[tokens.index].reset_index().to_markdown(index=False, disable_numparse=True)
+    wide = wide.loc[tokens.index].reset_index()
+    wide.insert(0, "method", wide.pop("method"))
+    table = wide.to_markdown(index=False, disable_numparse=True)
     heading = f"Intervals: {cells[0].record.identity.title}."
     return f"{heading}\n\n{table}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
 

@@ -3,6 +3,8 @@
 Text of models and data is escaped in both.
 """
 
+import base64
+import hashlib
 import html
 import os
 from pathlib import Path
@@ -20,8 +22,10 @@ from secateur.reporting.report_parts import DEMONSTRATION, Section
 def page(report: Report) -> str:
     """The page: it fetches nothing, since images are data URIs.
 
-    It has no script, and its policy forbids scripts.
+    Its policy allows no script but its own, which sorts tables, by the hash of its text.
     """
+    script = (Path(__file__).parent / "templates" / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = templates()
     environment.filters |= {
         "number": _number,
@@ -30,17 +34,23 @@ def page(report: Report) -> str:
         "markdown": _markdown,
     }
     return environment.get_template("report.html").render(
-        report=report, legend=LEGEND, demonstration=DEMONSTRATION
+        report=report,
+        legend=LEGEND,
+        demonstration=DEMONSTRATION,
+        script=Markup(script),  # a file of ours, which must stay as it was hashed
+        script_hash=f"sha256-{digest}",
+        most_budgets=max([1, *(section.most_budgets for section in report.sections)]),
     )
 
 
 def summary(report: Report, folder: Path) -> str:
     """The tables in Markdown, with links to the figures relative to `folder`."""
     lines = ["# Report", ""]
+    for suite in sorted({own.suite for own in report.sections if own.demonstration}):
+        lines += [f"**Suite {suite}: {DEMONSTRATION}.**", ""]
     for section in report.sections:
         lines += [f"## {section.title}", ""]
-        if section.demonstration:
-            lines += [f"**Suite {section.suite}: {DEMONSTRATION}.**", ""]
+        lines += [*(f"- {_escaped(text)}" for text in section.findings), ""]
         lines += [*(f"- {_escaped(text)}" for text in section.warnings), ""]
         if section.rows:
             lines += [_escaped(section.markdown), *_flips(section)]
@@ -94,10 +104,14 @@ def _escaped(markdown: str) -> str:
 
 
 def _markdown(text: str) -> Markup:
-    """Markdown as HTML: tables, lists, emphasis and code only; HTML in it becomes text."""
-    return Markup(
-        MarkdownIt("zero").enable(["table", "list", "emphasis", "backticks"]).render(text)
-    )
+    """Markdown as HTML: tables, lists, emphasis and code only; HTML in it becomes text.
+
+    Its tables scroll by themselves and can be sorted.
+    """
+    rendered = MarkdownIt("zero").enable(["table", "list", "emphasis", "backticks"]).render(text)
+    hint = '<p class="hint">The table is wide: scroll it sideways.</p>'
+    box = f'{hint}\n<div class="scroll sortable intervals"><table>'
+    return Markup(rendered.replace("<table>", box).replace("</table>", "</table></div>"))
 
 
 def _number(value: Any, digits: int = 1) -> str:

@@ -16,10 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from secateur.progress import console, print_error
 from secateur.records import Record, digest
-from secateur.reporting import comparison, figures, gallery, interval_table, tables
+from secateur.reporting import comparison, interval_table, kept, tables
+from secateur.reporting.agreement import agreement, agreement_matrices
 from secateur.reporting.comparison import Cell
+from secateur.reporting.cost_figures import accuracy_against
 from secateur.reporting.costs import first_token_flops
 from secateur.reporting.overlay import kept_tokens
+from secateur.reporting.score_figure import scores
 from secateur.reporting.wandb_values import documents, image, numbers, settings, table
 from secateur.store import Store
 
@@ -228,18 +231,16 @@ class WandbLog:
             notes = [html.escape(interval_table.markdown(cells, compared), quote=False)]
             logged |= {
                 "comparison": table(compared),
-                "tasks": image(figures.bars(compared, caption)),
+                "tasks": image(scores(compared, caption)),
             }
             try:
                 flops = first_token_flops(cells).mean
-                figure = figures.accuracy_against(
-                    compared, flops, "FLOPs until the first token", caption
-                )
+                figure = accuracy_against(compared, flops, "FLOPs until the first token", caption)
                 logged["accuracy_flops"] = image(figure)
             except ValueError as error:
                 notes.append(f"No accuracy against FLOPs: {error}.")
-            if shares := figures.agreement(cells):
-                logged["agreement"] = image(figures.agreement_matrices(shares, caption))
+            if shares := agreement(cells):
+                logged["agreement"] = image(agreement_matrices(shares, caption))
         commits = sorted({record.environment.commit for record in group})
         shared = ("suite", "model", "limit", "seed", "versions")
         own = identity.as_json()
@@ -280,16 +281,11 @@ class WandbLog:
         pictures = []
         try:
             source = documents(identity.suite.name, cell.task, self.suite["data_root"])
-            for _, row in gallery.samples(cell, self.results, docs.tolist()).iterrows():
-                seen = gallery.as_seen(identity.model, source.images(cell.task, row), row)
-                if seen is None:
-                    notes.append(
-                        f"No picture of document {row['doc_id']}: "
-                        "its tokens form no single grid over the image."
-                    )
-                else:
-                    figure = kept_tokens(seen[0], {cell.key: gallery.patches(row)}, seen[1])
-                    pictures.append(image(figure, f"document {row['doc_id']}: {row['prompt']}"))
+            for _, row in kept.samples(cell, self.results, docs.tolist()).iterrows():
+                seen = kept.views(identity.model, source.images(cell.task, row), row)
+                own = kept.masks(identity.model, cell.name, seen, row)
+                figure = kept_tokens([view for one in seen for view in one], {cell.key: own})
+                pictures.append(image(figure, f"document {row['doc_id']}: {row['prompt']}"))
         except (OSError, ValueError) as error:  # data sets that are not here, or others
             notes.append(f"No pictures of kept tokens: {error}")
         return pictures

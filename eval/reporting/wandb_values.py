@@ -8,7 +8,7 @@ import pandas as pd
 import wandb
 from matplotlib.figure import Figure
 
-from secateur.reporting import comparison, gallery
+from secateur.reporting import comparison, images
 from secateur.reporting.comparison import Cell
 from secateur.reporting.stats import RESAMPLES
 
@@ -82,6 +82,6 @@ def image(figure: Figure, caption: str | None = None) -> wandb.Image:
 
 
 @cache
-def documents(suite: str, task: str, data_root: str | None) -> gallery.Documents:
+def documents(suite: str, task: str, data_root: str | None) -> images.Documents:
     """The images of a task, loaded once for all its cells."""
-    return gallery.Documents(suite, [task], Path(data_root).resolve() if data_root else None)
+    return images.Documents(suite, [task], Path(data_root).resolve() if data_root else None)
