@@ -110,17 +110,24 @@ def origins(experiment: str) -> list[str]:
 def jobs(experiment: str, results: Path) -> list[Job]:
     """The Hydra jobs of an experiment.
 
-    The configs of jobs that differ in their budget alone are composed once.
+    Composing takes long, so configs that differ in their method and budget alone are composed once.
     """
     fields = grid(experiment)
     budgets = fields.pop("budget", [])
+    # not those with fields of a method, as pruner={alpha:2} or pruner.alpha=2
+    files = [CONFIGS / "pruner" / f"{pruner}.yaml" for pruner in fields.get("pruner", [])]
+    if any(key.startswith("pruner.") for key in fields) or not all(map(Path.is_file, files)):
+        files = []
+    if files:
+        del fields["pruner"]
     found = []
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for values in product(*fields.values()):
             swept = [f"{key}={value}" for key, value in zip(fields, values, strict=True)]
-            given = [f"experiment={experiment}", f"results={results}", *swept]
-            config = compose("sweep", given)
-            for budget in budgets or [config.budget]:
+            config = compose("sweep", [f"experiment={experiment}", f"results={results}", *swept])
+            for file, budget in product(files or [None], budgets or [config.budget]):
+                if file:
+                    config.pruner = OmegaConf.load(file)
                 config.budget = budget
                 found.append(Job.of(config))
     return found
