@@ -164,22 +164,31 @@ def cells(experiment: str) -> set[tuple[Variant, str, str]]:
 def test_every_combination_is_a_job(tmp_path, experiment):
     model = model_of(experiment)
     tokens, layers = SIZES[model]
-    for method in grid(experiment)["pruner"]:
-        config = composed(f"results={tmp_path}", f"experiment={experiment}", f"pruner={method}")
-        assert config.model.name == model
-        for budget in grid(experiment)["budget"]:
-            config.budget = budget
-            job = Job.of(config)
-            assert job.pruner.name == choice(experiment, method, job.tasks[0]).method
-            assert job.limit is None
-            assert job.suite.name == "hub"
-            keep = Budget.parse(budget).resolve(tokens)
-            if isinstance(job.pruner, InLLMPruner):  # raises where no schedule meets the budget
-                # the counts SparseVLM releases for 192, 128 and 64 average 206, 145 and 82
-                assert (
-                    job.pruner.average(tokens, layers, keep)
-                    < (1.3 if job.pruner.name == "sparsevlm" else 1.02) * keep
-                )
+    combinations = product(grid(experiment)["pruner"], grid(experiment)["budget"])
+    for (method, budget), job in zip(
+        combinations, experiments.jobs(experiment, tmp_path), strict=True
+    ):
+        assert job.model.name == model
+        assert job.pruner.name == choice(experiment, method, job.tasks[0]).method
+        assert job.limit is None
+        assert job.suite.name == "hub"
+        keep = job.budget.resolve(tokens)
+        if isinstance(job.pruner, InLLMPruner):  # raises where no schedule meets the budget
+            # the counts SparseVLM releases for 192, 128 and 64 average 206, 145 and 82
+            assert (
+                job.pruner.average(tokens, layers, keep)
+                < (1.3 if job.pruner.name == "sparsevlm" else 1.02) * keep
+            )
+
+
+@pytest.mark.parametrize("experiment", ["fsr_table1", "scope_table4"])  # methods; fields of one
+def test_jobs_are_those_that_hydra_composes(tmp_path, experiment):
+    combinations = product(grid(experiment)["pruner"], grid(experiment)["budget"])
+    for (method, budget), job in zip(
+        combinations, experiments.jobs(experiment, tmp_path), strict=True
+    ):
+        words = f"results={tmp_path}", f"experiment={experiment}", f"pruner={method}"
+        assert job == Job.of(composed(*words, f"budget={budget}"))
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
