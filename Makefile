@@ -96,8 +96,10 @@ report: $(READY)  ## write an HTML page and a summary from the records in OUT (d
 bench: $(READY)  ## latency and throughput of the methods on this CPU, small models (minutes)
 	$(PYTHON) scripts/bench.py --config-name bench_cpu $(OVERRIDES)
 
-bench-gpu: $(READY)  ## the same on a GPU, true geometry, random weights (ten minutes)
+bench-gpu: $(READY)  ## the same on a GPU at true geometry, shared prefixes, checks (ten minutes)
 	$(PYTHON) scripts/bench.py $(OVERRIDES)
+	$(PYTHON) scripts/bench_prefixes.py --device cuda
+	$(PYTHON) scripts/gpu_check.py
 
 flops: $(READY)  ## print the FLOPs of every family, method, budget and convention
 	$(PYTHON) scripts/flops.py

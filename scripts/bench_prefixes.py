@@ -1,14 +1,17 @@
 """What sharing the prefix of an image's questions gains, and whether it changes answers.
 
-    python scripts/bench_prefixes.py            some minutes on two cores
+    python scripts/bench_prefixes.py                  some minutes on two cores
     python scripts/bench_prefixes.py --images 4
+    python scripts/bench_prefixes.py --device cuda    LLaVA-1.5-7B's geometry, random weights
 
-Both sides are the harness's own model class in one process, with the same prompts and batches; one
-of them never shares. They take turns cell by cell. Every answer is compared with that of the prompt
-alone (`strict=true`), in float32 and in bfloat16. Writes CSV and Markdown to --out.
+Both sides are the harness's own model class in one process, with the same model, prompts and
+batches; one of them never shares. They take turns cell by cell. Every answer is compared with that
+of the prompt alone (`strict=true`), in float32 and in bfloat16, and that with the one in float32. It
+writes CSV and Markdown to --out.
 """
 
 import argparse
+import gc
 import os
 import tempfile
 import time
@@ -24,7 +27,7 @@ from rich.progress import track
 
 from secateur.budget import Budget
 from secateur.cache import EncodeCache
-from secateur.efficiency.hardware import describe
+from secateur.efficiency.hardware import describe, find_device
 from secateur.geometry import config_of, random_model, random_processor, reduced
 from secateur.models import PrunedModel
 from secateur.paths import ROOT, SHAPES_MODEL
@@ -36,11 +39,22 @@ TURNS = 3  # of which the fastest counts
 LAYERS, SHRINK = 6, 8  # of the random LLaVA: 6 blocks of width 512 in image encoder and LLM
 
 
-class Unshared(PrunedModel):
-    """The same engine without shared prefixes: batches of whole prompts."""
+SIDES = ("shared", "whole prompts", "alone")
+
+
+class Sides(PrunedModel):
+    """One model that answers as every side does."""
+
+    side, together = "shared", 8192
+
+    def answer(self, side: str, method: str, budget: str, asked: list[Any]) -> list[str]:
+        self.side, self.batch_tokens = side, 0 if side == "alone" else self.together
+        self.use(build(method), Budget.parse(budget), None)
+        self.images.cache.clear()  # every turn encodes its images
+        return [result.text for result in self.generate_until(asked)]
 
     def _may_share(self, method: Any) -> bool:
-        return False
+        return self.side == "shared" and super()._may_share(method)
 
 
 def requests(model: PrunedModel, task: str, images: int, questions: int) -> list[Any]:
@@ -78,99 +92,96 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=8, help="images per cell (default 8)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
     options = parser.parse_args()
+    find_device(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        wide = random_checkpoint(Path(folder))
-        cells = [
-            *(
-                ("embedded LLaVA", str(SHAPES_MODEL), *cell)
-                for cell in (
-                    ("pope", 18, "none", "full"),
-                    ("pope", 18, "scope", "16"),
-                    ("gqa", 32, "none", "full"),
-                    ("gqa", 32, "scope", "16"),
-                )
-            ),
-            *(
-                (f"random LLaVA, {LAYERS} layers of 512", wide, "pope", 18, *cell)
-                for cell in (("none", "full"), ("scope", "64"))
-            ),
-        ]
-        rows = [
-            measure(*cell, dtype, options.images)
-            for dtype in ("float32", "bfloat16")
-            for cell in track(cells, description=dtype)
-        ]
+        rows: list[dict[str, Any]] = []
+        exact: dict[tuple[Any, ...], list[str]] = {}
+        for dtype in ("float32", "bfloat16"):
+            for name, fields, cells in models(Path(folder), options.device):
+                model = Sides(**fields, dtype=dtype, cache=EncodeCache(2**30))
+                model.together = 8192 if options.device == "cpu" else 65536
+                for cell in track(cells, description=f"{name}, {dtype}"):
+                    row, alone = measure(model, *cell, options.images)
+                    before = exact.setdefault((name, *cell), alone)
+                    off = sum(a != b for a, b in zip(alone, before, strict=True))
+                    rows.append({"model": name, "dtype": dtype} | row | {"from float32": off})
+                del model
+                gc.collect()
     _write(pd.DataFrame(rows), options)
 
 
+Cell = tuple[str, int, str, str]  # task, questions per image, method, budget
+
+
+def models(folder: Path, device: str) -> list[tuple[str, dict[str, Any], list[Cell]]]:
+    """What runs on a device: title, fields of `PrunedModel`, cells."""
+    wide: list[Cell] = [("pope", 18, "none", "full"), ("pope", 18, "scope", "64")]
+    if device == "cuda":
+        fields = {"pretrained": "-", "name": "llava_1_5_7b", "weights": "random", "device": device}
+        return [("LLaVA-1.5-7B, random weights", fields, wide)]
+    narrow: list[Cell] = [
+        (task, questions, method, budget)
+        for task, questions in (("pope", 18), ("gqa", 32))
+        for method, budget in (("none", "full"), ("scope", "16"))
+    ]
+    random = {"pretrained": random_checkpoint(folder), "device": device}
+    return [
+        ("embedded LLaVA", {"pretrained": str(SHAPES_MODEL), "device": device}, narrow),
+        (f"random LLaVA, {LAYERS} layers of 512", random, wide),
+    ]
+
+
 def measure(
-    model: str,
-    weights: str,
-    task: str,
-    questions: int,
-    method: str,
-    budget: str,
-    dtype: str,
-    images: int,
-) -> dict[str, Any]:
+    model: Sides, task: str, questions: int, method: str, budget: str, images: int
+) -> tuple[dict[str, Any], list[str]]:
     """One cell on both sides, and the answers of every prompt alone."""
-    fields: dict[str, Any] = {"dtype": dtype, "device": "cpu"}
-    sides = {
-        "shared": PrunedModel(weights, **fields, batch_tokens=8192, cache=EncodeCache(2**30)),
-        "whole prompts": Unshared(weights, **fields, batch_tokens=8192, cache=EncodeCache(2**30)),
-        "alone": PrunedModel(weights, **fields, cache=EncodeCache(2**30)),
-    }
-    asked = {side: requests(loaded, task, images, questions) for side, loaded in sides.items()}
-    seconds, answers = dict.fromkeys(sides, float("inf")), {}
+    asked = requests(model, task, images, questions)
+    seconds, answers = dict.fromkeys(SIDES, float("inf")), {}
     for turn in range(1 + TURNS):  # the first prepares the documents and warms up
-        for side, loaded in sides.items():
-            if side == "alone" and turn:
-                continue
-            loaded.use(build(method), Budget.parse(budget), None)
-            loaded.images.cache.clear()  # every turn encodes its images
+        for side in SIDES if not turn else SIDES[:2]:
             started = time.perf_counter()
-            answers[side] = [result.text for result in loaded.generate_until(asked[side])]
+            answers[side] = model.answer(side, method, budget, asked)
             if turn:
                 seconds[side] = min(seconds[side], time.perf_counter() - started)
-    count = len(answers["alone"])
     changed = {
         side: sum(a != b for a, b in zip(own, answers["alone"], strict=True))
         for side, own in answers.items()
     }
-    return {
-        "model": model,
+    row = {
         "questions per image": questions,
         "method": f"{method} at {budget}",
-        "dtype": dtype,
-        "documents": count,
+        "documents": len(asked),
         "shared, s": seconds["shared"],
         "whole prompts, s": seconds["whole prompts"],
         "speed-up": seconds["whole prompts"] / seconds["shared"],
         "changed, shared": changed["shared"],
         "changed, whole prompts": changed["whole prompts"],
     }
+    return row, answers["alone"]
 
 
 def _write(rows: pd.DataFrame, options: argparse.Namespace) -> None:
-    machine = f"{describe(torch.device('cpu'))}, load {os.getloadavg()[0]:.1f} at the end"
+    device = torch.device(options.device)
+    load = f", load {os.getloadavg()[0]:.1f} at the end" * (options.device == "cpu")
     exact = rows[rows["dtype"] == "float32"]
     flips, answers = int(exact["changed, shared"].sum()), int(exact["documents"].sum())
     text = f"""# Sharing the prefix of an image's questions
 
-{machine}, torch {torch.__version__}. {options.images} images per cell, at most 2 new tokens,
-batch_tokens 8192. Both sides are the harness in one process, and take turns; the fastest of
-{TURNS} turns counts, with documents prepared and images not encoded. `whole prompts`: the same
-engine, batches of whole prompts. `changed`: answers that differ from those of every prompt alone
-(strict=true). In float32 sharing changed {flips} of {answers} answers. Generated by
-`scripts/bench_prefixes.py`.
+{describe(device)}{load}, torch {torch.__version__}. {options.images} images per cell, at most 2 new
+tokens. Both sides are the harness in one process, and take turns; the fastest of {TURNS} turns
+counts, with documents prepared and images not encoded. `whole prompts`: the same engine, batches of
+whole prompts. `changed`: answers that differ from those of every prompt alone (strict=true); `from
+float32`: answers of every prompt alone that differ from those in float32. In float32 sharing
+changed {flips} of {answers} answers. Generated by `scripts/bench_prefixes.py`.
 
 {rows.round(2).to_markdown(index=False)}
 """
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "prefixes-cpu.md").write_text(text)
-    rows.to_csv(options.out / "prefixes-cpu.csv", index=False)
+    (options.out / f"prefixes-{options.device}.md").write_text(text)
+    rows.to_csv(options.out / f"prefixes-{options.device}.csv", index=False)
     print(text)
 
 
