@@ -6,8 +6,8 @@
 
 Both sides are the harness's own model class in one process, with the same model, prompts and
 batches; one of them never shares. They take turns cell by cell. Every answer is compared with that
-of the prompt alone (`strict=true`), in float32 and in bfloat16, and that with the one in float32. It
-writes CSV and Markdown to --out.
+of the prompt alone (`strict=true`), in float32 and in bfloat16, and the latter with the former.
+Writes CSV and Markdown to --out.
 """
 
 import argparse
