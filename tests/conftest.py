@@ -62,7 +62,7 @@ def model(attention: str) -> PreTrainedModel:
     return tiny_model("llava", attention)
 
 
-@pytest.fixture(scope="session", params=["qwen2_5_vl", "qwen2_vl"])
+@pytest.fixture(scope="session", params=["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
 def qwen(request: pytest.FixtureRequest) -> str:
     """A family with M-RoPE."""
     return request.param

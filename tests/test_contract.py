@@ -15,7 +15,6 @@ from conftest import picture, tiny_model
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from secateur.families.base import Adapter
 from secateur.families.contract import (
     SPELLINGS,
     TESTED,
@@ -27,6 +26,7 @@ from secateur.families.contract import (
 from secateur.geometry import random_processor, tiny
 from secateur.injection import Sample, inject
 from secateur.injection import selftest as selftest_module
+from secateur.injection.session import adapter_for
 from secateur.pruners import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +36,7 @@ FAMILIES = {
     "llava_onevision": "USER: <image>\nWhat is this? ASSISTANT:",
     "qwen2_vl": "USER: <|vision_start|><|image_pad|><|vision_end|>What is this? ASSISTANT:",
     "qwen2_5_vl": "USER: <|vision_start|><|image_pad|><|vision_end|>What is this? ASSISTANT:",
+    "qwen3_vl": "USER: <|vision_start|><|image_pad|><|vision_end|>What is this? ASSISTANT:",
     "internvl": "USER: <IMG_CONTEXT>\nWhat is this? ASSISTANT:",
 }
 STEPS = {
@@ -274,7 +275,8 @@ def test_the_bound_of_the_package_and_the_makefile_name_the_tested_releases():
 
 
 def test_parts_of_the_layers_are_for_methods_inside_the_language_model(model, monkeypatch):
-    monkeypatch.setattr(Adapter, "LANGUAGE_PARTS", ("layers.0.self_attn.qkv_proj",))
+    kind = type(adapter_for(model))
+    monkeypatch.setattr(kind, "LANGUAGE_PARTS", ("layers.0.self_attn.qkv_proj",))
     with inject(model, build("uniform"), 0.5):
         pass
     with (

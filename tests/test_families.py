@@ -30,9 +30,11 @@ FAMILIES = {
     "llava_onevision": {},
     "qwen2_vl": {},
     "qwen2_5_vl": {},
+    "qwen3_vl": {},
     "internvl": {},
 }
-QWEN = ["qwen2_vl", "qwen2_5_vl"]
+PATCHES_OF_14 = ["qwen2_vl", "qwen2_5_vl"]
+QWEN = [*PATCHES_OF_14, "qwen3_vl"]
 # fields that a tiny model needs, and those that a family without CLS and CLIP needs
 OPTIONS = {
     "cdpruner": {"relevance_space": "llm_embed"},
@@ -57,7 +59,7 @@ REFUSED = {
     "prumerge": "do not provide",
     "prumerge_plus": "do not provide",
     "pooling": "sides have to be even",
-    "tome": "tokens cannot be merged inside the image encoder of qwen2.* models",
+    "tome": "tokens cannot be merged inside the image encoder of qwen.* models",
 }
 REFUSED_BY = {  # by the other families without what the method reads
     "internvl": {
@@ -223,7 +225,7 @@ def test_the_unpruned_model_has_its_own_layout(folders, tasks):
         assert unpruned == pruned + images * 2 * grid
 
 
-@pytest.mark.parametrize("family", QWEN)
+@pytest.mark.parametrize("family", PATCHES_OF_14)
 class TestLimits:
     """Limits of pixels that leave an image fewer tokens than the budget are refused."""
 
@@ -324,7 +326,7 @@ class TestInputs:
 
     @pytest.mark.parametrize("family", QWEN)
     def test_qwen_images_get_a_fixed_side(self, folders, family):
-        inputs = self.made(folders, family, image_side=112)
+        inputs = self.made(folders, family, image_side=112 if family in PATCHES_OF_14 else 128)
         for image in (picture(0), picture(1).resize((90, 31))):
             assert inputs(inputs.prompt(self.chat(image)))["image_grid_thw"].tolist() == [[1, 8, 8]]
 
@@ -337,11 +339,17 @@ class TestInputs:
     @pytest.mark.parametrize(
         ("size", "grid"), [((202, 100), (12, 23)), ((100, 202), (23, 12)), ((1000, 1000), (36, 36))]
     )
-    @pytest.mark.parametrize("family", QWEN)
+    @pytest.mark.parametrize("family", PATCHES_OF_14)
     def test_qwen_images_are_resized_once_by_the_limits(self, folders, family, size, grid):
         inputs = self.made(folders, family, min_pixels=200704, max_pixels=1605632)
         batch = inputs(inputs.prompt(self.chat(Image.new("RGB", size, "red"))))
         assert tuple((batch["image_grid_thw"][0, 1:] // 2).tolist()) == grid
+
+    def test_qwen3s_images_are_resized_by_patches_of_16(self, folders):
+        inputs = self.made(folders, "qwen3_vl", min_pixels=65536, max_pixels=1605632)
+        for size, grid in [((202, 100), (6, 12)), ((640, 480), (15, 20)), ((2000, 2000), (39, 39))]:
+            batch = inputs(inputs.prompt(self.chat(Image.new("RGB", size, "red"))))
+            assert tuple((batch["image_grid_thw"][0, 1:] // 2).tolist()) == grid
 
     def test_the_question_is_what_the_scope_says(self, folders):
         text = "Is it red?\nAnswer the question using a single word or phrase."

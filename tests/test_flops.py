@@ -13,6 +13,7 @@ from test_inject_onevision import encode as encode_onevision
 from test_inject_onevision import setting as onevision
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DynamicCache
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 from secateur.efficiency.flops import conventions, count, count_row, head, prefill, projector, tower
 from secateur.efficiency.flops_published import explain
@@ -33,6 +34,7 @@ MODELS = {
     "qwen2_vl_7b": ([(36, 36)], 1296),
     "qwen2_5_vl_7b": ([(36, 36)], 1296),
     "qwen2_5_vl_3b": ([(36, 36)], 1296),
+    "qwen3_vl_2b": ([(32, 32)], 1024),
     "internvl3_1b": ([(16, 16)] * 3, 768),
 }
 
@@ -110,13 +112,14 @@ def test_a_tower_of_crops_at_true_geometry(name):
     assert measured(lambda: vision_tower(pixels)) == tower(config, crops).total
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl_7b", "qwen2_5_vl_7b"])
-def test_qwens_tower_at_true_geometry(name):
+@pytest.mark.parametrize("name", ["qwen2_vl_7b", "qwen2_5_vl_7b", "qwen3_vl_8b"])
+def test_qwens_tower_at_true_geometry(name, monkeypatch):
     config, crops = (
         config_of(name),
         [(6, 5), (4, 4)],
     )  # windows of 4 x 4 tokens in Qwen2.5-VL, smaller at the edges
-    visual, patches = shapes(config).model.visual, empty(4 * 46, 3 * 2 * 14 * 14)
+    visual = shapes(config).model.visual
+    patches = empty(4 * 46, 3 * 2 * config.vision_config.patch_size**2)
     grid = torch.tensor([(1, 2 * rows, 2 * columns) for rows, columns in crops])
     # positions are made from the grid, which has to have values
     visual.rotary_pos_emb.register_forward_pre_hook(
@@ -124,6 +127,13 @@ def test_qwens_tower_at_true_geometry(name):
             part.to("meta") if isinstance(part, torch.Tensor) else part for part in args
         )
     )
+    if "qwen3" in name:
+        weights = qwen3.get_vision_interpolation_indices_and_weights
+        monkeypatch.setattr(
+            qwen3,
+            "get_vision_interpolation_indices_and_weights",
+            lambda *args, **kwargs: [part.to("meta") for part in weights(*args, **kwargs)],
+        )
     both = measured(lambda: visual(patches, grid_thw=grid))
     assert both == tower(config, crops).total + projector(config, crops).total
 
@@ -133,7 +143,10 @@ def test_the_projector_at_true_geometry(name):
     config, (crops, visual) = config_of(name), MODELS[name]
     core = shapes(config).model
     if "qwen" in name:
-        seen = measured(lambda: core.visual.merger(empty(4 * visual, 1280)))
+        # those of DeepStack take as many tokens
+        mergers = [core.visual.merger, *getattr(core.visual, "deepstack_merger_list", [])]
+        entering = empty(4 * visual, 1024 if "qwen3" in name else 1280)
+        seen = measured(lambda: [merger(entering) for merger in mergers])
     else:
         width = 4 * 1024 if "internvl" in name else config.vision_config.hidden_size
         entering = empty(len(crops), visual // len(crops), width)
@@ -284,7 +297,7 @@ def test_a_pruner_is_counted_at_the_towers_width(name):
         crops=crops,
         pruner=build("fastervlm"),
     )
-    width = 1280 if "qwen" in name else config.vision_config.hidden_size
+    width = 1280 if "qwen2" in name else config.vision_config.hidden_size
     assert flops.pruner == 2 * (visual + len(crops)) * width
 
 

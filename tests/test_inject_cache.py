@@ -27,8 +27,8 @@ METHODS = ("divprune", "fastervlm", "hiprune", "promprune")
 
 @pytest.fixture(
     params=[
-        *("llava", "anyres", "crops", "fixed2880", "onevision", "qwen2_5_vl", "qwen2_vl"),
-        "internvl",
+        *("llava", "anyres", "crops", "fixed2880", "onevision"),
+        *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl"),
     ]
 )
 def case(request, processor):

@@ -1,4 +1,4 @@
-"""Methods inside the language model of a tiny real Qwen2.5-VL and Qwen2-VL.
+"""Methods inside the language model of a tiny real Qwen2.5-VL, Qwen2-VL and Qwen3-VL.
 
 The reference runs layer by layer, without cache or hooks.
 """
@@ -96,6 +96,9 @@ def layered(
             hidden = (
                 output[0] if isinstance(output, tuple) else output
             )  # a tuple in transformers 5.0
+            if number < len(row.deep):
+                own = tokens != EXTRA
+                hidden[0, visual[own]] += row.deep[number][tokens[own]]
         answers.append(eager.lm_head(language.norm(hidden[0, -len(generated) :])))
         survivors.append([token for token in tokens.tolist() if token != EXTRA])
     return torch.stack(answers), survivors

@@ -9,7 +9,7 @@ from secateur.invariants import INVARIANTS, measure, table
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["internvl"])
+@pytest.mark.parametrize("family", ["internvl", "qwen3_vl"])
 def test_the_invariants_hold(family, kernel):
     found = measure(family, kernel)
     for name, (_, bound) in INVARIANTS.items():

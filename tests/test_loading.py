@@ -19,6 +19,7 @@ SHIPPED = {
     "llava_onevision": "llava_onevision_7b",
     "qwen2_vl": "qwen2_vl_7b",
     "qwen2_5_vl": "qwen2_5_vl_7b",
+    "qwen3_vl": "qwen3_vl_4b",
     "internvl": "internvl3_8b",
 }
 WITH_TORCHVISION = {"TorchvisionBackend", "BaseImageProcessorFast"}  # today's base class, and 5.0's

@@ -29,6 +29,7 @@ SETTINGS = {  # name -> family, fields
     "llava_onevision": ("llava_onevision", {}),
     "qwen2_vl": ("qwen2_vl", {}),
     "qwen2_5_vl": ("qwen2_5_vl", {}),
+    "qwen3_vl": ("qwen3_vl", {}),
     "internvl": ("internvl", {}),
 }
 SIZES = [(112, 112), (70, 120), (140, 84)]

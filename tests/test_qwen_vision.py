@@ -1,4 +1,4 @@
-"""What pruners see of the towers of Qwen2.5-VL and Qwen2-VL, against an eager tower.
+"""What pruners see of the towers of Qwen2.5-VL, Qwen2-VL and Qwen3-VL, against an eager tower.
 
 Tokens come in raster order although Qwen2.5-VL's works in windows; attention is that received.
 """
@@ -120,7 +120,7 @@ def test_received_attention_and_keys_equal_those_of_an_eager_tower(qwen_model, i
     maps, qkv = tower(
         qwen_model, inputs, object=1, output=3
     )  # the tiny tower's blocks with full attention
-    # Qwen2-VL has one window
+    # the others have one window
     side = 2 if qwen_model.config.model_type == "qwen2_5_vl" else max(max(t.grid) for t in seen)
     _, keys, _ = qkv["output"].chunk(3, dim=1)
     keys = keys.split([4 * tokens.shape[1] for tokens in seen])
