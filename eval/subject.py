@@ -42,11 +42,16 @@ class Row:
 
 
 class Subject:
-    """A tiny model with random weights, and prompts for it."""
+    """A tiny model with random weights, and prompts for it.
 
-    def __init__(self, model_type: str, attention: str) -> None:
-        self.family = family_of(model_type)
-        config = tiny(model_type)
+    Args:
+        name: as in `secateur.geometry.tiny`.
+        attention: kernel.
+    """
+
+    def __init__(self, name: str, attention: str) -> None:
+        config = tiny(name)
+        self.family = family_of(config.model_type)
         self.model: Any = random_model(config, attn_implementation=attention, std=0.2)
         self.adapter = self.family.adapter(self.model, None)
         self.inputs = Inputs(random_processor(config), config)

@@ -12,7 +12,9 @@ from secateur.efficiency.flops import tower
 from secateur.geometry import random_model, random_processor, tiny
 from secateur.injection import inject
 from secateur.injection.session import adapter_for
+from secateur.invariants import all_kept_inside, subset_inside
 from secateur.pruners import Pruner, Selection, VisualTokens, build
+from secateur.subject import Subject
 
 N = 16  # tokens of a tile
 SIZES = [(240, 120), (100, 100)]  # two tiles and the whole image; one tile
@@ -176,7 +178,7 @@ def test_options_that_are_not_supported_are_named(change, message):
 def test_another_language_model_is_named():
     config = tiny("internvl")
     config.text_config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
-    message = "a language model of type 'llama' are not supported; supported: qwen2"
+    message = "a language model of type 'llama' are not supported; supported: qwen2, qwen3"
     with pytest.raises(ValueError, match=message):
         adapter_for(random_model(config, "meta"))
     with pytest.raises(ValueError, match=message):
@@ -191,3 +193,10 @@ def test_visionzips_contextual_tokens_end_every_tile(own, processor):
     numbers = trace.audits[0].kept_indices[0]
     assert [number // N for number in numbers] == [1] * 6 + [2] * 6 + [0] * 6
     assert torch.isfinite(logits(pruned)).all()
+
+
+@torch.no_grad()
+def test_norms_of_queries_and_keys_in_a_qwen3_are_read(attention):
+    subject = Subject("internvl_qwen3", attention)
+    assert all_kept_inside(subject) == 0
+    assert subset_inside(subject) < 1e-4  # on the eager kernel it compares what FastV ranks by

@@ -1,4 +1,4 @@
-"""InternVL3 in Hugging Face's layout: tiles of one size, 2 x 2 patches per token, a Qwen2.
+"""InternVL3 in Hugging Face's layout: tiles of one size, 2 x 2 patches per token, a Qwen.
 
 An image is cut into tiles, row by row, and the whole image follows as a tile of its own; an image
 of one tile has only that. In the prompt each tile has its placeholders, one tile after another.
@@ -23,9 +23,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from secateur.families.base import Adapter, EncodedImage, Family, language_fields
 from secateur.families.llava import square
+from secateur.families.qk_norm import normed_projections
 from secateur.families.qwen2_5_vl import received
 
-LANGUAGES = ("qwen2",)  # model types of the language models that are supported
+# model types of the language models that are supported: InternVL3 has a Qwen2, InternVL3.5 a Qwen3
+LANGUAGES = ("qwen2", "qwen3")
 # towers: hidden_size, intermediate_size, layers, heads, image_size
 _VISION = (1024, 4096, 24, 16, 448)
 _TINY_VISION = (64, 128, 4, 4, 112)
@@ -230,6 +232,12 @@ class InternVLAdapter(Adapter):
     def project(self, features: Tensor) -> Tensor:
         return self.projector(features.to(next(self.projector.parameters()).dtype))
 
+    def projections(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        attention: Any = self.layers[layer].self_attn
+        if hasattr(attention, "q_norm"):
+            return normed_projections(attention)
+        return super().projections(layer)
+
 
 def check_language(config: Any) -> None:
     """Raise ValueError for a language model that is not supported."""
@@ -237,7 +245,8 @@ def check_language(config: Any) -> None:
     if kind not in LANGUAGES:
         raise ValueError(
             f"InternVL models with a language model of type {kind!r} are not supported; supported: "
-            f"{', '.join(LANGUAGES)}, as in InternVL3-1B, 2B, 8B, 14B, 38B and 78B"
+            f"{', '.join(LANGUAGES)}, as in InternVL3 (1B, 2B, 8B, 14B, 38B, 78B) and in InternVL3.5 "
+            "without experts (1B, 2B, 4B, 8B, 14B, 38B)"
         )
 
 
@@ -255,9 +264,12 @@ class InternVL(Family):
         "internvl3_2b": lambda: internvl_config(_VISION, _QWEN_15B),
         "internvl3_8b": lambda: internvl_config(_VISION, _QWEN_7B),
     }
-    # tiles of 112 px, 4 x 4 tokens; grouped queries (4 heads, 2 for keys)
+    # tiles of 112 px, 4 x 4 tokens; grouped queries (4 heads, 2 for keys); the second as InternVL3.5
     TINY: ClassVar = {
         "internvl": lambda: internvl_config(_TINY_VISION, _TINY_QWEN, first_special=300),
+        "internvl_qwen3": lambda: internvl_config(
+            _TINY_VISION, _TINY_QWEN, first_special=300, language="qwen3"
+        ),
     }
     SELFTEST = "internvl"
     SELFTEST_SIZE = (112, 224)  # two tiles and the whole image
@@ -342,14 +354,18 @@ class InternVL(Family):
 
 
 def internvl_config(
-    vision: tuple[int, ...], text: tuple[int, ...], first_special: int = 151643
+    vision: tuple[int, ...],
+    text: tuple[int, ...],
+    first_special: int = 151643,
+    language: str = "qwen2",
 ) -> PreTrainedConfig:
-    """A config of InternVL3 with a tower of 14-pixel patches and a Qwen2.
+    """A config of InternVL3 with a tower of 14-pixel patches.
 
     Args:
         vision: hidden_size, intermediate_size, layers, heads, image_size.
         text: as in `language_fields`.
         first_special: id of <|endoftext|>; the other special tokens follow as in Qwen's vocabulary.
+        language: model type of the language model.
     """
     hidden, intermediate, layers, heads, side = vision
     # Qwen's vocabulary is followed by <img>, </img> and <IMG_CONTEXT>
@@ -366,8 +382,9 @@ def internvl_config(
             "layer_scale_init_value": 0.1,
         },
         text_config={
-            "model_type": "qwen2",
+            "model_type": language,
             **language_fields(*text),
+            **({"head_dim": text[0] // text[3]} if language == "qwen3" else {}),
             "max_position_embeddings": 32768,
             "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
