@@ -85,8 +85,8 @@ class PrunedModel(lmms):
         pretrained: hub id, or a folder: absolute, or relative to the working directory or the
             project.
         name: of the config; with random weights it decides the geometry.
-        family: required family of the checkpoint: llava, llava_next, qwen2_vl or qwen2_5_vl;
-            None: any.
+        family: required model type of the checkpoint, one of `secateur.families.MODULES`; None:
+            any.
         weights: `pretrained`, or `random` at the geometry of `name`, without a download and with
             a tokenizer of bytes.
         revision, dtype, attn_implementation: as in transformers.

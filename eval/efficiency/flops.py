@@ -100,8 +100,8 @@ def count(
         config: of a model of a supported family.
         layer_tokens: visual tokens that each layer of the LLM processes in the prefill.
         text_tokens: all other positions of the prompt, LLaVA-NeXT's newlines included.
-        crops: one (24, 24) per image of LLaVA-1.5, several for LLaVA-NeXT and LLaVA-OneVision; for
-            Qwen the grid of merged tokens of each image.
+        crops: one (24, 24) per image of LLaVA-1.5, several for LLaVA-NeXT and LLaVA-OneVision; one
+            (16, 16) per tile of InternVL; for Qwen the grid of merged tokens of each image.
         new_tokens: length of the answer; the prefill gives its first token.
         pruner: the method, for its own cost; None: the unpruned model. For methods before the LLM
             the cost is computed as if each crop kept an equal share.

@@ -245,8 +245,8 @@ def check_language(config: Any) -> None:
     if kind not in LANGUAGES:
         raise ValueError(
             f"InternVL models with a language model of type {kind!r} are not supported; supported: "
-            f"{', '.join(LANGUAGES)}, as in InternVL3 (1B, 2B, 8B, 14B, 38B, 78B) and in InternVL3.5 "
-            "without experts (1B, 2B, 4B, 8B, 14B, 38B)"
+            f"{', '.join(LANGUAGES)}, as in InternVL3 (1B, 2B, 8B, 14B, 38B, 78B) and in the "
+            "models of InternVL3.5 without experts"
         )
 
 
@@ -264,7 +264,7 @@ class InternVL(Family):
         "internvl3_2b": lambda: internvl_config(_VISION, _QWEN_15B),
         "internvl3_8b": lambda: internvl_config(_VISION, _QWEN_7B),
     }
-    # tiles of 112 px, 4 x 4 tokens; grouped queries (4 heads, 2 for keys); the second as InternVL3.5
+    # tiles of 112 px, 4 x 4 tokens; grouped queries (4 heads, 2 for keys)
     TINY: ClassVar = {
         "internvl": lambda: internvl_config(_TINY_VISION, _TINY_QWEN, first_special=300),
         "internvl_qwen3": lambda: internvl_config(
