@@ -19,7 +19,7 @@ WHOLE = $(if $(REST),$(error make takes no value with a space ("$(REST)"); \
 .DEFAULT_GOAL := help
 .PHONY: help sweep tables claims report bench bench-gpu flops test test-faults test-thorough \
 	test-matrix test-newest bench-sweep lint golden bench-select coverage methods readme \
-	train-shapes clean lock checked compare
+	train-shapes clean lock checked compare paper kept
 
 help:  ## list the targets
 	@grep -hE '^[.a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -92,6 +92,22 @@ compare: $(READY)  ## which of the methods A and B is better, of MODEL at BUDGET
 
 report: $(READY)  ## write an HTML page and a summary from the records in OUT (default: results)
 	$(PYTHON) scripts/report.py --results $(or $(OUT),results) $(PLUGINS)
+
+# options of their own, where a variable of the environment does not count
+RESULTS :=
+HIGHLIGHT :=
+DOC :=
+METHODS :=
+DATA :=
+
+paper: $(READY)  ## write LaTeX, CSV, figures, BibTeX and provenance of RESULTS (default: results) into OUT
+	$(if $(OUT),,$(error name a folder: make paper OUT=paper))$(PYTHON) scripts/paper.py \
+	  --results $(or $(RESULTS),results) --out $(OUT) $(PLUGINS) \
+	  $(and $(HIGHLIGHT),--highlight '$(HIGHLIGHT)')
+
+kept: $(READY)  ## draw what METHODS (default: all) keep of documents, DOC=gqa:7,pope:3, into OUT
+	$(PYTHON) scripts/kept.py $(DOC) --results $(or $(RESULTS),results) $(and $(OUT),--out $(OUT)) \
+	  $(PLUGINS) $(and $(METHODS),--methods '$(METHODS)') $(and $(DATA),--data-root $(DATA))
 
 bench: $(READY)  ## latency and throughput of the methods on this CPU, small models (minutes)
 	$(PYTHON) scripts/bench.py --config-name bench_cpu $(OVERRIDES)

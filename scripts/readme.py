@@ -12,9 +12,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from transformers import AutoConfig
 
+from secateur.families.base import View
 from secateur.paths import ROOT, SHAPES_MODEL
 from secateur.reporting.overlay import kept_tokens
 from secateur.shapes.datasets import EVAL, SCHEMAS, documents
@@ -65,11 +68,17 @@ def draw(results: Path) -> int:
     folder = str(results / "data" / "shapes" / repository)
     image = datasets.load_dataset(folder, split=split)[document]["image"]
     vision = AutoConfig.from_pretrained(SHAPES_MODEL).vision_config
-    grid = (vision.image_size // vision.patch_size,) * 2
+    side = vision.image_size // vision.patch_size
+    tokens = np.arange(side**2).reshape(side, side)
+
+    def picture(kept: dict[str, tuple[int, ...]]) -> Figure:
+        masks = {label: [np.isin(tokens, numbers)] for label, numbers in kept.items()}
+        return kept_tokens([View(image, tokens)], masks)
+
     figures = ROOT / "results" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     smallest = {name: kept[name]["16"] for name in ("random", "scope")}
-    kept_tokens(image, smallest, grid).savefig(figures / "kept_tokens.png", dpi=110)
+    picture(smallest).savefig(figures / "kept_tokens.png", dpi=110)
     for name, budgets in kept.items():
         by_size = dict(sorted(budgets.items(), key=lambda item: -len(item[1])))
         patches = {
@@ -77,7 +86,7 @@ def draw(results: Path) -> int:
             for budget, indices in by_size.items()
         }
         stem = re.sub("[^a-z0-9]+", "_", name).strip("_")
-        kept_tokens(image, patches, grid).savefig(figures / f"{stem}.png", dpi=80)
+        picture(patches).savefig(figures / f"{stem}.png", dpi=80)
     return len(kept) + 1
 
 

@@ -23,7 +23,7 @@ COLORS = (
     *("#e69f00", "#56b4e9", "#7b3fa0", "#8c510a"),
 )
 _MARKERS = "osD^vP<>"
-_LETTER = 0.06  # inches per letter of the largest labels
+_LETTER = 0.062  # inches per letter of the largest labels
 Handles = list[Line2D | Patch]
 
 
@@ -163,7 +163,7 @@ class Grid(NamedTuple):
 
 def room_for(labels: Sequence[str]) -> float:
     """Inches that labels beside a panel need."""
-    return 0.2 + _LETTER * max((len(label) for label in labels), default=0)
+    return 0.3 + _LETTER * max((len(label) for label in labels), default=0)
 
 
 def scale_costs(panel: Axes, costs: Sequence[float], ticks: Sequence[float] = ()) -> None:

@@ -18,12 +18,17 @@ from secateur.tasks import TASKS
 
 METHODS = {
     "none": "unpruned",
+    "cdpruner": "CDPruner",
     "dart": "DART",
     "divprune": "DivPrune",
     "fastervlm": "FasterVLM",
     "fastv": "FastV",
+    "fsr": "FSR",
+    "hiprune": "HiPrune",
     "hired": "HiRED",
+    "holov": "HoloV",
     "mustdrop": "MustDrop",
+    "pact": "PACT",
     "promprune": "PromPrune",
     "promprune_adaptive": "Semantic Prominence-Aware",
     "promprune_fixed_allocation": "Fixed Allocation",
@@ -34,6 +39,7 @@ METHODS = {
     "promprune_stage2=facilitylocation": "FL",
     "promprune_stage2=fps": "FPS",
     "prumerge": "LLaVA-PruMerge",
+    "prumerge_plus": "LLaVA-PruMerge+",
     "prunesid": "PruneSID",
     "prunesid_dyn": "PruneSID-Dyn",
     "prunesid_ascend": "Ascend",
@@ -50,10 +56,14 @@ METHODS = {
     "scope_coverage_only": "coverage only",
     "scope_saliency_only": "saliency only",
     "sparsevlm": "SparseVLM",
+    "sppruner": "SPpruner",
     "tome": "ToMe",
+    "trim": "TRIM",
+    "trimtokenator": "TrimTokenator",
     "visionzip": "VisionZip",
     "visionzip_dyn": "VisionZip-Dyn",
     "vispruner": "VisPruner",
+    "zspaprune": "ZSPAPrune",
 }
 LEGEND = (
     "Each cell: printed · ours ± half of the 95 % interval (images resampled) · verdict and "
@@ -74,7 +84,7 @@ _LATEX = str.maketrans(
         "<": "$<$",
         ">": "$>$",
     }
-    | {"±": r"$\pm$", "·": r"$\cdot$", "–": "--"}
+    | {"±": r"$\pm$", "·": r"$\cdot$", "–": "--", "†": r"$^{\dagger}$"}
 )
 
 
@@ -218,35 +228,37 @@ def _md_row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def tex(text: str) -> str:
+    """Text as LaTeX prints it."""
+    return text.translate(_LATEX)
+
+
 def latex(sheet: Sheet) -> str:
     r"""A table environment; needs \usepackage{booktabs,graphicx}."""
     width = len(sheet.header)
     lines = [
         r"% \usepackage{booktabs,graphicx}",
         r"\begin{table}",
-        rf"\caption{{{sheet.title.translate(_LATEX)}}}",
+        rf"\caption{{{tex(sheet.title)}}}",
         r"\resizebox{\linewidth}{!}{%",
         rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}",
         r"\toprule",
-        " & ".join(name.translate(_LATEX) for name in sheet.header) + r" \\",
+        " & ".join(tex(name) for name in sheet.header) + r" \\",
     ]
     for heading, rows in sheet.groups.items():
         lines += [
             r"\midrule",
-            rf"\multicolumn{{{width}}}{{l}}{{\emph{{{heading.translate(_LATEX)}}}}} \\",
+            rf"\multicolumn{{{width}}}{{l}}{{\emph{{{tex(heading)}}}}} \\",
         ]
         lines += [
-            " & ".join([label.translate(_LATEX), *map(_stacked, entries)]) + r" \\"
-            for label, entries in rows
+            " & ".join([tex(label), *map(_stacked, entries)]) + r" \\" for label, entries in rows
         ]
     lines += [r"\bottomrule", r"\end{tabular}}", r"\par\footnotesize"]
-    return "\n".join(
-        [*lines, *(note.translate(_LATEX) + r"\par" for note in sheet.notes), r"\end{table}", ""]
-    )
+    return "\n".join([*lines, *(tex(note) + r"\par" for note in sheet.notes), r"\end{table}", ""])
 
 
 def _stacked(entry: Entry) -> str:
-    parts = [part.translate(_LATEX) for part in entry if part]
+    parts = [tex(part) for part in entry if part]
     return r"\begin{tabular}[t]{@{}r@{}}" + r" \\ ".join(parts) + r"\end{tabular}"
 
 
