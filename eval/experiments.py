@@ -1,5 +1,6 @@
 """The experiments of configs/experiment: the jobs that each of them composes."""
 
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,13 @@ def of_papers() -> list[str]:
 
 def written(experiment: str) -> DictConfig:
     """An experiment's file as it is written."""
-    config = OmegaConf.load(FOLDER / f"{experiment}.yaml")
+    return _loaded(FOLDER / f"{experiment}.yaml")
+
+
+@cache
+def _loaded(path: Path) -> DictConfig:
+    """A file, read once; it is not to be changed."""
+    config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     return config
 
@@ -61,8 +68,8 @@ def settings(experiment: str) -> dict[str, Any]:
 
 
 def _plain(model: str) -> dict[str, Any]:
-    file: Any = OmegaConf.load(CONFIGS / "model" / f"{model}.yaml")
-    return {name: None if OmegaConf.is_missing(file, name) else file[name] for name in file}
+    file = _loaded(CONFIGS / "model" / f"{model}.yaml")
+    return {str(name): None if OmegaConf.is_missing(file, name) else file[name] for name in file}
 
 
 def stated(experiment: str) -> dict[str, str]:

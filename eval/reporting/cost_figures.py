@@ -72,7 +72,7 @@ def accuracy_against(
     figure, panels = grid.draw([task_title(task) for task in tasks], 3, caption, handles)
     for task, panel in zip(tasks, panels, strict=True):
         own = points[points["task"] == task]
-        scale_costs(panel, own["cost"], marks)
+        scale_costs(panel, own["cost"].tolist(), marks)
         _unpruned(panel, own, comparison)
         ends = _lines(panel, own, look)
         if front:
@@ -115,7 +115,7 @@ def one_by_one(
     grid = Grid(1.6, 1.25, left=0.5, bottom=0.5)
     figure, panels = grid.draw([shown[label] for label in methods], 6, text, handles)
     for label, panel in zip(methods, panels, strict=True):
-        scale_costs(panel, own["cost"], _ticks(own))
+        scale_costs(panel, own["cost"].tolist(), _ticks(own))
         _unpruned(panel, own, comparison)
         _lines(panel, pruned[pruned["method"] != label], dict.fromkeys(methods, Look(GREY)), 0.6)
         line, color = pruned[pruned["method"] == label], look[label].color
@@ -155,7 +155,7 @@ def _lines(
     """Draw a line per method, those in grey first; returns its end by method."""
     ends = {}
     pruned = points[points["method"] != UNPRUNED]
-    for label, rows in sorted(pruned.groupby("method"), key=lambda item: look[item[0]].named):
+    for label, rows in sorted(pruned.groupby("method"), key=lambda item: look[str(item[0])].named):
         own = look[str(label)]
         panel.plot(
             rows["cost"], rows["value"], color=own.color, marker=own.marker, linestyle=own.line,

@@ -62,8 +62,8 @@ def rivals(comparison: pd.DataFrame, names: Sequence[str] = ()) -> Rivals | None
     shared = shared[shared["budget"] == budget]
     last = shared[shared["task"] == shared["task"].iloc[-1]]
     best = last.sort_values("value", ascending=False, kind="stable")["method"].head(2)
-    both = rows[rows["method"].isin(best)].groupby(["task", "budget"])
-    both = both.filter(lambda own: own["method"].nunique() == 2)
+    pair = rows[rows["method"].isin(best)].groupby(["task", "budget"])
+    both = pair.filter(lambda own: own["method"].nunique() == 2)
     budgets = both.groupby("budget")["tokens"].mean().sort_values().index
     return Rivals(tuple(map(str, budgets)), (best.iloc[0], best.iloc[1]))
 

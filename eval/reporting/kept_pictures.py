@@ -4,12 +4,10 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import matplotlib
-
 from secateur.reporting import comparison, images, tables
 from secateur.reporting.kept import kept_documents
 from secateur.reporting.overlay import kept_tokens
-from secateur.reporting.paper import PDF
+from secateur.reporting.paper import save
 
 
 def draw(
@@ -52,7 +50,4 @@ def draw(
                 figure = kept_tokens(one.views, masks, caption)
                 name = f"{stem}_{one.task}_{one.document}_{budget}"
                 path = out / (re.sub("[^A-Za-z0-9_.]+", "-", name) + ".pdf")
-                with matplotlib.rc_context(PDF):
-                    figure.savefig(path, metadata={"CreationDate": None}, dpi=200)
-                figure.savefig(path.with_suffix(".png"), dpi=150)
-                yield from (path, path.with_suffix(".png"))
+                yield from save(figure, path)

@@ -1,7 +1,7 @@
 """Pictures of the tokens that methods keep."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,7 +14,7 @@ _DARK = 0.22  # brightness of what is dropped
 
 
 def kept_tokens(
-    views: Sequence[View], kept: dict[str, Sequence[np.ndarray]], caption: str = ""
+    views: Sequence[View], kept: Mapping[str, Sequence[np.ndarray]], caption: str = ""
 ) -> Figure:
     """The views of a document beside one panel per method, in which dropped tokens are dark.
 

@@ -1,5 +1,8 @@
 """The comparison of a sweep's cells as a LaTeX table for a paper."""
 
+from collections.abc import Hashable
+from typing import Any
+
 import pandas as pd
 
 from secateur.reporting.bibliography import key_of
@@ -72,10 +75,8 @@ def _method(label: str, names: dict[str, str]) -> str:
     return tex(text) + (rf"~\cite{{{key}}}" if key else "")
 
 
-def _cell(row: dict[str, object]) -> str:
-    value, low, high, sd, p = (
-        float(str(row[name])) for name in ("value", "low", "high", "sd", "p_holm")
-    )
+def _cell(row: dict[Hashable, Any]) -> str:
+    value, low, high, sd, p = (row[name] for name in ("value", "low", "high", "sd", "p_holm"))
     if value != value:
         return "--"
     text = f"{value:.1f}" + r"$^{\dagger}$" * (_unusable(row) and row["task"] != "average")
@@ -84,11 +85,11 @@ def _cell(row: dict[str, object]) -> str:
     small = f"$\\pm${(high - low) / 2:.1f}" if low == low else ""
     small += f" (sd {sd:.1f})" if sd == sd else ""
     if p < 1 - LEVEL and not row["few_images"]:
-        small += r" $\downarrow$" if float(str(row["difference"])) < 0 else r" $\uparrow$"
+        small += r" $\downarrow$" if row["difference"] < 0 else r" $\uparrow$"
     return text + (rf" {{\scriptsize {small.strip()}}}" if small else "")
 
 
-def _unusable(row: dict[str, object]) -> bool:
+def _unusable(row: dict[Hashable, Any]) -> bool:
     return "answers are unusable" in str(row["mark"])
 
 

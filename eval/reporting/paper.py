@@ -2,11 +2,12 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+from matplotlib.figure import Figure
 
 from secateur.reporting import comparison, own_table, tables
 from secateur.reporting.bibliography import bibliography
@@ -17,9 +18,6 @@ from secateur.reporting.render import tex
 from secateur.reporting.report_parts import DEMONSTRATION
 from secateur.reporting.seeds import row_names
 from secateur.reporting.versions import Stale, left_out
-
-# TrueType instead of bitmaps (Type 3), which the submission systems of conferences refuse
-PDF = {"pdf.fonttype": 42}
 
 
 class Paper(NamedTuple):
@@ -70,15 +68,22 @@ def write(results: Path, out: Path, resamples: int, highlight: Sequence[str] = (
         for chart in charts(group, compared, results, identity.title, own, highlight):
             name = re.sub("[^a-z0-9]+", "_", f"{stem}_{chart.name}".lower())
             path = out / "figures" / f"{name}.pdf"
-            with matplotlib.rc_context(PDF):
-                chart.figure.savefig(path, metadata={"CreationDate": None})
-            chart.figure.savefig(path.with_suffix(".png"), dpi=200)
-            files += [path, path.with_suffix(".png")]
+            files += save(chart.figure, path)
             preview += _figure(f"figures/{name}.pdf", chart.caption)
         warnings += [f"{identity.title}: {text}" for text in [*_doubts(group), *own]]
     files.append(_written(out / "methods.bib", bibliography(cell.name for cell in cells)))
     files.append(_written(out / "preview.tex", _document(preview)))
     return Paper(files, warnings)
+
+
+def save(figure: Figure, pdf: Path) -> tuple[Path, Path]:
+    """Write a figure as PDF and, beside it, as PNG; returns both paths."""
+    png = pdf.with_suffix(".png")
+    # TrueType fonts instead of Type 3, which the submission systems of conferences refuse
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        figure.savefig(pdf, metadata={"CreationDate": None}, dpi=200)
+    figure.savefig(png, dpi=200)
+    return pdf, png
 
 
 def provenance(cells: Sequence[Cell]) -> str:
@@ -146,7 +151,7 @@ def _data(cells: Sequence[Cell]) -> str:
     return "; ".join(dict.fromkeys(found))
 
 
-def _listed(values: Sequence[str] | set[str]) -> str:
+def _listed(values: Iterable[str]) -> str:
     return ", ".join(sorted(set(values)))
 
 

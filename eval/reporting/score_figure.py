@@ -86,14 +86,13 @@ def _panel(
             if row["high"] > row["low"]:
                 panel.axvspan(row["low"], row["high"], color="#e9ebee", zorder=0)
     for key, line in places.items():
-        row = rows.get(key)
-        if row is None or row["value"] != row["value"]:
+        if key not in rows or rows[key]["value"] != rows[key]["value"]:
             panel.text(
                 0.02, line, "not run", transform=panel.get_yaxis_transform(), fontsize=7,
                 color=_UNNAMED, va="center",
             )  # fmt: skip
             continue
-        color = look[key[1]].color if look[key[1]].named else _UNNAMED
+        row, color = rows[key], look[key[1]].color if look[key[1]].named else _UNNAMED
         sure = row["low"] == row["low"]
         if sure:
             panel.plot([row["low"], row["high"]], [line, line], color=color, linewidth=1.2)
