@@ -122,17 +122,17 @@ def jobs(experiment: str, results: Path) -> list[Job]:
     fields = grid(experiment)
     budgets = fields.pop("budget", [])
     # not those with fields of a method, as pruner={alpha:2} or pruner.alpha=2
-    files = [CONFIGS / "pruner" / f"{pruner}.yaml" for pruner in fields.get("pruner", [])]
-    if any(key.startswith("pruner.") for key in fields) or not all(map(Path.is_file, files)):
-        files = []
-    if files:
-        del fields["pruner"]
+    files: list[Path | None] = [None]
+    named = [CONFIGS / "pruner" / f"{pruner}.yaml" for pruner in fields.get("pruner", [])]
+    if not any(key.startswith("pruner.") for key in fields) and all(map(Path.is_file, named)):
+        files = [*named] or files
+        fields.pop("pruner", None)
     found = []
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for values in product(*fields.values()):
             swept = [f"{key}={value}" for key, value in zip(fields, values, strict=True)]
             config = compose("sweep", [f"experiment={experiment}", f"results={results}", *swept])
-            for file, budget in product(files or [None], budgets or [config.budget]):
+            for file, budget in product(files, budgets or [config.budget]):
                 if file:
                     config.pruner = OmegaConf.load(file)
                 config.budget = budget

@@ -50,7 +50,7 @@ def load(
             processor.image_processor = AutoImageProcessor.from_pretrained(
                 place, revision=commit, **_backend(resize)
             )
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             place,
             revision=commit,
             dtype=dtype,
@@ -60,6 +60,7 @@ def load(
         )
     except (OSError, SafetensorError) as error:
         raise FileNotFoundError(not_loaded(pretrained, revision, error)) from error
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{pretrained} has no weights for {', '.join(missing[:3])}"

@@ -111,7 +111,8 @@ def load_tasks(
             with _inside(data_root, dataset):
                 tasks[name] = _load(entry, None if data_root else revision)
         except (OSError, RetryError) as error:
-            cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+            last = error.last_attempt.exception() if isinstance(error, RetryError) else None
+            cause = last or error
             if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
                 raise cause from error
             if hub.hub_error(cause):
