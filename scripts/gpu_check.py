@@ -32,6 +32,12 @@ SIDES = {  # image_side of secateur.inputs
     "qwen2_vl_7b": 1008,
     "qwen2_5_vl_7b": 1008,
     "qwen2_5_vl_3b": 1008,
+    "qwen3_vl_8b": 1024,
+    "qwen3_vl_4b": 1024,
+    "qwen3_vl_2b": 1024,
+    "internvl3_8b": None,
+    "internvl3_2b": None,
+    "internvl3_1b": None,
 }
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # share of the largest logit
 
@@ -67,9 +73,13 @@ def checks(bench: Bench, keep: int) -> tuple[dict[str, tuple[Tensor, Tensor]], f
         if compact
         else seen["position_ids"][..., stays]
     )
-    hidden = bench.adapter.language_model(
-        inputs_embeds=seen["inputs_embeds"][:, stays], position_ids=positions, use_cache=False
-    )
+    arguments = bench.adapter.pruned_arguments(seen, stays.nonzero()[:, 0][None]) | {
+        "inputs_embeds": seen["inputs_embeds"][:, stays],
+        "position_ids": positions,
+        "attention_mask": None,
+        "use_cache": False,
+    }
+    hidden = bench.adapter.language_model(**arguments)
     expected = model.lm_head(hidden.last_hidden_state)[0]
     found[f"subset, {keep} of {bench.tokens}"] = pruned, expected
     after = bench.plan.text[1]

@@ -45,6 +45,8 @@ FAMILIES = {
     "llava_next": {"layout": "fixed2880"},
     "qwen2_vl": {"image_side": 168},
     "qwen2_5_vl": {"image_side": 168},
+    "qwen3_vl": {"image_side": 192},
+    "internvl": {},
 }
 METHODS = [build("divprune"), build("fastv", layer=1)]
 

@@ -224,8 +224,9 @@ def ceiling_prompt(adapter: Adapter, inputs: BatchFeature, tokens: int) -> Itera
             {} if grid is None else {"image_grid_thw": grid}
         )
         output = inner(**arguments)
-        output.pooler_output = [features[:tokens] for features in output.pooler_output]
-        return output
+        features = torch.cat([*output.pooler_output])[:tokens]  # of one image, perhaps in tiles
+        extras = {name: value[:tokens] for name, value in adapter.extras(output).items()}
+        return adapter.output([features], [extras])
 
     with encoding_by(adapter.core, encode):
         yield BatchFeature(fewer)
