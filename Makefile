@@ -55,8 +55,8 @@ test: $(READY)  ## run the tests
 
 # the tested releases of transformers, as in eval/families/contract.py
 MATRIX := 5.0.0 5.17.0 5.23.0 5.24.0
-INJECTION := tests/test_inject*.py tests/test_qwen_vision.py tests/test_geometry.py \
-	tests/test_families.py tests/test_prefixes.py tests/test_bench.py
+INJECTION := tests/test_inject*.py tests/test_invariants.py tests/test_qwen_vision.py \
+	tests/test_geometry.py tests/test_families.py tests/test_prefixes.py tests/test_bench.py
 
 # every test of what may go wrong, with the long ones that `make test` leaves out
 FAULTS := $(addprefix tests/test_,$(addsuffix .py,faults sweep launchers wandb_log store cache answers \
