@@ -28,9 +28,13 @@ def written(experiment: str) -> DictConfig:
     return _loaded(FOLDER / f"{experiment}.yaml")
 
 
-@cache
 def _loaded(path: Path) -> DictConfig:
-    """A file, read once; it is not to be changed."""
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _parsed(path: Path, changed: int) -> DictConfig:
+    """A file, parsed once until it is changed; callers leave it as it is."""
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     return config

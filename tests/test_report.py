@@ -167,13 +167,16 @@ def test_the_page_holds_tables_tied_best_flips_figures_and_provenance(written):
         assert fact in text, fact
 
 
-def test_shapes_are_a_demonstration_wherever_their_numbers_are(written, tmp_path):
+def test_it_is_said_once_that_shapes_are_a_demonstration(written):
     _, (path, markdown) = written
     assert text_of(path.read_text()).count(f"Suite shapes: {DEMONSTRATION}") == 1
     assert markdown.read_text().count(f"Suite shapes: {DEMONSTRATION}") == 1
     captions = tree(path.read_text()).xpath("//figure[p]/figcaption")
     assert len(captions) == len(CHARTS)
     assert all("Suite shapes" in caption.text_content() for caption in captions)
+
+
+def test_the_hub_is_no_demonstration(tmp_path):
     real = reported(tmp_path, grid(tasks=("gqa",), suite="hub", scope=0.7))
     assert not real.sections[0].demonstration
     assert DEMONSTRATION not in page(real)
