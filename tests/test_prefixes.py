@@ -104,8 +104,9 @@ AGNOSTIC = [
 
 
 # every method in a family with CLS and in one without; elsewhere one of each kind: unpruned, plain,
-# over the packed sequence of crops, merging
-WHOLE, KINDS = ("llava", "qwen2_5_vl"), ("none", "scope", "divprune", "visionzip")
+# with an order of its own, over the packed sequence of crops, merging
+WHOLE = ("llava", "qwen2_5_vl")
+KINDS = ("none", "scope", "promprune", "divprune", "visionzip")
 PAIRS = [
     (setting, method)
     for setting in SETTINGS
