@@ -188,9 +188,8 @@ def test_half_precision_checkpoints_load_in_float32(tokenizer, tmp_path):
 
 
 def test_a_checkpoint_that_is_nowhere():
-    with pytest.raises(
-        FileNotFoundError, match=r"'nobody/clip'.*could not be loaded from the hub.*set model\.clip=/its/folder"
-    ):
+    message = r"'nobody/clip'.*could not be loaded from the hub.*set model\.clip=/its/folder"
+    with pytest.raises(FileNotFoundError, match=message):
         ClipRelevance.from_pretrained("nobody/clip")
 
 
