@@ -279,5 +279,6 @@ def test_answers_that_mean_nothing_mark_their_rows():
     text = markdown(cells, table)
     assert "70.0† ± " in text
     assert "60.0 ± " in text
-    assert "gqa, scope 64: 7 of 2000 answers are unusable; 3 of 2000 answers were cut off" in text
+    assert "gqa, scope 64: 7 of 2000 answers are unusable." in text
+    assert "gqa, scope 64: 3 of 2000 answers were cut off" in text
     assert NOTE in text

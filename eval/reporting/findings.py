@@ -41,7 +41,7 @@ def findings(comparison: pd.DataFrame) -> list[str]:
                 found.append(f"{where}{size}, beside the unpruned model: {text}.")
             if text := _against_random(own):
                 found.append(f"{where}{size}, beside random: {text}.")
-    if tasks == ["average"]:
+    if tasks == ["average"] and len(found) > bool(len(few)):
         found.append("These sentences are about the average over the tasks.")
     if pruned["over_random"].isna().all():
         found.append(

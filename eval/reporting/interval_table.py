@@ -1,6 +1,7 @@
 """The comparison of a sweep's cells as Markdown with notes, and as CSV."""
 
 import html
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +10,10 @@ from secateur.reporting.comparison import FEW_IMAGES, Cell, provenance
 from secateur.reporting.stats import LEVEL
 from secateur.reporting.tables import DAGGER, NOTE
 from secateur.reporting.versions import mixtures
+
+_NAMED = 6  # rows that a note names
+_REASON = re.compile(r"; (?=\d+ |\d+\.\d tokens|no |other |every answer )")
+_COUNT = re.compile(r"(\d+ of \d+) (.*)")
 
 
 def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
@@ -60,13 +65,8 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
     if "over random" in wide:
         notes.append(f"Over random: the difference in the column {last['task'].iloc[0]}.")
     marked = comparison[(comparison["mark"] != "") & (comparison["task"] != "average")]
-    for (task, mark), rows in marked.groupby(["task", "mark"], sort=False):
-        who = (
-            "all rows"
-            if len(rows) == (comparison["task"] == task).sum()
-            else ", ".join(rows["method"] + " " + rows["budget"])
-        )
-        notes.append(f"{task}, {who}: {mark}.")
+    for task, rows in marked.groupby("task", sort=False):
+        notes += _marks(str(task), rows, int((comparison["task"] == task).sum()))
     if shown["cell"].str.contains(DAGGER).any():
         notes.append(NOTE)
     notes += mixtures(cell.record for cell in cells)
@@ -76,6 +76,30 @@ def markdown(cells: list[Cell], comparison: pd.DataFrame) -> str:
     table = wide.to_markdown(index=False, disable_numparse=True)
     heading = f"Intervals: {cells[0].record.identity.title}."
     return f"{heading}\n\n{table}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
+
+
+def _marks(task: str, rows: pd.DataFrame, total: int) -> list[str]:
+    """What limits the rows of a task, each reason once; `total` counts all rows of the task.
+
+    Reasons that differ in a count alone share a note, which names the row with the most. Many rows
+    are counted instead of named; the CSV has the reasons of each row.
+    """
+    reasons: dict[str, list[tuple[int, str, str]]] = {}
+    for method, budget, mark in rows[["method", "budget", "mark"]].to_numpy():
+        for text in _REASON.split(mark):
+            count = _COUNT.match(text)
+            reason = count[2] if count else text
+            number = int(count[1].split()[0]) if count else 0
+            reasons.setdefault(reason, []).append((number, f"{method} {budget}", text))
+    notes = []
+    for found in reasons.values():
+        who = [name for _, name, _ in found]
+        named = ", ".join(who) if len(who) <= _NAMED else f"{len(who)} of {total} rows"
+        _, most, text = max(found, key=lambda one: one[0])
+        if len({text for *_, text in found}) > 1:
+            text = f"{text} in {most}, no more in the others"
+        notes.append(f"{task}, {'all rows' if len(who) == total else named}: {text}.")
+    return notes
 
 
 def _over_random(row: pd.Series) -> str:
