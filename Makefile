@@ -100,12 +100,12 @@ DOC :=
 METHODS :=
 DATA :=
 
-paper: $(READY)  ## write LaTeX, CSV, figures, BibTeX and provenance of RESULTS (default: results) into OUT
+paper: $(READY)  ## write LaTeX, figures, BibTeX and provenance of RESULTS (default: results) to OUT
 	$(if $(OUT),,$(error name a folder: make paper OUT=paper))$(PYTHON) scripts/paper.py \
 	  --results $(or $(RESULTS),results) --out $(OUT) $(PLUGINS) \
 	  $(and $(HIGHLIGHT),--highlight '$(HIGHLIGHT)')
 
-kept: $(READY)  ## draw what METHODS (default: all) keep of documents, DOC=gqa:7,pope:3, into OUT
+kept: $(READY)  ## draw the tokens that METHODS (default: all) keep of DOC=gqa:7,pope:3 into OUT
 	$(PYTHON) scripts/kept.py $(DOC) --results $(or $(RESULTS),results) $(and $(OUT),--out $(OUT)) \
 	  $(PLUGINS) $(and $(METHODS),--methods '$(METHODS)') $(and $(DATA),--data-root $(DATA))
 
