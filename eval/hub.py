@@ -3,15 +3,20 @@
 import json
 import logging
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 Kind = Literal["model", "dataset"]
 log = logging.getLogger(__name__)
-_ONLINE = (
-    "go online; or set HF_HUB_OFFLINE=1, if the local cache has the model and the data; or name "
-    "folders (docs/USAGE.md, Offline)"
+_WITHOUT = (
+    "set HF_HUB_OFFLINE=1, if the local cache has the model and the data; or name folders "
+    "(docs/USAGE.md, Offline)"
 )
+_BUSY = (408, 429, 500, 502, 503, 504)
+_WAITS = (1, 3, 9)  # seconds before another try
+T = TypeVar("T")
 
 
 class Resolved(NamedTuple):
@@ -59,8 +64,7 @@ def forget() -> None:
 def _ask(repository: str, revision: str, kind: Kind) -> Resolved:
     if re.fullmatch("[0-9a-f]{40}", revision):
         return Resolved(revision)
-    import huggingface_hub  # slow to import
-    from huggingface_hub import constants
+    from huggingface_hub import auth_check, constants, repo_info  # slow to import
 
     folder = f"{kind}s--{repository.replace('/', '--')}"
     note = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
@@ -69,9 +73,11 @@ def _ask(repository: str, revision: str, kind: Kind) -> Resolved:
         return Resolved(cached, None if cached else _Offline())
     try:
         # a hub that answers late is as good as none: the cache may have the files
-        found = huggingface_hub.repo_info(repository, repo_type=kind, revision=revision, timeout=10)
+        found = patiently(
+            lambda: repo_info(repository, repo_type=kind, revision=revision, timeout=10)
+        )
         if found.gated:
-            huggingface_hub.auth_check(repository, repo_type=kind)
+            auth_check(repository, repo_type=kind)
     except Exception as error:  # of the network, of the hub, of a name that is no hub id
         log.debug("the hub does not say the commit of %s: %s", repository, error)
         return Resolved(cached, error)
@@ -82,6 +88,24 @@ def _ask(repository: str, revision: str, kind: Kind) -> Resolved:
         except OSError as error:  # a cache that others keep: it has the files, or loading fails
             log.debug("the commit of %s cannot be noted: %s", repository, error)
     return Resolved(found.sha)
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Call again, a few times, what fails because the hub is busy.
+
+    Files that came whole stay in the cache. The libraries try most requests again by themselves,
+    but not a file whose download begins with status 503.
+    """
+    for wait in _WAITS:
+        try:
+            return call()
+        except Exception as error:
+            found = hub_error(error)
+            if not found or (found.response.status_code not in _BUSY):
+                raise
+            log.warning("%s. Trying again in %d s.", first_line(found), wait)
+        time.sleep(wait)
+    return call()
 
 
 class _Offline(OSError):
@@ -129,7 +153,7 @@ def explain(error: BaseException, repository: str, kind: Kind, option: str) -> s
     if found and found.response.status_code in (401, 403):
         return f"the hub refuses access{answered}. Run `hf auth login`, or set HF_TOKEN"
     if found:
-        return f"the hub fails{answered}. Try again later; or {_ONLINE}"
+        return f"the hub fails{answered}. Try again later; or {_WITHOUT}"
     if isinstance(error, _Offline):
         return (
             "HF_HUB_OFFLINE is set, and the local cache does not have it. Unset it and go online, "
@@ -140,9 +164,9 @@ def explain(error: BaseException, repository: str, kind: Kind, option: str) -> s
     if isinstance(error, json.JSONDecodeError):
         return (
             f"{at} answers with something that is no answer of a hub, such as the login page of a "
-            f"network or a proxy. Open it in a browser, or correct HF_ENDPOINT; or {_ONLINE}"
+            f"network or a proxy. Open it in a browser, or correct HF_ENDPOINT; or {_WITHOUT}"
         )
-    return f"the hub {at} does not answer ({first_line(error)}). Check the network; or {_ONLINE}"
+    return f"the hub {at} does not answer ({first_line(error)}). Check the network; or {_WITHOUT}"
 
 
 def hub_error(error: BaseException | None):  # type: ignore[no-untyped-def] # imported late

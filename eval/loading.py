@@ -13,6 +13,7 @@ from transformers import (
 )
 from transformers.models.auto import image_processing_auto
 
+from secateur import hub
 from secateur.checkpoints import locate, not_loaded, pinned
 from secateur.geometry import config_of, random_model, random_processor
 
@@ -43,7 +44,8 @@ def load(
     if weights != "pretrained":
         raise ValueError(f"weights={weights!r} is not one of pretrained, random")
     place, commit = str(locate(pretrained)), pinned(pretrained, revision)
-    try:
+
+    def fetched() -> tuple[PreTrainedModel, dict[str, Any], ProcessorMixin]:
         processor = AutoProcessor.from_pretrained(place, revision=commit)
         if resize is not None:
             # AutoProcessor passes a backend to Qwen's video processor too, which has no PIL form
@@ -58,9 +60,12 @@ def load(
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
+        return *loaded, processor
+
+    try:
+        model, found, processor = hub.patiently(fetched)
     except (OSError, SafetensorError) as error:
         raise FileNotFoundError(not_loaded(pretrained, revision, error)) from error
-    model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{pretrained} has no weights for {', '.join(missing[:3])}"

@@ -1,9 +1,11 @@
 """A sweep on several processes: shares of jobs, what a worker does, what happens when one dies."""
 
 import json
+import math
 import os
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,22 +85,76 @@ class Worker:
         return DelayedSubmission(self, *arguments)
 
 
-def wait(running: list[Any], shares: list[list[NumberedOverrides]], folder: Path) -> None:
+class SlurmQueue:
+    """Which workers have left SLURM's queue.
+
+    `squeue` tells it at once and on every cluster. submitit asks `sacct`, which needs a database of
+    accounts and is asked every ten minutes only.
+    """
+
+    INTERVAL = 10.0  # seconds from one question to the next
+
+    def __init__(self) -> None:
+        self._asked = -math.inf
+        self._absent: dict[str, int] = {}  # how many answers in a row did not have it
+        self._told = False
+
+    def ended(self, job: Any, others: list[Any]) -> bool:
+        """Whether a job has left its result, or was not in the queue twice in a row.
+
+        Args:
+            others: the jobs that are asked about together.
+        """
+        if job.paths.result_pickle.exists():
+            return True
+        if time.monotonic() - self._asked >= self.INTERVAL:
+            self._asked = time.monotonic()
+            self._ask([other.job_id for other in others])
+        return self._absent.get(job.job_id, 0) > 1
+
+    def _ask(self, names: list[str]) -> None:
+        command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(names)}"]
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            # squeue calls it an error if it knows none of them any more
+            failed = asked.returncode != 0 and "Invalid job id" not in asked.stderr
+            reason = asked.stderr.strip()
+        except (OSError, subprocess.TimeoutExpired) as error:
+            failed, reason = True, str(error)
+        if failed:
+            if not self._told:
+                console.print(f"squeue does not tell the state of the workers: {reason}")
+            self._told = True
+            return
+        queued = set(asked.stdout.split())
+        for name in names:
+            self._absent[name] = 0 if name in queued else self._absent.get(name, 0) + 1
+
+
+def wait(
+    running: list[Any],
+    shares: list[list[NumberedOverrides]],
+    folder: Path,
+    ended: Callable[[Any, list[Any]], bool] = lambda job, _: job.done(),
+) -> None:
     """Print each job that ends, until all workers have ended.
 
     Writes a failed outcome for every job that a worker did not finish.
+
+    Args:
+        ended: whether a worker has ended; its second argument is all workers.
     """
     left = {number: " ".join(overrides) for share in shares for number, overrides in share}
-    total, ended = len(left), False
-    while not ended:
-        ended = all(job.done() for job in running)
+    total, over = len(left), False
+    while not over:
+        over = all(ended(job, running) for job in running)
         for number in [number for number in left if (folder / str(number) / OUTCOMES).exists()]:
             console.print(
                 f"{total - len(left) + 1} of {total} jobs through: {left.pop(number)}",
                 highlight=False,
                 markup=False,
             )
-        time.sleep(0 if ended else 1)
+        time.sleep(0 if over else 1)
     for rank, (job, share) in enumerate(zip(running, shares, strict=True)):
         for number, overrides in share:
             if number in left:

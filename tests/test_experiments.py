@@ -164,10 +164,11 @@ def cells(experiment: str) -> set[tuple[Variant, str, str]]:
 def test_every_combination_is_a_job(tmp_path, experiment):
     model = model_of(experiment)
     tokens, layers = SIZES[model]
-    combinations = product(grid(experiment)["pruner"], grid(experiment)["budget"])
-    for (method, _), job in zip(combinations, experiments.jobs(experiment, tmp_path), strict=True):
+    swept = grid(experiment)
+    combinations = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
+    for own, job in zip(combinations, experiments.jobs(experiment, tmp_path), strict=True):
         assert job.model.name == model
-        assert job.pruner.name == choice(experiment, method, job.tasks[0]).method
+        assert job.pruner.name == choice(experiment, own["pruner"], job.tasks[0]).method
         assert job.limit is None
         assert job.suite.name == "hub"
         keep = job.budget.resolve(tokens)

@@ -103,12 +103,14 @@ class TestFaults:
         assert tokens in (None, record["visual_tokens"])
 
     def test_lmms_evals_command_line(self, hub, tmp_path):
+        """Its own loader asks for a login, also where the data are public."""
         model = f"pretrained={LLAVA},dtype=float32,device=cpu,pruner=scope,budget=64"
         code, printed = run(
             hub,
             tmp_path,
             *("-m", "lmms_eval", "--model", "secateur", "--tasks", "mmstar", "--limit", "2"),
             *("--model_args", f"{model},max_new_tokens=1", "--output_path", str(tmp_path / "out")),
+            HF_TOKEN="hf_mine",
         )
         assert code == 0, printed
         assert list(tmp_path.rglob("*_results.json")), printed

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import CLIPModel, CLIPTokenizer
 
+from secateur import hub
 from secateur.checkpoints import locate, not_loaded, pinned
 
 _QUESTIONS = 2**14  # kept in memory, more than a task has: 3 KB each
@@ -55,10 +56,12 @@ class ClipRelevance(nn.Module):
         """
         place, commit = str(locate(pretrained)), pinned(pretrained, revision)
         try:
-            loaded: Any = CLIPModel.from_pretrained(
-                place, revision=commit, dtype=torch.float32, output_loading_info=True
+            loaded: Any = hub.patiently(
+                lambda: CLIPModel.from_pretrained(
+                    place, revision=commit, dtype=torch.float32, output_loading_info=True
+                )
             )
-            tokenizer = CLIPTokenizer.from_pretrained(place, revision=commit)
+            tokenizer = hub.patiently(lambda: CLIPTokenizer.from_pretrained(place, revision=commit))
         except (OSError, SafetensorError) as error:
             raise FileNotFoundError(
                 not_loaded(pretrained, revision, error, "model.clip")

@@ -4,6 +4,7 @@ Hydra looks for it in this folder.
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from secateur import hub
-from secateur.progress import console
-from secateur.workers import Worker, split_jobs, wait
+from secateur.progress import console, print_error
+from secateur.workers import SlurmQueue, Worker, split_jobs, wait
 
 
 class Packed(Launcher):
@@ -78,32 +79,59 @@ class Packed(Launcher):
             workers,
         )
         folder = Path(self.worker.config.hydra.sweep.dir).resolve()
-        executor = submitit.AutoExecutor(
-            folder / "workers", self.cluster, slurm_max_num_timeout=self.max_num_timeout
-        )
-        executor.update_parameters(**self.parameters)
-        with executor.batch():
-            running = [
-                executor.submit(
-                    self.worker,
-                    share,
-                    devices[rank % len(devices)] if devices else None,
-                    Singleton.get_state(),
-                )
-                for rank, share in enumerate(shares)
-            ]
+        try:
+            executor = submitit.AutoExecutor(
+                folder / "workers", self.cluster, slurm_max_num_timeout=self.max_num_timeout
+            )
+            executor.update_parameters(**self.parameters)
+            with executor.batch():
+                running = [
+                    executor.submit(
+                        self.worker,
+                        share,
+                        devices[rank % len(devices)] if devices else None,
+                        Singleton.get_state(),
+                    )
+                    for rank, share in enumerate(shares)
+                ]
+        except (RuntimeError, submitit.core.utils.FailedJobError) as error:
+            print_error(_not_submitted(str(error)))
+            sys.exit(1)
         console.print(
             f"{len(job_overrides)} jobs on {len(running)} workers; "
             f"their logs: {folder / 'workers'}",
             highlight=False,
         )
         try:
-            wait(running, shares, folder)
+            if self.cluster == "slurm":
+                wait(running, shares, folder, SlurmQueue().ended)
+            else:
+                wait(running, shares, folder)
         except BaseException:
             for job in running:
                 job.cancel(check=False)
             raise
         return []
+
+
+def _not_submitted(error: str) -> str:
+    """Why SLURM did not take the workers, and the cure, in one paragraph."""
+    said = [line for line in error.splitlines() if line.startswith(("sbatch:", "srun:"))]
+    cause = " ".join(said) or error.strip().splitlines()[0]
+    if "munge" in cause.lower():
+        cure = "Start munge on this machine (systemctl start munge), or use a login node."
+    elif "contact slurm controller" in cause.lower():
+        cure = "The cluster's controller is down, or SLURM_CONF names another cluster's."
+    elif any(word in cause.lower() for word in ("partition", "account", "qos", "constraint")):
+        cure = (
+            "`sinfo` lists the partitions, `sacctmgr show assoc user=$USER` your accounts: set "
+            "hydra.launcher.parameters.slurm_partition, slurm_account or slurm_qos."
+        )
+    elif "Could not detect" in cause:
+        cure = "There is no SLURM here: run on a login node, or use hydra/launcher=gpus."
+    else:
+        cure = "Change hydra.launcher.parameters, listed in configs/hydra/launcher."
+    return f"SLURM did not take the workers: {cause}. {cure} Nothing was run."
 
 
 def _devices() -> list[str]:
