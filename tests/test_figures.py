@@ -12,6 +12,7 @@ from stored import FULL, SPPRUNER, grid, store
 
 from secateur.reporting import figures, gallery, images
 from secateur.reporting.agreement import agreement, agreement_matrices
+from secateur.reporting.charts import charts
 from secateur.reporting.comparison import compare, load
 from secateur.reporting.cost_figures import accuracy_against, one_by_one, pareto
 from secateur.reporting.costs import first_token_flops, prefill_times
@@ -337,3 +338,17 @@ def test_images_come_from_the_tasks_own_documents(shapes, tmp_path):
         documents.images("gqa", row.replace(3, 300))
     with pytest.raises(FileNotFoundError, match="gqa"):
         images.Documents("hub", ["gqa"], tmp_path)
+
+
+def test_prefill_is_drawn_and_what_was_not_timed_is_named(compared, tmp_path):
+    cells, table = compared
+    timed = {"model": "shapes_llava", "geometry": "true", "device": "gpu", "dtype": "bfloat16"}
+    timed |= {"attn_implementation": "sdpa", "budget": 16, "prefill": 3.0}
+    for method, drawn in (("scope", True), ("dart", False)):
+        (tmp_path / method / "bench").mkdir(parents=True)
+        one = pd.DataFrame([timed | {"kind": "pruned", "method": method}])
+        one.to_parquet(tmp_path / method / "bench" / "bench-gpu.parquet")
+        found = {chart.name: chart for chart in charts(cells, table, tmp_path / method, "t", [])}
+        assert ("accuracy_prefill_0" in found) == drawn
+        if drawn:
+            assert "random at 16" in found["accuracy_prefill_0"].caption.split("Not timed: ")[1]

@@ -51,7 +51,7 @@ def charts(
         "scores",
         scores(compared, f"Scores with 95 % intervals, {title}", highlight),
         "Scores by budget, method and task, with 95 % intervals; the methods of a budget from best "
-        f"to worst in the first column. {named}",
+        f"to worst in the first column.{named}",
     )
     if (compared["method"] != UNPRUNED).any():
         tokens = compared.set_index(["task", "method", "budget"])["tokens"]
@@ -61,14 +61,14 @@ def charts(
             accuracy_against(
                 compared, tokens, axis, f"Score against tokens, {title}", highlight, front=False
             ),
-            f"Scores against visual tokens, fewer to the right. {_INTERVALS} {named}",
+            f"Scores against visual tokens, fewer to the right. {_INTERVALS}{named}",
         )
         yield Chart(
             "accuracy_tokens_single",
             one_by_one(compared, tokens, axis, f"Each method by itself, {title}", highlight),
             "Each method by itself with 95 % intervals, from best to worst at the smallest budget.",
         )
-    yield from _against_costs(cells, compared, results, title, warnings, highlight)
+        yield from _against_costs(cells, compared, results, title, warnings, highlight)
     for one in ablation.varied(cell.record.identity for cell in cells):
         yield Chart(
             f"{one.method}_{one.others}_{one.field}",
@@ -100,7 +100,7 @@ def _against_costs(
     else:
         text = (
             "Scores against FLOPs until the first token (tower, projector, pruner, prefill, head), "
-            f"mean over documents, cheaper to the right. {_INTERVALS} {named}"
+            f"mean over documents, cheaper to the right. {_INTERVALS}{named}"
         )
         if costs.uncounted:
             text += f" Without the cost of the pruner itself: {', '.join(costs.uncounted)}."
@@ -113,8 +113,11 @@ def _against_costs(
     for number, (axis, times) in enumerate(prefill_times(cells, results).items()):
         text = (
             "Scores against measured prefill, faster to the right: the bench's median, on its own "
-            f"prompts, apart from the answers. {_INTERVALS} {named}"
+            f"prompts, apart from the answers. {_INTERVALS}{named}"
         )
+        if not set(times.index.get_level_values("method")) - {UNPRUNED}:
+            warnings.append(f"No scores against {axis}: the bench timed none of these methods.")
+            continue
         timed = compared.set_index(["task", "method", "budget"]).index.isin(times.index)
         absent = compared[~timed][["method", "budget"]].drop_duplicates().to_numpy()
         if len(absent):
@@ -127,12 +130,12 @@ def _against_costs(
 
 
 def _named(compared: pd.DataFrame, highlight: Sequence[str]) -> str:
-    """Which methods have a colour, and the fields that the figures' labels leave out."""
+    """How many methods have no colour, and the fields that labels leave out; may be empty."""
     look = looks(compared, highlight)
     grey = sum(not own.named for own in look.values())
     short = short_names([*look])
     longer = [label for label in look if short[label] != label]
-    text = f"{grey} methods have no colour of their own." if grey else ""
+    text = f" {grey} methods have no colour of their own." if grey else ""
     if longer:
         text += f" Labels without fields: {', '.join(longer)}."
-    return text.strip()
+    return text
