@@ -17,8 +17,8 @@ WHOLE = $(if $(REST),$(error make takes no value with a space ("$(REST)"); \
 	run python scripts/sweep.py -m with the same words))
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep tables claims report bench bench-gpu flops test test-faults test-thorough \
-	test-matrix test-newest bench-sweep lint golden bench-select coverage methods readme \
+.PHONY: help sweep tables claims report bench bench-gpu flops test test-faults test-slurm \
+	test-thorough test-matrix test-newest bench-sweep lint golden bench-select coverage methods readme \
 	train-shapes clean lock checked compare paper kept
 
 help:  ## list the targets
@@ -59,11 +59,15 @@ INJECTION := tests/test_inject*.py tests/test_invariants.py tests/test_qwen_visi
 	tests/test_geometry.py tests/test_families.py tests/test_prefixes.py tests/test_bench.py
 
 # every test of what may go wrong, with the long ones that `make test` leaves out
-FAULTS := $(addprefix tests/test_,$(addsuffix .py,faults sweep launchers wandb_log store cache answers \
-	versions source settings models support))
+FAULTS := $(addprefix tests/test_,$(addsuffix .py,faults hub sweep launchers wandb_log store cache \
+	answers versions source settings models support))
 
-test-faults: $(READY)  ## run all fault tests: 50 kills at random moments, full disks, damaged files
+test-faults: $(READY)  ## run all fault tests: 50 kills, full disks, damaged files, a hub that fails
 	$(PYTHON) -m pytest -n 0 -m "" $(FAULTS)
+
+test-slurm: $(READY)  ## sweeps on a real SLURM of one node; as root, says what it needs
+	$(PYTHON) tests/slurm_node.py
+	$(PYTHON) -m pytest -n 0 -m slurm tests/test_slurm.py
 
 test-thorough: $(READY)  ## run the property tests on three times as many generated inputs
 	$(PYTHON) -m pytest tests/test_properties.py --hypothesis-profile=thorough

@@ -117,7 +117,8 @@ def test_a_stopped_worker(sweeps, slurm, tmp_path, what):
     assert code == 0, printed
     command = [sys.executable, *sweeps.command(undisturbed, *GRID, *words)]
     assert subprocess.run(command, capture_output=True).returncode == 0
-    assert tables(stopped) == tables(undisturbed)
+    # the sweep of the killed worker left a table of what it had
+    assert tables(undisturbed).items() <= tables(stopped).items()
 
 
 @pytest.mark.parametrize(
