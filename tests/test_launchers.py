@@ -5,16 +5,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
 from sweeping import SCRIPT, cells, tables, wait_for
 
-from secateur.workers import split_jobs
+from secateur.workers import SlurmQueue, split_jobs
 
 GRID = ("-m", "pruner=none,random", "budget=16,32")
 WORKERS = ("hydra/launcher=gpus", "hydra.launcher.workers=2")
-# three programs that stand for a cluster of two machines: sbatch runs the tasks of an array here,
+# programs that stand for a cluster of two machines: sbatch runs the tasks of an array here,
 # each with the variables that SLURM would set
 SBATCH = """#!/bin/bash
 script="${@: -1}"
@@ -30,9 +31,9 @@ SRUN = """#!/bin/bash
 while [ "$1" != "$PYTHON" ]; do shift; done
 exec "$@"
 """
-SACCT = """#!/bin/bash
-echo "JobID|State"
-for task in 0 1; do echo "7_$task|RUNNING"; done
+SQUEUE = """#!/bin/bash
+echo 7_0
+echo 7_1
 """
 
 
@@ -68,6 +69,32 @@ def test_jobs_are_shared_out_evenly_with_those_of_a_model_together():
         assert {len(share) for share in shares} <= {8 // min(workers, 8), -(-8 // min(workers, 8))}
         loads = sum(len({job[1][1] for job in share}) for share in shares)
         assert loads <= len(shares) + 1
+
+
+def test_a_slurm_job_has_ended_once_the_queue_lacks_it_twice(tmp_path, monkeypatch):
+    """A queue that cannot be asked ends nothing, and is told once."""
+    answers = [
+        SimpleNamespace(returncode=0, stdout="7_1\n", stderr=""),
+        SimpleNamespace(returncode=1, stdout="", stderr="Unable to contact slurm controller"),
+        SimpleNamespace(returncode=1, stdout="", stderr="Unable to contact slurm controller"),
+        SimpleNamespace(returncode=0, stdout="7_1\n", stderr=""),
+        SimpleNamespace(returncode=1, stdout="", stderr="slurm_load_jobs error: Invalid job id"),
+        SimpleNamespace(returncode=1, stdout="", stderr="slurm_load_jobs error: Invalid job id"),
+    ]
+    told: list[str] = []
+    monkeypatch.setattr("secateur.workers.subprocess.run", lambda *_, **__: answers.pop(0))
+    monkeypatch.setattr("secateur.workers.console.print", told.append)
+    jobs = [
+        SimpleNamespace(job_id=f"7_{n}", paths=SimpleNamespace(result_pickle=tmp_path / str(n)))
+        for n in range(2)
+    ]
+    queue = SlurmQueue()
+    monkeypatch.setattr(SlurmQueue, "INTERVAL", 0.0)
+    assert [queue.ended(jobs[0], jobs) for _ in range(4)] == [False, False, False, True]
+    assert [queue.ended(jobs[1], jobs) for _ in range(2)] == [False, True]
+    assert len(told) == 1
+    (tmp_path / "0").touch()
+    assert SlurmQueue().ended(jobs[0], jobs), "its result is there"
 
 
 @pytest.mark.parametrize("name", ["gpus", "submitit_slurm"])
@@ -141,7 +168,7 @@ def test_a_slurm_array_makes_the_same_tables(sweeps, reference, tmp_path):
     for name, program in (
         ("sbatch", SBATCH),
         ("srun", SRUN),
-        ("sacct", SACCT),
+        ("squeue", SQUEUE),
         ("scancel", "#!/bin/bash\n"),
     ):
         (cluster / name).write_text(program)

@@ -113,7 +113,7 @@ def test_a_stopped_worker(sweeps, slurm, tmp_path, what):
         assert "ended before this job; see " in printed
         code, printed = Running(sweeps, slurm, stopped, *words).end()
     else:
-        assert "Requeued job" in running.logs()
+        assert "Caught signal SIGUSR2" in running.logs()
     assert code == 0, printed
     command = [sys.executable, *sweeps.command(undisturbed, *GRID, *words)]
     assert subprocess.run(command, capture_output=True).returncode == 0

@@ -66,7 +66,6 @@ class Packed(Launcher):
             raise ImportError(
                 "this launcher needs submitit: pip install 'secateur[slurm]'"
             ) from error
-        self.worker.commits = hub.known()  # the sweeper has asked for all of them
         devices = _devices() if self.cluster == "local" else []
         workers = len(devices) if self.workers is None else self.workers
         if workers < 1:
@@ -78,6 +77,7 @@ class Packed(Launcher):
             [(initial_job_idx + n, list(overrides)) for n, overrides in enumerate(job_overrides)],
             workers,
         )
+        self.worker.commits = hub.known()  # the sweeper has asked for all of them
         folder = Path(self.worker.config.hydra.sweep.dir).resolve()
         try:
             executor = submitit.AutoExecutor(
