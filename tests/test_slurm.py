@@ -98,9 +98,10 @@ def test_a_stopped_worker(sweeps, slurm, tmp_path, what):
     (tmp_path / "slow.py").write_text(SLOW)
     words = (f"plugins=[{tmp_path / 'slow.py'}]", "pruner=none,slow", "budget=16", "strict=true")
     words = (*words, "tasks=[scienceqa_img]", "limit=30")
-    limits = (f"{LAUNCHER}.timeout_min=1", f"+{LAUNCHER}.slurm_signal_delay_s=20")
+    limits = (f"{LAUNCHER}.timeout_min=2", f"+{LAUNCHER}.slurm_signal_delay_s=20")
     stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
-    own = slurm | {"SLOW": "2"}
+    # the method alone takes longer than a job that gets its signal after 100 seconds
+    own = slurm | {"SLOW": "3.5" if what == "out of time" else "1"}
     running = Running(sweeps, own, stopped, *words, *(limits if what == "out of time" else ()))
     if what != "out of time":
         wait_for(lambda: list(stopped.rglob("*slow*.answers.jsonl")), 180)
