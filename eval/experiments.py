@@ -29,11 +29,12 @@ def written(experiment: str) -> DictConfig:
 
 
 def _loaded(path: Path) -> DictConfig:
-    return _parsed(path, path.stat().st_mtime_ns)
+    found = path.stat()
+    return _parsed(path, (found.st_mtime_ns, found.st_size))
 
 
 @cache
-def _parsed(path: Path, changed: int) -> DictConfig:
+def _parsed(path: Path, version: tuple[int, int]) -> DictConfig:
     """A file, parsed once until it is changed; callers leave it as it is."""
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
