@@ -82,6 +82,8 @@ def test_the_wheel_holds_configs_reported_numbers_and_templates(wheel):
         ]
         assert {f"secateur/{inside}/{file.as_posix()}" for file in files} <= held
     assert "secateur/reporting/templates/report.html" in held
+    assert "secateur/reporting/templates/report.js" in held
+    assert "secateur/pruners/references.bib" in held
     assert "secateur/shapes/model/model.safetensors" in held
     assert "hydra_plugins/packed.py" in held
     assert not [name for name in held if "train" in name]
