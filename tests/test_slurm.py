@@ -50,7 +50,10 @@ class Running:
 
     def end(self, seconds: float = 300) -> tuple[int, str]:
         """Exit status, and what was printed."""
-        printed, _ = self.process.communicate(timeout=seconds)
+        try:
+            printed, _ = self.process.communicate(timeout=seconds)
+        finally:
+            self.process.kill()
         return self.process.returncode, " ".join(printed.split())
 
     def ask(self, *command: str) -> str:
