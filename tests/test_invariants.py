@@ -26,6 +26,6 @@ def test_the_table_has_the_largest_of_all_kernels_and_names_what_is_broken():
     assert "| batch as single prompts | 0.0001 | 0 | 0.5 |" in lines
     assert broken == [
         "internvl: batch as single prompts: 0.5 is above 0.0001",
-        "internvl: images from the cache: inf is above 0",
+        "internvl: images from the cache: inf is above 0.0001",
     ]
     assert "| - |" in table({"llava": [nothing]})[0]
