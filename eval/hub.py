@@ -101,7 +101,7 @@ def patiently(call: Callable[[], T]) -> T:
             return call()
         except Exception as error:
             found = hub_error(error)
-            if not found or (found.response.status_code not in _BUSY):
+            if not found or found.response.status_code not in _BUSY:
                 raise
             log.warning("%s. Trying again in %d s.", first_line(found), wait)
         time.sleep(wait)
