@@ -13,7 +13,7 @@ from test_inject_qwen import scene
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from secateur.geometry import random_model, random_processor, tiny
+from secateur.geometry import random_model, random_processor, reduced, tiny
 from secateur.injection import inject
 from secateur.inputs import Inputs, Prompt
 from secateur.pruners import Pruner, PrunerError, Selection, VisualTokens, build
@@ -265,6 +265,15 @@ def test_a_budget_is_divided_in_proportion(model):
     assert audit.crops == ((4, 4),) * 5
     kept = [index for index in audit.kept_indices[0] if index >= 0]
     assert [sum(index < N for index in kept), sum(index >= N for index in kept)] == [4, 11]
+
+
+def test_a_reduced_model_is_pruned():
+    config = reduced(tiny("llava_onevision"), layers=2, shrink=2)
+    model = random_model(config)
+    assert len(model.model.language_model.layers) == len(config.text_config.layer_types) == 2
+    with inject(model, build("scope"), "50%") as trace:
+        model.generate(**encode([[1]]), max_new_tokens=1)
+    assert trace.audits[0].sections == ((4, 4), (12, 12))
 
 
 class TestRefusals:
