@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from rich.progress import track
+from transformers import AutoProcessor
 
 from secateur.budget import Budget
 from secateur.cache import EncodeCache
@@ -80,10 +81,21 @@ def requests(model: PrunedModel, task: str, images: int, questions: int) -> list
 
 
 def random_checkpoint(folder: Path, layers: int = LAYERS, shrink: int = SHRINK) -> str:
-    """A LLaVA-1.5 of true image geometry, 576 visual tokens, with few and narrow layers."""
+    """A LLaVA-1.5 of true image geometry, 576 visual tokens, with few and narrow layers.
+
+    Its tokenizer is that of the embedded model, a token for most words of the questions, since the
+    byte tokenizer of other random models would make them several times as long as they are.
+    """
     config = reduced(config_of("llava_1_5_7b"), layers, shrink)
+    processor: Any = random_processor(config)
+    words = AutoProcessor.from_pretrained(SHAPES_MODEL)
+    processor.tokenizer, processor.chat_template = words.tokenizer, words.chat_template
+    config.image_token_id = words.image_token_id
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config.text_config, name, getattr(words.tokenizer, name))
+    config.text_config.vocab_size = len(words.tokenizer)
     random_model(config, "cpu", torch.float32, "sdpa", seed=0, std=0.1).save_pretrained(folder)
-    random_processor(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return str(folder)
 
 
