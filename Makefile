@@ -156,8 +156,13 @@ lint: $(READY)  ## check style and types
 	ln -s $(abspath $(wildcard eval/*) pruners) build/links/secateur
 	$(PYTHON) -m mypy
 
-train-shapes: $(READY)  ## train the embedded model into OUT (about an hour on two cores)
-	$(PYTHON) scripts/training/train_shapes.py $(or $(OUT),results/shapes_llava)
+# the commit that has version 1 of the embedded model, whose language model training starts from
+VERSION1 := bda7bc8
+train-shapes: $(READY)  ## train the embedded model into OUT (an hour and a half on one core)
+	rm -rf build/version1 && mkdir -p build/version1
+	git archive $(VERSION1) eval/shapes/model | tar -x -C build/version1
+	$(PYTHON) -m scripts.training.train_shapes build/version1/eval/shapes/model \
+	  $(or $(OUT),results/shapes_llava)
 
 golden: $(READY)  ## compare selections with recorded outputs of the official codes
 	$(PYTHON) scripts/check_golden.py tests/golden

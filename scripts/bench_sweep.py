@@ -33,7 +33,7 @@ from secateur.injection import Sample, inject
 from secateur.models import PrunedModel
 from secateur.paths import ROOT, SHAPES_MODEL
 from secateur.pruners import build
-from secateur.shapes.datasets import TRAINED_TASKS
+from secateur.shapes.datasets import SWEEP_TASKS
 from secateur.shapes.datasets import build as build_shapes
 from secateur.tasks import TASKS
 from secateur.tasks.load import load_tasks, manager_of
@@ -139,7 +139,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         root = build_shapes(Path(folder) / "shapes")
-        tasks = load_tasks(list(TRAINED_TASKS), root)
+        tasks = load_tasks(list(SWEEP_TASKS), root)
         fields: dict[str, Any] = {
             "dtype": "float32",
             "device": "cpu",
@@ -155,7 +155,7 @@ def main() -> None:
         sides["sweep"].expect(set[str]().union(*(build(name).needs for name in PRUNERS)))
         clocks = {side: Clock(model.model) for side, model in sides.items()}
         pruners, budgets = (PRUNERS[:5:4], BUDGETS[:1]) if options.quick else (PRUNERS, BUDGETS)
-        grid = [(p, Budget(tokens=b), t) for p in pruners for b in budgets for t in TRAINED_TASKS]
+        grid = [(p, Budget(tokens=b), t) for p in pruners for b in budgets for t in SWEEP_TASKS]
         rows = []
         for pruner, budget, name in track(grid, description="cells"):
             answers = {}

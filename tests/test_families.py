@@ -19,7 +19,7 @@ from secateur.geometry import config_of, random_model, random_processor, tiny
 from secateur.injection import inject
 from secateur.models import DocumentError, PrunedModel
 from secateur.pruners import REGISTRY, InLLMPruner, build
-from secateur.shapes.datasets import SIZES, TRAINED_TASKS
+from secateur.shapes.datasets import SIZES, SWEEP_TASKS
 from secateur.shapes.datasets import build as build_shapes
 from secateur.tasks import TASKS
 from secateur.tasks.load import load_tasks, manager_of
@@ -90,7 +90,7 @@ def refused_by(family: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     root = build_shapes(tmp_path_factory.mktemp("data") / "shapes", dict.fromkeys(SIZES, 4))
-    return load_tasks(list(TRAINED_TASKS), root)
+    return load_tasks(list(SWEEP_TASKS), root)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from PIL import ImageFile
 from safetensors.torch import load_file, save_file
 from tenacity import stop_after_attempt
 
-from scripts.training.train_shapes import Recipe, train
+from scripts.training.recipe import Recipe
+from scripts.training.train_shapes import train
 from secateur import cell, models, prefixes
 from secateur.answers import Answers
 from secateur.budget import Budget
@@ -136,12 +137,12 @@ def test_an_unknown_prompt_is_refused():
 def test_the_training_recipe_runs_and_its_model_answers(tasks, tmp_path):
     """All stages, a few steps each: what they save loads and fits the repository."""
     short = Recipe(
-        scenes=80, tower_steps=2, tower_batch=8, align_steps=2, short_steps=1, steps=2, batch=2
+        scenes=80, tower_steps=2, tower_batch=8, align_steps=2, shown_scenes=80, steps=2, batch=2
     )
-    train(short, tasks, tmp_path / "model")
+    train(short, tasks, WEIGHTS, tmp_path / "model")
     assert sum(file.stat().st_size for file in (tmp_path / "model").iterdir()) < 8 * 2**20
     fresh = PrunedModel(str(tmp_path / "model"), dtype="float32", device="cpu")
-    assert fresh.model.num_parameters() == 1_853_568
+    assert fresh.model.num_parameters() == 1_852_032
     assert fresh.tokenizer.tokenize(" yes purple circle") == ["Ġyes", "Ġpurple", "Ġcircle"]
 
 

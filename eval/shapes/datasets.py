@@ -17,11 +17,11 @@ from filelock import FileLock
 from secateur.shapes.questions import DOCUMENTS, Doc
 from secateur.shapes.scenes import make_scene, render
 
-VERSION = 1  # part of the data's identity: raise it with any change to scenes or questions
+VERSION = 2  # part of the data's identity: raise it with any change to scenes or questions
 # The first number of every scene's seed: no evaluation scene is a training scene.
 TRAIN, EVAL = 0, 1
-# The tasks whose documents the embedded model was trained on.
-TRAINED_TASKS = ("pope", "scienceqa_img", "gqa", "mme", "mmmu_val", "mmstar")
+# The tasks of `make sweep`, over which the means on the embedded model's card are.
+SWEEP_TASKS = ("pope", "scienceqa_img", "gqa", "mme", "mmmu_val", "mmstar")
 # Documents per task, and calls of its builder per scene. So POPE asks six questions per image, GQA
 # and VQAv2 five, MMBench four, which are one question, MME two, the others one.
 SIZES = {

@@ -1,24 +1,23 @@
-"""Questions about a scene, in the schemas of six data sets.
+"""Questions about a scene, in the schemas of eight data sets.
 
 `ITEMS` ask for a word and also give wrong answers; `CLAIMS` are true or false. Both return None
-where the question would be ambiguous in the scene. `DOCUMENTS` builds rows of POPE, GQA,
-ScienceQA-IMG, MME, MMMU and MMStar from them, without images.
+where the question would be ambiguous in the scene. `DOCUMENTS` builds rows of the data sets from
+them, without images.
 """
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from secateur.shapes.scenes import COLORS, KIND_ODDS, KINDS, SHAPES, SIZE, Scene, Thing
+from secateur.shapes.scenes import COLORS, KIND_ODDS, KINDS, MOST, SHAPES, Scene, Thing
 
 Rng = np.random.Generator
 Item = tuple[str, str, list[str]]  # question, answer, wrong answers
 Claim = tuple[str, str]  # a question whose answer is yes, and a like one whose answer is no
 Doc = dict[str, Any]
 
-MARGIN = 10.0  # pixels by which positions must differ to be called left, right, above or below
 CORNERS = {"circle": 0, "triangle": 3, "square": 4, "cross": 12}
 
 
@@ -34,22 +33,6 @@ def _unique(scene: Scene, attribute: str) -> list[Thing]:
     """Things whose `attribute` (color or shape) no other thing of the scene has."""
     values = [getattr(thing, attribute) for thing in scene.things]
     return [thing for thing in scene.things if values.count(getattr(thing, attribute)) == 1]
-
-
-def _side(thing: Thing) -> str | None:
-    return (
-        None if abs(thing.x - SIZE / 2) < MARGIN / 2 else "left" if thing.x < SIZE / 2 else "right"
-    )
-
-
-def _direction(thing: Thing, other: Thing) -> str | None:
-    """Where `thing` is, seen from `other`; None where no axis clearly dominates."""
-    dx, dy = thing.x - other.x, thing.y - other.y
-    if abs(abs(dx) - abs(dy)) < MARGIN:
-        return None
-    if abs(dx) > abs(dy):
-        return "left" if dx < 0 else "right"
-    return "above" if dy < 0 else "below"
 
 
 def _absent(scene: Scene, rng: Rng, category: str) -> str:
@@ -98,7 +81,7 @@ def count(scene: Scene, rng: Rng) -> Item:
     return (
         "How many objects are there?",
         str(len(scene.things)),
-        [str(n) for n in range(1, 5) if n != len(scene.things)],
+        [str(n) for n in range(1, MOST + 1) if n != len(scene.things)],
     )
 
 
@@ -109,7 +92,7 @@ def count_plus(scene: Scene, rng: Rng) -> Item:
     return (
         f"What is the number of objects plus {extra}?",
         str(answer),
-        [str(n + extra) for n in range(1, 5) if n + extra != answer],
+        [str(n + extra) for n in range(1, MOST + 1) if n + extra != answer],
     )
 
 
@@ -124,30 +107,6 @@ def corners_of(scene: Scene, rng: Rng) -> Item | None:
         str(answer),
         [str(n) for n in CORNERS.values() if n != answer],
     )
-
-
-def side_of(scene: Scene, rng: Rng) -> Item | None:
-    """Ask for the side a thing is on; None if all are near the middle."""
-    thing = _pick(rng, [thing for thing in scene.things if _side(thing)])
-    if thing is None:
-        return None
-    answer = str(_side(thing))
-    return (
-        f"Which side of the image is the {thing.name} on?",
-        answer,
-        ["right" if answer == "left" else "left"],
-    )
-
-
-def direction_of(scene: Scene, rng: Rng) -> Item | None:
-    """Ask where one thing is, seen from another; None if no direction is clear."""
-    pairs = [(a, b) for a in scene.things for b in scene.things if a is not b and _direction(a, b)]
-    if not pairs:
-        return None
-    thing, other = _pick(rng, pairs)
-    answer = str(_direction(thing, other))
-    wrong = [d for d in ("left", "right", "above", "below") if d != answer]
-    return f"Where is the {thing.name} seen from the {other.name}?", answer, wrong
 
 
 def which_object(scene: Scene, rng: Rng) -> Item:
@@ -178,8 +137,6 @@ ITEMS: dict[str, Callable[[Scene, Rng], Item | None]] = {
         count,
         count_plus,
         corners_of,
-        side_of,
-        direction_of,
         which_object,
         color_by_corners,
     )
@@ -220,7 +177,7 @@ def has_color(scene: Scene, rng: Rng) -> Claim:
 def count_is(scene: Scene, rng: Rng) -> Claim:
     """Is this the number of things?"""
     right = len(scene.things)
-    wrong = _pick(rng, [n for n in range(1, 5) if n != right])
+    wrong = _pick(rng, [n for n in range(1, MOST + 1) if n != right])
     ask = "Is the number of objects in the image {}?"
     return ask.format(right), ask.format(wrong)
 
@@ -232,16 +189,6 @@ def color_is(scene: Scene, rng: Rng) -> Claim | None:
         return None
     noun = item[0].removeprefix("What color is ").removesuffix("?")
     return f"Is {noun} {item[1]}?", f"Is {noun} {_pick(rng, item[2])}?"
-
-
-def side_is(scene: Scene, rng: Rng) -> Claim | None:
-    """Is this the side of a thing? None as for `side_of`."""
-    item = side_of(scene, rng)
-    if item is None:
-        return None
-    noun = item[0].removeprefix("Which side of the image is ").removesuffix(" on?")
-    ask = f"Is {noun} on the {{}} side of the image?"
-    return ask.format(item[1]), ask.format(item[2][0])
 
 
 def has_corners(scene: Scene, rng: Rng) -> Claim | None:
@@ -271,11 +218,40 @@ CLAIMS: dict[str, Callable[[Scene, Rng], Claim | None]] = {
         has_color,
         count_is,
         color_is,
-        side_is,
         has_corners,
         count_plus_is,
     )
 }
+
+# kind of question -> how its questions can be told from the others; the first that fits counts
+_WORDINGS = {
+    "color_by_corners": "What color is the object with",
+    "color_of": "What color is",
+    "shape_of": "What shape is",
+    "count": "How many objects",
+    "count_plus": "What is the number of objects plus",
+    "corners_of": "How many corners",
+    "which_object": "Which object",
+    "has_corners": "Is there an object with",
+    "has_color": f"Is there an? ({'|'.join(COLORS)}) object",
+    "has_shape": f"Is there an? ({'|'.join(SHAPES)})",
+    "existence": "Is there an?",
+    "count_is": "Is the number of objects in the image",
+    "count_plus_is": "Is the number of objects plus",
+    "color_is": r"Is the \w+ \w+\?",
+}
+
+
+def kind_of(prompt: str) -> str:
+    """The name of the ITEM or CLAIM whose question is in a prompt.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for kind, wording in _WORDINGS.items():
+        if re.search(wording, prompt):
+            return kind
+    raise ValueError(f"no question of the embedded suite: {prompt!r}")
 
 
 # --- rows of the data sets
@@ -284,64 +260,32 @@ CLAIMS: dict[str, Callable[[Scene, Rng], Claim | None]] = {
 POPE_CATEGORIES = ("random", "popular", "adversarial")
 
 
-@dataclass(frozen=True)
-class Mix:
-    """Which ITEMS and CLAIMS each data set asks; for MME, MMMU and MMStar by category.
-
-    VQAv2 asks the items of GQA, MMBench those of ScienceQA.
-    """
-
-    gqa_items: tuple[str, ...]
-    gqa_claims: tuple[str, ...]
-    scienceqa: tuple[str, ...]
-    mme: dict[str, str]
-    mmmu: dict[str, tuple[str, ...]]
-    mmstar: tuple[tuple[str, str, str], ...]  # (category, l2 category, item)
-
-
-TRAINED = Mix(
-    gqa_items=("color_of", "shape_of", "count", "side_of", "direction_of", "corners_of"),
-    gqa_claims=("has_shape", "has_color", "color_is", "side_is"),
-    scienceqa=("color_of", "shape_of", "which_object", "count", "side_of", "direction_of"),
-    mme={
-        "existence": "existence",
-        "count": "count_is",
-        "position": "side_is",
-        "color": "color_is",
-        "commonsense_reasoning": "has_corners",
-        "numerical_calculation": "count_plus_is",
-    },
-    mmmu={
-        "Math": ("count_plus", "corners_of"),
-        "Art": ("color_of", "color_by_corners"),
-        "Design": ("shape_of", "which_object"),
-        "Geography": ("side_of", "direction_of"),
-    },
-    mmstar=(
-        ("coarse perception", "image scene and topic", "which_object"),
-        ("fine-grained perception", "recognition", "color_of"),
-        ("instance reasoning", "single-instance reasoning", "shape_of"),
-        ("logical reasoning", "common reasoning", "color_by_corners"),
-        ("science & technology", "geography & earth science & agriculture", "direction_of"),
-        ("math", "numeric commonsense and calculation", "count_plus"),
-        ("fine-grained perception", "object counting", "count"),
-        ("math", "geometry", "corners_of"),
-    ),
-)
-# The embedded model did not learn where things are (its card has the numbers), so the suite does
-# not ask for places.
-ASKED = Mix(
-    gqa_items=("color_of", "shape_of", "count", "corners_of"),
-    gqa_claims=("has_shape", "has_color", "color_is"),
-    scienceqa=("color_of", "shape_of", "which_object", "count"),
-    mme={category: claim for category, claim in TRAINED.mme.items() if claim != "side_is"},
-    mmmu={subject: items for subject, items in TRAINED.mmmu.items() if subject != "Geography"},
-    mmstar=tuple(
-        ("science & technology", "biology & chemistry & physics", "corners_of")
-        if item == "direction_of"
-        else (category, l2, item)
-        for category, l2, item in TRAINED.mmstar
-    ),
+# Which ITEMS and CLAIMS each data set asks; for MME, MMMU and MMStar by category. VQAv2 asks the
+# items of GQA, MMBench those of ScienceQA.
+GQA_ITEMS = ("color_of", "shape_of", "count", "corners_of")
+GQA_CLAIMS = ("has_shape", "has_color", "color_is")
+SCIENCEQA = ("color_of", "shape_of", "which_object", "count")
+MME = {
+    "existence": "existence",
+    "count": "count_is",
+    "color": "color_is",
+    "commonsense_reasoning": "has_corners",
+    "numerical_calculation": "count_plus_is",
+}
+MMMU = {
+    "Math": ("count_plus", "corners_of"),
+    "Art": ("color_of", "color_by_corners"),
+    "Design": ("shape_of", "which_object"),
+}
+MMSTAR = (  # category, l2 category, item
+    ("coarse perception", "image scene and topic", "which_object"),
+    ("fine-grained perception", "recognition", "color_of"),
+    ("instance reasoning", "single-instance reasoning", "shape_of"),
+    ("logical reasoning", "common reasoning", "color_by_corners"),
+    ("science & technology", "biology & chemistry & physics", "corners_of"),
+    ("math", "numeric commonsense and calculation", "count_plus"),
+    ("fine-grained perception", "object counting", "count"),
+    ("math", "geometry", "corners_of"),
 )
 HINTS = {
     "color_of": "Every shape is painted in one color.",
@@ -358,7 +302,7 @@ def _options(rng: Rng, item: Item, most: int = 4) -> tuple[list[str], int]:
     return options, options.index(answer)
 
 
-def pope(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+def pope(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     """Two documents of POPE: a thing that is there and one that is not."""
     category = POPE_CATEGORIES[key % len(POPE_CATEGORIES)]
     rows = zip(existence(scene, rng, category), ("yes", "no"), strict=True)
@@ -374,15 +318,13 @@ def pope(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     ]
 
 
-def gqa(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+def gqa(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     """A document of GQA: three of five ask for a word, two for yes or no."""
     if key % 5 < 3:
-        item = ITEMS[mix.gqa_items[(key // 5 * 3 + key % 5) % len(mix.gqa_items)]](scene, rng)
+        item = ITEMS[GQA_ITEMS[(key // 5 * 3 + key % 5) % len(GQA_ITEMS)]](scene, rng)
         asked = item and item[:2]
     else:
-        claim = CLAIMS[mix.gqa_claims[(key // 5 * 2 + key % 5 - 3) % len(mix.gqa_claims)]](
-            scene, rng
-        )
+        claim = CLAIMS[GQA_CLAIMS[(key // 5 * 2 + key % 5 - 3) % len(GQA_CLAIMS)]](scene, rng)
         yes = bool(rng.integers(2))
         asked = claim and (claim[0], "yes") if yes else claim and (claim[1], "no")
     if not asked:
@@ -399,9 +341,9 @@ def gqa(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     ]
 
 
-def scienceqa(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+def scienceqa(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     """A document of ScienceQA: multiple choice, half of them with the hint of their kind."""
-    name = mix.scienceqa[key % len(mix.scienceqa)]
+    name = SCIENCEQA[key % len(SCIENCEQA)]
     item = ITEMS[name](scene, rng)
     if item is None:
         return []
@@ -427,10 +369,10 @@ def scienceqa(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     ]
 
 
-def mme(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+def mme(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     """Two documents of MME on one image: the answers are yes and no."""
-    category = list(mix.mme)[key % len(mix.mme)]
-    claim = CLAIMS[mix.mme[category]](scene, rng)
+    category = list(MME)[key % len(MME)]
+    claim = CLAIMS[MME[category]](scene, rng)
     return [
         {
             "question_id": f"{category}/{key:06d}.png",
@@ -442,10 +384,10 @@ def mme(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     ]
 
 
-def mmmu(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+def mmmu(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     """A document of MMMU: multiple choice, or open for half of Math."""
-    subject = list(mix.mmmu)[key % len(mix.mmmu)]
-    item = ITEMS[_pick(rng, list(mix.mmmu[subject]))](scene, rng)
+    subject = list(MMMU)[key % len(MMMU)]
+    item = ITEMS[_pick(rng, list(MMMU[subject]))](scene, rng)
     if item is None:
         return []
     question, answer, _ = item
@@ -470,9 +412,9 @@ def mmmu(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     ]
 
 
-def mmstar(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+def mmstar(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     """A document of MMStar: multiple choice, with the options in the question."""
-    category, l2_category, name = mix.mmstar[key % len(mix.mmstar)]
+    category, l2_category, name = MMSTAR[key % len(MMSTAR)]
     item = ITEMS[name](scene, rng)
     if item is None:
         return []
@@ -491,12 +433,12 @@ def mmstar(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     ]
 
 
-def vqav2(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+def vqav2(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     """A document of VQAv2: a question that asks for a word, with the answers of ten people.
 
     Up to three of the ten say something else.
     """
-    item = ITEMS[mix.gqa_items[key % len(mix.gqa_items)]](scene, rng)
+    item = ITEMS[GQA_ITEMS[key % len(GQA_ITEMS)]](scene, rng)
     if item is None:
         return []
     question, answer, wrong = item
@@ -517,12 +459,12 @@ def vqav2(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
     ]
 
 
-def mmbench(scene: Scene, rng: Rng, key: int, mix: Mix = ASKED) -> list[Doc]:
+def mmbench(scene: Scene, rng: Rng, key: int) -> list[Doc]:
     """The documents of a circle of MMBench: a question and its options in every rotation.
 
     Half of the questions whose kind has a hint get it.
     """
-    name = mix.scienceqa[key % len(mix.scienceqa)]
+    name = SCIENCEQA[key % len(SCIENCEQA)]
     item = ITEMS[name](scene, rng)
     if item is None:
         return []

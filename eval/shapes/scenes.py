@@ -1,4 +1,4 @@
-"""Scenes of one to four coloured shapes on textured, cluttered ground.
+"""Scenes of one to five coloured shapes on textured, cluttered ground.
 
 Drawn with numpy alone: the same seed gives the same pixels.
 """
@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 SIZE = 96  # pixels, width and height
-GRID = 4  # each object has a cell of its own in a grid of GRID x GRID cells
+MOST = 5  # objects in a scene
+RADII = (10.0, 18.0)  # pixels, smallest and largest
 COLORS = {
     "red": (214, 40, 40),
     "orange": (247, 140, 20),
@@ -54,21 +55,32 @@ class Scene:
 
 
 def make_scene(*seed: int) -> Scene:
-    """Choose 1 to 4 things for a scene, all of different kinds and in different cells."""
+    """Choose 1 to MOST things for a scene, all of different kinds."""
     rng = np.random.default_rng([*seed, 0])
-    count = int(rng.integers(1, 5))
+    count = int(rng.integers(1, MOST + 1))
     kinds = rng.choice(len(KINDS), size=count, replace=False, p=KIND_ODDS)
-    cells = rng.choice(GRID * GRID, size=count, replace=False)
-    side = SIZE / GRID
-    things = []
-    for kind, cell in zip(kinds, cells, strict=True):
-        radius = rng.uniform(7.5, 11.0)
-        slack = side / 2 - radius + 1.5
-        x = (cell % GRID + 0.5) * side + rng.uniform(-slack, slack)
-        y = (cell // GRID + 0.5) * side + rng.uniform(-slack, slack)
-        color, shape = KINDS[kind]
-        things.append(Thing(color, shape, float(x), float(y), float(radius)))
+    things: list[Thing] = []
+    while len(things) < count:
+        for _ in range(20):
+            thing = _placed(*KINDS[kinds[len(things)]], rng)
+            if all(_apart(thing, other) for other in things):
+                things.append(thing)
+                break
+        else:  # too full: start again
+            things.clear()
     return Scene(seed, tuple(things))
+
+
+def _placed(color: str, shape: str, rng: np.random.Generator) -> Thing:
+    """A thing of any size, anywhere; at most two pixels of its radius leave the picture."""
+    radius = float(rng.uniform(*RADII))
+    x, y = rng.uniform(radius - 2, SIZE - radius + 2, 2)
+    return Thing(color, shape, float(x), float(y), radius)
+
+
+def _apart(a: Thing, b: Thing) -> bool:
+    """Whether two things overlap at most slightly."""
+    return bool(np.hypot(a.x - b.x, a.y - b.y) >= 0.95 * (a.radius + b.radius))
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
