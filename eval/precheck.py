@@ -39,7 +39,7 @@ def problems(configs: Iterable[DictConfig]) -> list[str]:
 
 def captures(configs: Iterable[DictConfig]) -> frozenset[str]:
     """What the methods of jobs need of the image encoder, as far as families provide it."""
-    fields: list[Any] = [OmegaConf.to_container(config.pruner) for config in configs]
+    fields: list[Any] = [OmegaConf.to_container(one.pruner, resolve=True) for one in configs]
     pruners = [build(**own) for own in fields]
     return frozenset[str]().union(*(one.needs for one in pruners if isinstance(one, Pruner)))
 
