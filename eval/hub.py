@@ -65,7 +65,13 @@ def _ask(repository: str, revision: str, kind: Kind) -> Resolved:
     if re.fullmatch("[0-9a-f]{40}", revision):
         return Resolved(revision)
     from huggingface_hub import auth_check, constants, repo_info  # slow to import
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:  # such as a folder that does not exist
+        return Resolved(None, error)
     folder = f"{kind}s--{repository.replace('/', '--')}"
     note = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
     cached = note.read_text().strip() if note.is_file() else None

@@ -135,7 +135,28 @@ def requests(model, tasks):
     return [task.instances[0] for task in tasks.values()]
 
 
-@pytest.mark.parametrize("method", sorted(REGISTRY))
+# every method in a family with CLS and in one without; elsewhere one of each kind here, and all in
+# `make test-matrix`
+WHOLE = ("llava", "qwen2_5_vl")
+KINDS = ("none", "scope", "promprune", "divprune", "visionzip", "fsr", "fastv", "sparsevlm")
+
+
+def pairs(settings, methods, kinds):
+    """(setting, method): those that run in every test run, and the others marked `matrix`."""
+    return [
+        pytest.param(
+            setting,
+            method,
+            marks=[] if setting in WHOLE or method in kinds else pytest.mark.matrix,
+        )
+        for setting in settings
+        for method in methods
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "method"), pairs(FAMILIES, sorted(REGISTRY), KINDS), indirect=["model"]
+)
 def test_every_method_answers_every_task(model, requests, method):
     options = options_of(model.family, method)
     budget = Budget.parse("25%" if method == "pooling" else "50%")

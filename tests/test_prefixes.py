@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import picture
 from datasets import Dataset
-from test_families import WITHOUT_CLIP, options_of, refused_by
+from test_families import WITHOUT_CLIP, options_of, pairs, refused_by
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from secateur import prefixes
@@ -103,19 +103,11 @@ AGNOSTIC = [
 ]
 
 
-# every method in a family with CLS and in one without; elsewhere one of each kind: unpruned, plain,
-# with an order of its own, over the packed sequence of crops, merging
-WHOLE = ("llava", "qwen2_5_vl")
+# unpruned, plain, with an order of its own, over the packed sequence of crops, merging
 KINDS = ("none", "scope", "promprune", "divprune", "visionzip")
-PAIRS = [
-    (setting, method)
-    for setting in SETTINGS
-    for method in AGNOSTIC
-    if setting in WHOLE or method in KINDS
-]
 
 
-@pytest.mark.parametrize(("model", "method"), PAIRS, indirect=["model"])
+@pytest.mark.parametrize(("model", "method"), pairs(SETTINGS, AGNOSTIC, KINDS), indirect=["model"])
 def test_shared_answers_and_audits_are_those_of_every_prompt_alone(model, method):
     if method in refused_by(model.family):
         pytest.skip("the family does not have what the method reads")

@@ -123,8 +123,8 @@ def test_an_unknown_method_lists_the_known_ones(results):
 def test_a_missing_model_is_one_paragraph(results):
     code, printed = here(results, "model.pretrained=/nowhere/llava", "limit=2", "tasks=[pope]")
     assert code == 1
-    assert "the model '/nowhere/llava'" in printed
-    assert "set model.pretrained=" in printed
+    assert "the model /nowhere/llava, revision main: this is neither a folder here" in printed
+    assert "Correct model.pretrained." in printed
     assert "Traceback" not in printed
 
 
