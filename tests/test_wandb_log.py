@@ -132,9 +132,6 @@ def test_a_sweep_is_a_run_a_cell_and_one_of_tables(shapes, tmp_path):
         == logged["pope_f1/value"]
         == pytest.approx(100 * record.metrics["pope_f1_score"])
     )
-    assert (
-        logged["pope_accuracy/low"] <= logged["pope_accuracy/value"] <= logged["pope_accuracy/high"]
-    )
     assert logged["metrics/pope_yes_ratio"] == record.metrics["pope_yes_ratio"]
     assert logged["kept_tokens"] == record.kept_tokens == 16
     assert logged["flops/first_token"] > 0
@@ -146,6 +143,9 @@ def test_a_sweep_is_a_run_a_cell_and_one_of_tables(shapes, tmp_path):
     )
     unpruned = next(run for run in found if "method:none" in run["run"].tags)
     assert not list(unpruned["files"].glob("media/images/*")), "nothing was dropped"
+    # one of its answers is wrong; without a wrong one there is no interval
+    low, value, high = (unpruned["logged"][f"pope_accuracy/{k}"] for k in ("low", "value", "high"))
+    assert low <= value <= high
     tables = found[-1]
     assert tables["logged"]["cells"] == 2
     assert [row[0] for row in table(tables, "accuracy")["data"]] == ["none", "scope"]
