@@ -60,7 +60,7 @@ def methods(records: list[Record]) -> str:
         text += spread
     pruned = table.assign(text=text)[table["method"] != "none"]
     wide = pruned.pivot(index="method", columns="budget", values="text")
-    budgets = sorted(wide, key=int, reverse=True)
+    budgets = sorted(map(str, wide), key=int, reverse=True)
     smallest = pruned[pruned["budget"] == budgets[-1]].set_index("method")[RELATIVE]
     order = smallest.sort_values(ascending=False).index
     return wide.loc[order, budgets].fillna("-").to_markdown()
@@ -94,7 +94,7 @@ def main() -> None:
     card = CARD.read_text()
     for name, text in blocks.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        card = block.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", card)
+        card = block.sub(rf"\g<1>{text}\n\g<2>", card)
         print(text, end="\n\n")
     CARD.write_text(card)
 

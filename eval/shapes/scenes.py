@@ -62,7 +62,8 @@ def make_scene(*seed: int) -> Scene:
     things: list[Thing] = []
     while len(things) < count:
         for _ in range(20):
-            thing = _placed(*KINDS[kinds[len(things)]], rng)
+            color, shape = KINDS[kinds[len(things)]]
+            thing = _placed(color, shape, rng)
             if all(_apart(thing, other) for other in things):
                 things.append(thing)
                 break

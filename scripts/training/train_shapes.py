@@ -233,7 +233,7 @@ def answers(
     language, embed = model.model.language_model, model.get_input_embeddings()
     before = embed(torch.tensor(items[0][0][0])).expand(len(features), -1, -1)
     scene = torch.cat([before, model.model.multi_modal_projector(features)], 1)
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     language(inputs_embeds=scene, cache=cache)
     turns = [(row, turn) for row, own in enumerate(items) for turn in own]
     by_length = sorted(range(len(turns)), key=lambda i: sum(map(len, turns[i][1])))
